@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Distil the embedded teacher into outputs/quickstart and show what came out: a pipeline, a grid, a table.
+
+1. `accelerate launch train_tbcm_distill.py` on the embedded teacher and its prompts, without one image
+2. teacher and student draw the same evaluation prompts; MobileNet-FD, retrieval and time per picture
+3. grid.png, metrics.json and the finished model card
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import SanaPipeline
+
+from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.evaluation import image_grid, seconds_per_image
+from diffusers_tbcm.hub import Measurement, render_model_card
+from emoji_metrics import DISTILLATION_PROMPTS_FILE, SEED, TEACHER_DIR, Meter, draw, load_evaluation
+
+
+TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
+GRID_PROMPTS = (
+    "a fluent 3d emoji of a dolphin",
+    "noto violin",
+    "a fluent 3d emoji of a volcano",
+    "a noto emoji of a strawberry",
+    "fluent 3d rocket",
+    "noto sunflower",
+    "a fluent 3d emoji of an owl",
+    "a noto emoji of a hamburger",
+)
+TEACHER_STEPS = (1, 2, 4, 20)
+STUDENT_STEPS = (1, 2, 4)
+GRID_COLUMNS = (("teacher", 1), ("teacher", 20), ("student", 1), ("student", 2), ("student", 4))
+
+# Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
+STEPS = 1500
+LEARNING_RATE = 3e-4
+
+
+def training_command(output_dir: Path, steps: int) -> list[str]:
+    flags = {
+        "pretrained_model_name_or_path": TEACHER_DIR,
+        "prompts_file": TEACHER_DIR / DISTILLATION_PROMPTS_FILE,
+        "output_dir": output_dir,
+        "train_batch_size": 1,
+        "max_train_steps": steps,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 50,
+        "max_grad_norm": 1.0,
+        "tangent_warmup_steps": steps // 5,
+        "tangent_cooldown_start_step": 4 * steps // 5,
+        "tangent_cooldown_steps": steps // 10,
+        "ema_decay": 0.99,
+        "checkpointing_steps": steps,
+        "report_to": "tensorboard",
+    }
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    return [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", str(TRAINING_SCRIPT), *arguments, "--use_ema"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--max_train_steps", type=int, default=STEPS)
+    parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts")
+    args = parser.parse_args()
+    start = time.perf_counter()
+
+    # 1. Distil; the same command continues an interrupted run
+    command = training_command(args.output_dir, args.max_train_steps)
+    if args.output_dir.exists():
+        command += ["--resume_from_checkpoint", "latest"]
+    subprocess.run(command, check=True)
+    training_seconds = time.perf_counter() - start
+
+    # 2. Measure
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipelines = {
+        "teacher": SanaPipeline.from_pretrained(TEACHER_DIR).to(device),
+        "student": SanaTBCMPipeline.from_pretrained(args.output_dir).to(device),
+    }
+    evaluation = [item for item in load_evaluation() if not item.held_out][: args.prompts]
+    prompts, concepts = [item.prompt for item in evaluation], [item.concept for item in evaluation]
+    meter = Meter()
+    measurements = []
+    for model, all_steps in (("teacher", TEACHER_STEPS), ("student", STUDENT_STEPS)):
+        for steps in all_steps:
+            metrics = meter(draw(pipelines[model], prompts, steps), concepts)
+            one = seconds_per_image(lambda: draw(pipelines[model], prompts[:1], steps), repeats=3)
+            measurements.append(Measurement(model, steps, {**metrics, "s / image": round(one, 3)}))
+    by_model = {(m.model, m.num_inference_steps): m.metrics for m in measurements}
+    worst, best = (by_model["teacher", steps]["MobileNet-FD"] for steps in (1, 20))
+    gap_closed = {
+        f"{steps} steps": round((worst - by_model["student", steps]["MobileNet-FD"]) / (worst - best), 3)
+        for steps in STUDENT_STEPS
+    }
+
+    # 3. Show
+    columns = [draw(pipelines[model], list(GRID_PROMPTS), steps) for model, steps in GRID_COLUMNS]
+    labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
+    image_grid(list(zip(*columns)), labels, GRID_PROMPTS).save(args.output_dir / "grid.png")
+    record = {
+        "results": [{"model": m.model, "steps": m.num_inference_steps, **m.metrics} for m in measurements],
+        "gap_closed": gap_closed,
+        "evaluation_prompts": len(prompts),
+        "evaluation_seed": SEED,
+        "training_command": " ".join(command[command.index(str(TRAINING_SCRIPT)) + 1 :]),
+        "training_seconds": round(training_seconds),
+        "hardware": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "torch": torch.__version__,
+    }
+    (args.output_dir / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    dataset = f"{len(prompts)} prompts of the embedded emoji teacher"
+    card = render_model_card(args.output_dir, measurements=measurements, dataset=dataset, sample_grid="grid.png")
+    card.save(args.output_dir / "README.md")
+
+    print(f"\n{'model':<8}  {'steps':>5}" + "".join(f"  {name:>15}" for name in measurements[0].metrics))
+    for m in measurements:
+        print(f"{m.model:<8}  {m.num_inference_steps:>5}" + "".join(f"  {value:>15}" for value in m.metrics.values()))
+    print(f"gap to the teacher's 20 steps closed: {gap_closed}")
+    print(f"{time.perf_counter() - start:.0f} s in all. Look at {args.output_dir / 'grid.png'}, then:\n")
+    print(f'    from diffusers_tbcm import SanaTBCMPipeline\n'
+          f'    SanaTBCMPipeline.from_pretrained("{args.output_dir}")("{GRID_PROMPTS[0]}").images[0].save("dolphin.png")')
+
+
+if __name__ == "__main__":
+    main()

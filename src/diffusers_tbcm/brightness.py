@@ -1,0 +1,62 @@
+"""The filter that drops prompts for which the teacher drew a near-black image (arXiv 2511.20410, Sec. 4.3, App. D)."""
+
+import torch
+from diffusers.models import AutoencoderDC
+
+from .trajectory import per_prompt_generators
+
+
+@torch.no_grad()
+def black_latent(vae: AutoencoderDC, height: int, width: int) -> torch.Tensor:
+    """Encode an all-black image.
+
+    Args:
+        vae: the autoencoder.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        The latent times the autoencoder's scaling factor (unit scale), (1, channels, height, width), float32.
+    """
+    image = torch.full((1, vae.config["in_channels"], height, width), -1.0, device=vae.device, dtype=vae.dtype)
+    return vae.encode(image).latent.float() * vae.config["scaling_factor"]
+
+
+def keep_mask(
+    pred_original_sample: torch.Tensor,
+    black: torch.Tensor,
+    threshold: float,
+    *,
+    sigma_data: float = 0.5,
+    hard: bool = False,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """Choose the prompts whose generated latent is far enough from black (Sec. 4.3).
+
+    A prompt at mean squared distance mse < threshold is kept with probability mse / threshold, or never with `hard`.
+    One whose latent is not a number is dropped.
+
+    Args:
+        pred_original_sample: the generated x_0, (batch, channels, height, width), standard deviation `sigma_data`.
+        black: the black latent on unit scale, (1, channels, height, width).
+        threshold: mean squared distance on unit scale; 0 keeps every prompt.
+        sigma_data: standard deviation of `pred_original_sample`.
+        hard: drop every prompt below the threshold.
+        generator: one per prompt (its fate then depends on its own only), or one for all.
+
+    Returns:
+        True for a prompt to keep, (batch,).
+
+    Raises:
+        ValueError: if `threshold` is negative or a generator list has another length than the batch.
+    """
+    if threshold < 0:
+        raise ValueError(f"`threshold` is {threshold}, but it must not be negative.")
+    mse = (pred_original_sample.float() / sigma_data - black.float()).square().flatten(1).mean(1)
+    if hard:
+        return mse >= threshold
+    draws = [
+        torch.rand((), generator=row_generator, device=mse.device if row_generator is None else row_generator.device)
+        for row_generator in per_prompt_generators(generator, mse.shape[0])
+    ]
+    return mse >= threshold * torch.stack(draws).to(mse.device)

@@ -1,0 +1,258 @@
+"""The sampler of a TBCM student: consistency-model steps in TrigFlow time (arXiv 2511.20410)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_scm import SCMScheduler, SCMSchedulerOutput
+
+
+MAX_TIMESTEP = math.pi / 2  # pure noise
+MAX_TIMESTEP_FLOAT32 = torch.tensor(MAX_TIMESTEP, dtype=torch.float32).item()  # as schedules hold it, 4e-8 more
+STOCK_MAX_TIMESTEP = 1.57080  # pi / 2 rounded up, where cos < 0: the default of diffusers' Sana-Sprint pipeline
+
+# What `set_timesteps(n)` gives unless a checkpoint's config says otherwise. The two-step angle is the one that the
+# paper's authors validate with; the others divide the quarter circle evenly, as every number of steps not named does.
+TIMESTEPS_BY_STEPS = {
+    "1": [MAX_TIMESTEP, 0.0],
+    "2": [MAX_TIMESTEP, 1.0, 0.0],
+    "4": [MAX_TIMESTEP, 3 * math.pi / 8, math.pi / 4, math.pi / 8, 0.0],
+}
+
+
+class TBCMScheduler(SCMScheduler):
+    """
+    Multistep consistency sampling in TrigFlow time for students distilled with TBCM (https://arxiv.org/abs/2511.20410).
+
+    With `t` an angle in radians, pi/2 being pure noise and 0 a clean sample, every step predicts the clean sample
+    `x_0 = cos(t) x_t - sin(t) model_output` and, except in the last one, noises it again to the next angle:
+    `x_t' = cos(t') x_0 + sin(t') z` with `z ~ N(0, sigma_data^2)`. Same timesteps and seed give bit for bit the
+    samples of [`SCMScheduler`], whose configs load here and which loads the configs saved here.
+
+    Args:
+        num_train_timesteps (`int`, defaults to `1000`):
+            The largest number of inference steps.
+        prediction_type (`str`, defaults to `"trigflow"`):
+            What the model predicts; `"trigflow"` is the only choice.
+        sigma_data (`float`, defaults to `0.5`):
+            Standard deviation of the samples, and so of the noise that is added to them.
+        timesteps_by_steps (`dict[str, list[float]]`, *optional*):
+            The timesteps that `set_timesteps(n)` gives, in radians, by the decimal `n` (a string, as JSON keys are).
+            Defaults to `TIMESTEPS_BY_STEPS`; saved in the config, so that a checkpoint carries its own.
+
+    Raises:
+        `ValueError`: for another `prediction_type`, a `sigma_data` that is not positive, or timesteps that
+            `set_timesteps` would refuse.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "trigflow",
+        sigma_data: float = 0.5,
+        timesteps_by_steps: dict[str, list[float]] | None = None,
+    ):
+        if prediction_type != "trigflow":
+            raise ValueError(f"`prediction_type` is {prediction_type!r}, but TBCM students predict 'trigflow' only.")
+        if not sigma_data > 0:
+            raise ValueError(f"`sigma_data` is {sigma_data}, but a standard deviation has to be positive.")
+        if timesteps_by_steps is None:
+            timesteps_by_steps = TIMESTEPS_BY_STEPS
+        for steps, timesteps in timesteps_by_steps.items():
+            checked = _check_timesteps(timesteps, name=f"timesteps_by_steps[{steps!r}]")
+            if steps != str(len(checked) - 1):
+                raise ValueError(
+                    f"`timesteps_by_steps[{steps!r}]` has {len(checked)} timesteps; its key has to be the string"
+                    f" {str(len(checked) - 1)!r}, one less, because the last timestep is the 0 where sampling ends."
+                )
+
+        super().__init__(num_train_timesteps, prediction_type, sigma_data)
+        self.register_to_config(timesteps_by_steps=timesteps_by_steps)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        device: str | torch.device | None = None,
+        max_timesteps: float | None = None,
+        intermediate_timesteps: float | None = None,
+    ) -> None:
+        """
+        Set the angles to sample at; the number of steps alone is enough.
+
+        Args:
+            num_inference_steps (`int`, *optional*):
+                Number of model evaluations, at least 1. May be left out where `timesteps` is given.
+            timesteps (`list[float]` or `torch.Tensor` of shape `(num_inference_steps + 1,)`, *optional*):
+                Angles in radians, strictly descending from at most pi/2 to exactly 0. Default: the config's
+                `timesteps_by_steps` where it names this number of steps, otherwise even steps from pi/2 to 0.
+            device (`str` or `torch.device`, *optional*):
+                Where to put the timesteps.
+            max_timesteps (`float`, *optional*):
+                First angle in radians, of even steps down to 0. 1.57080, the stock pipeline's default, means pi/2.
+            intermediate_timesteps (`float`, *optional*):
+                The angle between `max_timesteps` and 0, for two steps only. Without effect where `timesteps` is given.
+
+        Raises:
+            `ValueError`: naming the argument that is missing, out of range or at odds with another.
+        """
+        if timesteps is not None:
+            if max_timesteps is not None:
+                raise ValueError(f"`max_timesteps` is {max_timesteps}, but `timesteps` is given too; pass only one.")
+            schedule = _check_timesteps(timesteps, name="timesteps")
+            if num_inference_steps not in (None, len(schedule) - 1):
+                raise ValueError(
+                    f"`num_inference_steps` is {num_inference_steps}, but `timesteps` holds {len(schedule) - 1} steps"
+                    " and the final 0; leave `num_inference_steps` out or make it agree."
+                )
+        else:
+            if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+                raise ValueError(
+                    f"`num_inference_steps` is {num_inference_steps!r}; pass an integer of at least 1, or `timesteps`."
+                )
+            schedule = self._default_timesteps(num_inference_steps, device, max_timesteps, intermediate_timesteps)
+
+        super().set_timesteps(
+            len(schedule) - 1, timesteps=schedule, device=device, max_timesteps=None, intermediate_timesteps=None
+        )
+
+    def _default_timesteps(
+        self,
+        num_inference_steps: int,
+        device: str | torch.device | None,
+        max_timesteps: float | None,
+        intermediate_timesteps: float | None,
+    ) -> torch.Tensor:
+        named = self.config["timesteps_by_steps"].get(str(num_inference_steps))
+        if max_timesteps is None and intermediate_timesteps is None and named is not None:
+            return torch.tensor(named, dtype=torch.float32)
+
+        first = MAX_TIMESTEP if max_timesteps in (None, STOCK_MAX_TIMESTEP) else max_timesteps
+        if not 0 < first <= MAX_TIMESTEP_FLOAT32:
+            raise ValueError(f"`max_timesteps` is {max_timesteps}, but has to lie in (0, pi/2], in radians.")
+        if intermediate_timesteps is None:
+            return torch.linspace(first, 0, num_inference_steps + 1, device=device, dtype=torch.float32)
+
+        if num_inference_steps != 2:
+            raise ValueError(
+                f"`intermediate_timesteps` is {intermediate_timesteps}, but `num_inference_steps` is"
+                f" {num_inference_steps} and not 2; pass `timesteps` to choose every angle."
+            )
+        if not 0 < intermediate_timesteps < first:
+            raise ValueError(
+                f"`intermediate_timesteps` is {intermediate_timesteps}, but has to lie between 0 and {first} radians."
+            )
+        return torch.tensor([first, intermediate_timesteps, 0], dtype=torch.float32)
+
+    def index_for_timestep(
+        self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
+    ) -> int:
+        """
+        Find where a timestep stands in the schedule.
+
+        Args:
+            timestep (`float` or `torch.Tensor`):
+                Angle in radians; a batch has to hold one and the same.
+            schedule_timesteps (`torch.Tensor`, *optional*):
+                The angles to search. Defaults to `self.timesteps`.
+
+        Returns:
+            `int`: its index.
+
+        Raises:
+            `ValueError`: if the schedule does not hold the timestep, or the batch holds several.
+        """
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        value = torch.as_tensor(timestep, dtype=schedule.dtype, device=schedule.device).reshape(-1, 1)
+        indices = (schedule == value).all(dim=0).nonzero()
+        if len(indices) == 0:
+            raise ValueError(f"`timestep` is {timestep}, but has to be one of `timesteps`: {schedule.tolist()}.")
+        return int(indices[0])
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SCMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Predict the clean sample and noise it to the next timestep; the last step leaves it clean and draws no noise.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                The model's TrigFlow output F times `sigma_data`.
+            timestep (`float` or `torch.Tensor` of shape `(batch,)`):
+                The current angle in radians, looked up at the first step after `set_timesteps` and counted from there.
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                The noisy sample x_t, of standard deviation `sigma_data`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the fresh noise, one for the batch or one per sample.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an output object instead of a tuple.
+
+        Returns:
+            [`~schedulers.scheduling_scm.SCMSchedulerOutput`] or `tuple`: `prev_sample` (at the next timestep) and
+            `pred_original_sample` (the predicted x_0), shaped as `sample`.
+
+        Raises:
+            `ValueError`: before `set_timesteps`, after the last step, or for a timestep that the schedule lacks.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("`scheduler.timesteps` is not set; call `set_timesteps` before `step`.")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        if not self.step_index < self.num_inference_steps:
+            raise ValueError(
+                f"`timestep` is {timestep}, but all {self.num_inference_steps} steps are done; call `set_timesteps`."
+            )
+        if self.step_index < self.num_inference_steps - 1:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+
+        angle = self.timesteps[self.step_index]
+        pred_original_sample = torch.cos(angle) * sample - torch.sin(angle) * model_output
+        self._step_index += 1
+        if not return_dict:
+            return pred_original_sample, pred_original_sample
+        return SCMSchedulerOutput(prev_sample=pred_original_sample, pred_original_sample=pred_original_sample)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        Noise clean samples to the given angles: `cos(t) x_0 + sin(t) sigma_data noise`.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, ...)`):
+                Clean samples x_0, of standard deviation `sigma_data`.
+            noise (`torch.Tensor`, shaped as `original_samples`):
+                Standard normal noise; it is scaled by `sigma_data` here.
+            timesteps (`torch.Tensor` of shape `(batch,)` or `(1,)`):
+                Angles in radians.
+
+        Returns:
+            `torch.Tensor`: the noisy samples x_t, with the shape and dtype of `original_samples`.
+
+        Raises:
+            `ValueError`: if an angle lies outside [0, pi/2].
+        """
+        if not ((timesteps >= 0) & (timesteps <= MAX_TIMESTEP_FLOAT32)).all():
+            raise ValueError(f"`timesteps` is {timesteps.tolist()}, but has to lie in [0, pi/2], in radians.")
+        angle = timesteps.to(original_samples.device).reshape(-1, *[1] * (original_samples.ndim - 1))
+        noisy = torch.cos(angle) * original_samples + torch.sin(angle) * (self.config["sigma_data"] * noise)
+        return noisy.to(original_samples.dtype)
+
+
+def _check_timesteps(timesteps: Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
+    """Turn angles into the float32 schedule that they describe, or say what is wrong with them."""
+    schedule = torch.as_tensor(timesteps, dtype=torch.float32)
+    descending = schedule.ndim == 1 and len(schedule) > 1 and bool((schedule[:-1] > schedule[1:]).all())
+    if not descending or schedule[0] > MAX_TIMESTEP_FLOAT32 or schedule[-1] != 0:
+        raise ValueError(
+            f"`{name}` is {timesteps}, but has to be two or more angles in radians, strictly descending from"
+            f" at most pi/2 = {MAX_TIMESTEP} to a final 0."
+        )
+    return schedule

@@ -1,0 +1,266 @@
+"""The teacher's generation trajectory: its times and what it records (arXiv 2511.20410, Sec. 5.2, Eq. 8-9)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from .trigflow import TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
+
+
+SAMPLING_SCHEMES = ("reference", "logit_normal", "random")
+
+# The float32 nearest to pi/2 lies 4e-8 above it, so its cosine is negative. That is harmless for a rotation, and t_0
+# uses it; a training row stays below, where the weight 1 / tan t is positive.
+_BELOW_HALF_PI = math.pi / 2 - 2**-23
+
+
+@dataclass
+class TrajectoryOutput:
+    """What a teacher's generation leaves for training: N - 1 rows per prompt, as the step at pi/2 has no weight.
+
+    Args:
+        latents: x_t, (batch, N - 1, channels, height, width).
+        velocity: dx_t/dt, guided, the shape of `latents`.
+        timesteps: t in radians, (batch, N - 1), descending.
+        pred_original_sample: the generated x_0, (batch, channels, height, width).
+    """
+
+    latents: torch.Tensor
+    velocity: torch.Tensor
+    timesteps: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+def per_prompt_generators(
+    generator: torch.Generator | list[torch.Generator] | None, batch_size: int
+) -> Sequence[torch.Generator | None]:
+    """Give every prompt the generator that its random numbers come from.
+
+    Args:
+        generator: one per prompt, or one (or None, the global one) that all prompts draw from in turn.
+        batch_size: number of prompts.
+
+    Returns:
+        `batch_size` generators.
+
+    Raises:
+        ValueError: if a list has another length than `batch_size`.
+    """
+    if not isinstance(generator, list):
+        return [generator] * batch_size
+    if len(generator) != batch_size:
+        raise ValueError(f"`generator` is a list of {len(generator)} generators for a batch of {batch_size} prompts.")
+    return generator
+
+
+def reference_route(num_steps: int, shift: float = 2.5) -> torch.Tensor:
+    """Map the sigmas of a shifted flow-matching Euler scheduler to TrigFlow angles (Sec. 5.2, inverse of Eq. 5).
+
+    Args:
+        num_steps: number of steps N.
+        shift: the static shift of the flow-matching schedule.
+
+    Returns:
+        The route, (N,) float32 radians, strictly descending, its first pi/2.
+
+    Raises:
+        ValueError: if `num_steps` or `shift` is not positive.
+    """
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` is {num_steps}, but a route has at least one step.")
+    if shift <= 0:
+        raise ValueError(f"`shift` is {shift}, but it must be positive.")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(num_steps)
+    route = flow_to_trig_timestep(scheduler.sigmas[:-1])
+    route[0] = math.pi / 2
+    return route
+
+
+def sample_timesteps(
+    scheme: str,
+    batch_size: int,
+    num_steps: int,
+    *,
+    shift: float = 2.5,
+    logit_mean: float = 0.2,
+    logit_std: float = 1.6,
+    sigma_data: float = 0.5,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Draw one route from pure noise towards the clean latent per prompt (Sec. 5.2).
+
+    `reference` draws one angle uniformly in every partition of `reference_route`, `logit_normal` draws
+    atan(exp(n) / sigma_data) with n normal, `random` draws uniformly on (0, pi/2).
+
+    Args:
+        scheme: one of `SAMPLING_SCHEMES`.
+        batch_size: number of prompts B.
+        num_steps: number of steps N, the first at pi/2 included.
+        shift: static shift of the `reference` route.
+        logit_mean: mean of the `logit_normal` exponent.
+        logit_std: standard deviation of the `logit_normal` exponent.
+        sigma_data: standard deviation of the latents, for `logit_normal`.
+        generator: one per prompt (a row then depends on its own only), or one for all.
+        device: where the result lies; the numbers are drawn where the generator is.
+
+    Returns:
+        (B, N) float32 radians, every row descending, its first pi/2, the others in (0, pi/2).
+
+    Raises:
+        ValueError: if `scheme` is unknown, `num_steps` is below 2, or a generator list has another length than
+            `batch_size`.
+    """
+    if scheme not in SAMPLING_SCHEMES:
+        raise ValueError(f"`scheme` is {scheme!r}, but it must be one of {', '.join(SAMPLING_SCHEMES)}.")
+    if num_steps < 2:
+        raise ValueError(f"`num_steps` is {num_steps}, but it must be at least 2: the first gives no training row.")
+    if scheme == "reference":
+        route = reference_route(num_steps, shift)
+        upper, lower = route[:-1], route[1:]
+    else:
+        upper, lower = torch.tensor(math.pi / 2), torch.tensor(0.0)
+    rows = []
+    # Row by row, because a vectorised kernel may round an element differently at another place in a batch.
+    for row_generator in per_prompt_generators(generator, batch_size):
+        draw_device = device if row_generator is None else row_generator.device
+        if scheme == "logit_normal":
+            normal = torch.randn(num_steps - 1, generator=row_generator, device=draw_device)
+            angles = torch.atan(torch.exp(logit_mean + logit_std * normal) / sigma_data)
+        else:
+            # In (0, 1]: an angle of 0 would have infinite weight.
+            uniform = 1 - torch.rand(num_steps - 1, generator=row_generator, device=draw_device)
+            angles = lower.to(draw_device) + (upper - lower).to(draw_device) * uniform
+        angles = angles.clamp(max=_BELOW_HALF_PI).sort(descending=True).values
+        rows.append(torch.cat([angles.new_full((1,), math.pi / 2), angles]))
+    return torch.stack(rows).to(device)
+
+
+def rotate(sample: torch.Tensor, velocity: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Take one step of the TrigFlow ODE towards the clean latent (Eq. 9).
+
+    Args:
+        sample: x_t, (batch, channels, height, width).
+        velocity: dx_t/dt at t, the shape of `sample`.
+        delta: t minus the angle to arrive at, radians, (batch,).
+
+    Returns:
+        x at t - delta, the shape of `sample`.
+    """
+    delta = broadcast_time(delta, sample)
+    return torch.cos(delta) * sample - torch.sin(delta) * velocity
+
+
+def equivalent_noise(sample: torch.Tensor, pred_original_sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Recover the noise that would carry a clean latent to a sample at once (Eq. 8).
+
+    Args:
+        sample: x_t, (batch, channels, height, width).
+        pred_original_sample: the predicted x_0, the shape of `sample`.
+        timestep: t in radians in (0, pi/2], (batch,).
+
+    Returns:
+        (x_t - cos(t) x_0) / sin(t), the shape of `sample`.
+    """
+    timestep = broadcast_time(timestep, sample)
+    return (sample - torch.cos(timestep) * pred_original_sample) / torch.sin(timestep)
+
+
+def _stack_branches(
+    negative: torch.Tensor,
+    negative_mask: torch.Tensor | None,
+    positive: torch.Tensor,
+    positive_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put both guidance branches in one batch, padded to one length with masked tokens: (2B, L, D) and (2B, L)."""
+    length = max(negative.shape[1], positive.shape[1])
+    branches = []
+    masks = []
+    for embeds, mask in ((negative, negative_mask), (positive, positive_mask)):
+        mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask
+        padding = length - embeds.shape[1]
+        rows = positive.shape[0]
+        branches.append(torch.nn.functional.pad(embeds, (0, 0, 0, padding)).expand(rows, -1, -1))
+        masks.append(torch.nn.functional.pad(mask, (0, padding)).expand(rows, -1))
+    return torch.cat(branches), torch.cat(masks)
+
+
+@torch.no_grad()
+def record_trajectory(
+    teacher: TrigFlowTransformer,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
+    guidance_scale: torch.Tensor,
+    *,
+    prompt_attention_mask: torch.Tensor | None = None,
+    negative_prompt_attention_mask: torch.Tensor | None = None,
+    sigma_data: float = 0.5,
+) -> TrajectoryOutput:
+    """Generate from noise with the teacher and keep every sample and velocity but the first (Eq. 9).
+
+    Velocities are under classifier-free guidance, both branches in one batch of 2B rows. A teacher that embeds
+    guidance is called with the scale as an input instead, and the negative prompt is not used.
+
+    Args:
+        teacher: the network F.
+        noise: standard normal, (batch, channels, height, width).
+        timesteps: t in radians, (batch, N), every row descending from pi/2.
+        prompt_embeds: (batch, length, dim).
+        negative_prompt_embeds: (1 or batch, any length, dim); None only for a teacher that embeds guidance.
+        guidance_scale: classifier-free guidance weight, (batch,).
+        prompt_attention_mask: 1 for a token, 0 for padding, (batch, length).
+        negative_prompt_attention_mask: the same for the negative prompt, (1 or batch, its length).
+        sigma_data: standard deviation of the latents.
+
+    Returns:
+        The training rows and the generated latents, in float32 or wider.
+
+    Raises:
+        ValueError: if `timesteps` or `guidance_scale` does not fit the batch, or `negative_prompt_embeds` is None and
+            the teacher needs it.
+    """
+    batch_size = noise.shape[0]
+    if timesteps.ndim != 2 or timesteps.shape[0] != batch_size or timesteps.shape[1] < 2:
+        raise ValueError(f"`timesteps` has shape {tuple(timesteps.shape)}, but it must be ({batch_size}, at least 2).")
+    if guidance_scale.shape != (batch_size,):
+        raise ValueError(f"`guidance_scale` has shape {tuple(guidance_scale.shape)}, but it must be ({batch_size},).")
+    sample = sigma_data * noise.to(torch.promote_types(noise.dtype, torch.float32))
+    timesteps = timesteps.to(sample.dtype)
+    if teacher.guidance_embeds:
+
+        def trig_output(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return teacher(sample / sigma_data, t, prompt_embeds, prompt_attention_mask, guidance_scale)
+
+    else:
+        if negative_prompt_embeds is None:
+            raise ValueError("`negative_prompt_embeds` is None, but the teacher needs them for guidance.")
+        embeds, mask = _stack_branches(
+            negative_prompt_embeds, negative_prompt_attention_mask, prompt_embeds, prompt_attention_mask
+        )
+        weight = broadcast_time(guidance_scale.to(sample.dtype), sample)
+
+        def trig_output(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            both = teacher(sample.repeat(2, 1, 1, 1) / sigma_data, t.repeat(2), embeds, mask)
+            unconditional, conditional = both.chunk(2)
+            return unconditional + weight * (conditional - unconditional)
+
+    latents = []
+    velocities = []
+    next_timesteps = torch.cat([timesteps[:, 1:], torch.zeros_like(timesteps[:, :1])], dim=1)
+    for t, next_t in zip(timesteps.unbind(1), next_timesteps.unbind(1), strict=True):
+        velocity = sigma_data * trig_output(sample, t)
+        latents.append(sample)
+        velocities.append(velocity)
+        sample = rotate(sample, velocity, t - next_t)
+    return TrajectoryOutput(
+        latents=torch.stack(latents[1:], dim=1),
+        velocity=torch.stack(velocities[1:], dim=1),
+        timesteps=timesteps[:, 1:],
+        pred_original_sample=sample,
+    )

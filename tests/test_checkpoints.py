@@ -1,0 +1,67 @@
+"""Checkpoints are whole or they are not loaded."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from diffusers_tbcm.checkpoints import MANIFEST, checkpoint_step, find_checkpoint, list_checkpoints, save_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    for step in (2, 10):
+        torch.nn.init.constant_(model.weight, step)
+        save_checkpoint(accelerator, tmp_path, step)
+    return accelerator, model, tmp_path
+
+
+def weights_file(checkpoint):
+    return next(file for file in checkpoint.iterdir() if file.name != MANIFEST and file.stat().st_size > 0)
+
+
+def test_the_latest_is_found_and_loads(run):
+    accelerator, model, folder = run
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-10"]
+    for request, step in (("latest", 10), ("checkpoint-2", 2), (str(folder / "checkpoint-2"), 2)):
+        checkpoint, found = find_checkpoint(folder, request)
+        accelerator.load_state(str(checkpoint))
+        assert found == step and (model.weight == step).all()
+
+
+def test_old_ones_go_after_the_new_one_is_complete(run):
+    accelerator, _, folder = run
+    save_checkpoint(accelerator, folder, 11, total_limit=2)
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_one_still_being_written_does_not_count(run):
+    _, _, folder = run
+    (folder / "checkpoint-11.partial").mkdir()
+    assert find_checkpoint(folder, "latest")[1] == 10
+    assert find_checkpoint(folder / "elsewhere", "latest") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "file missing", "manifest missing", "manifest cut"])
+def test_a_torn_one_is_named_and_the_one_before_it_taken(run, damage):
+    _, _, folder = run
+    torn = folder / "checkpoint-10"
+    file = torn / MANIFEST if "manifest" in damage else weights_file(torn)
+    if "missing" in damage:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"checkpoint-10'.*(complete|corrupt)"):
+        find_checkpoint(folder, "checkpoint-10")
+    assert find_checkpoint(folder, "latest")[1] == 2
+
+
+def test_nothing_is_resumed_where_every_one_is_torn(run):
+    _, _, folder = run
+    for checkpoint in list_checkpoints(folder):
+        (checkpoint / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        find_checkpoint(folder, "latest")
+    with pytest.raises(ValueError, match="not complete"):
+        checkpoint_step(folder / "checkpoint-99")

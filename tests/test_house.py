@@ -1,0 +1,105 @@
+"""What holds for the repository as a whole."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import diffusers_tbcm
+
+
+ROOT = Path(__file__).parents[1]
+LOOP = ROOT / "examples" / "tbcm" / "train_tbcm_distill.py"
+MAX_LOOP_LINES = 520
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml"}
+TEXT_NAMES = {"Makefile", "NOTICE", "run", ".gitignore"}
+NOT_OURS = {".git", ".venv", "build", "dist", "outputs", "runs"}
+
+
+def text_files() -> list[Path]:
+    files = [path for path in ROOT.rglob("*") if path.suffix in TEXT_SUFFIXES or path.name in TEXT_NAMES]
+    return [path for path in files if path.is_file() and not NOT_OURS & {*path.relative_to(ROOT).parts}]
+
+
+def setup_literals() -> dict[str, object]:
+    """The names that setup.py assigns literals to, and the literal keywords of its `setup(...)`."""
+    literals = {}
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, value = node.targets[0].id, node.value
+        elif isinstance(node, ast.keyword):
+            name, value = node.arg, node.value
+        else:
+            continue
+        try:
+            literals[name] = ast.literal_eval(value)
+        except ValueError:
+            continue  # an expression, not a literal
+    return literals
+
+
+def declared_flags(tree: ast.Module) -> set[str]:
+    """The attribute that argparse stores each flag in: its `dest`, else its first long option."""
+    flags = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "add_argument":
+            options = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            long = next((option for option in options if option.startswith("--")), options[0])
+            given = [keyword.value.value for keyword in node.keywords if keyword.arg == "dest"]
+            flags.add(given[0] if given else long.lstrip("-").replace("-", "_"))
+    return flags
+
+
+@pytest.mark.skipif(not LOOP.exists(), reason="no training script yet")
+def test_every_flag_of_the_training_script_is_read():
+    tree = ast.parse(LOOP.read_text())
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "args"
+    }
+    flags = declared_flags(tree)
+    assert "pretrained_model_name_or_path" in flags
+    assert flags - read == set()
+
+
+@pytest.mark.skipif(not LOOP.exists(), reason="no training script yet")
+def test_the_training_script_stays_readable_top_to_bottom():
+    assert len(LOOP.read_text().splitlines()) <= MAX_LOOP_LINES
+
+
+def test_no_file_names_its_makers_machine():
+    absolute = re.compile(r"(?<![\w.~$}/])/(?:work|root|home|Users)/|\.\./shared\b")
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in text_files()
+        if path != Path(__file__)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if absolute.search(line)
+    }
+    assert found == set()
+
+
+def test_the_version_is_the_same_everywhere():
+    version = setup_literals()["version"]
+    assert diffusers_tbcm.__version__ == version
+    assert version in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_constraints_are_exact_and_satisfy_what_setup_asks_for():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    constraints = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(str(constraint.specifier).startswith("==") for constraint in constraints)
+    versions = {canonicalize_name(item.name): str(item.specifier).removeprefix("==") for item in constraints}
+    assert len(versions) == len(constraints)
+    literals = setup_literals()
+    wanted = literals["install_requires"] + [item for extra in literals["extras"].values() for item in extra]
+    for requirement in map(Requirement, wanted):
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert not {"torchvision", "torch-fidelity"} & {*versions}  # the first breaks a CPU torch, the second downloads

@@ -1,0 +1,237 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tiny import tiny_transformer, write_tiny_pipeline
+
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, hub
+from diffusers_tbcm.hub import Measurement, render_model_card, resolve_teacher, save_student_pipeline
+
+
+PROMPT = 'a "small" dolphin'
+TRAINING = {"steps": 7, "learning rate": 1e-5}
+
+# Runs the card's own example, then draws with the same arguments and a fixed seed.
+PLAIN_DIFFUSERS = """
+import re, sys
+sys.modules["diffusers_tbcm"] = None  # importing it is an error
+import numpy as np, torch
+
+card = open("student/README.md", encoding="utf-8").read()
+exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
+assert image.size == (64, 64), image.size
+assert type(pipe).__name__ == "SanaSprintPipeline", type(pipe)
+pictures = {
+    str(steps): pipe(
+        prompt,
+        num_inference_steps=steps,
+        intermediate_timesteps=1.0 if steps == 2 else None,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        **options,
+    ).images
+    for steps in (1, 2, 4)
+}
+np.savez("pictures.npz", **pictures)
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return write_tiny_pipeline(tmp_path_factory.mktemp("teachers") / "tiny_teacher")
+
+
+@pytest.fixture(scope="module")
+def student():
+    return tiny_transformer(guidance_embeds=True)
+
+
+@pytest.fixture
+def exported(student, teacher, tmp_path) -> Path:
+    return save_student_pipeline(student, teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+
+
+@pytest.fixture
+def damaged_teacher(teacher, tmp_path) -> Path:
+    return Path(shutil.copytree(teacher, tmp_path / "damaged"))
+
+
+def test_plain_diffusers_runs_the_cards_example_and_draws_what_our_pipeline_draws(exported):
+    subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS], cwd=exported.parent, check=True, timeout=300)
+    ours = SanaTBCMPipeline.from_pretrained(exported)
+    with np.load(exported.parent / "pictures.npz") as theirs:
+        for steps in (1, 2, 4):
+            generator = torch.Generator().manual_seed(3)
+            images = ours(PROMPT, num_inference_steps=steps, generator=generator, output_type="np").images
+            np.testing.assert_array_equal(images, theirs[str(steps)])
+        assert not np.array_equal(theirs["1"], theirs["4"])
+
+
+def test_export_names_stock_classes_and_keeps_the_students_weights_and_the_teachers_files(exported, student, teacher):
+    model_index = json.loads((exported / "model_index.json").read_text())
+    assert model_index["_class_name"] == "SanaSprintPipeline"
+    assert model_index["scheduler"] == ["diffusers", "SCMScheduler"]
+    assert {library for library, _ in (v for v in model_index.values() if isinstance(v, list))} == {
+        "diffusers",
+        "transformers",
+    }
+    loaded = SanaTBCMPipeline.from_pretrained(exported).transformer.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in student.state_dict().items())
+    for component in ("vae", "text_encoder", "tokenizer"):
+        for path in (teacher / component).iterdir():
+            assert (exported / component / path.name).read_bytes() == path.read_bytes()
+
+
+def test_export_carries_the_schedulers_own_timesteps(student, teacher, tmp_path):
+    scheduler = TBCMScheduler(timesteps_by_steps={"2": [1.5, 0.9, 0.0]})
+    folder = save_student_pipeline(
+        student, teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING, scheduler=scheduler
+    )
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "SCMScheduler"
+    assert SanaTBCMPipeline.from_pretrained(folder).scheduler.config.timesteps_by_steps == {"2": [1.5, 0.9, 0.0]}
+    assert "num_inference_steps=2, intermediate_timesteps=0.9," in (folder / "README.md").read_text()
+
+
+def test_export_holds_no_pickles_no_lower_precision_copies_and_no_local_paths(student, damaged_teacher, tmp_path):
+    (damaged_teacher / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (damaged_teacher / "text_encoder" / "model.fp16.safetensors").write_bytes(b"copy")
+    student.save_pretrained(tmp_path / "somewhere")
+    student = type(student).from_pretrained(tmp_path / "somewhere")  # remembers where it came from
+    folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert not {name for name in names if name.endswith(".bin") or ".fp16" in name}
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".md"):
+            assert str(tmp_path) not in path.read_text(), path
+
+
+@pytest.mark.parametrize("moment", ["writing", "moving"])
+def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
+    moment, student, teacher, tmp_path, monkeypatch
+):
+    output_dir = tmp_path / "student"
+    (output_dir / "checkpoint-1").mkdir(parents=True)
+    save_student_pipeline(student, teacher, output_dir, prompt=PROMPT, training=TRAINING)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        if moment == "writing":
+            patch.setattr(hub, "render_model_card", fail)
+        else:
+            replace = Path.replace
+            patch.setattr(Path, "replace", lambda path, to: fail() if path.name == "vae" else replace(path, to))
+        with pytest.raises(OSError, match="disk full"):
+            save_student_pipeline(student, teacher, output_dir, prompt=PROMPT, training={"steps": 8})
+    # an export that failed before it touched the folder leaves the earlier one; after that there is none
+    assert (output_dir / "model_index.json").exists() == (moment == "writing")
+
+    save_student_pipeline(student, teacher, output_dir, prompt=PROMPT, training={"steps": 9})
+    SanaTBCMPipeline.from_pretrained(output_dir)
+    assert json.loads((output_dir / "training.json").read_text())["training"] == {"steps": 9}
+    assert (output_dir / "checkpoint-1").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_card_without_measurements_claims_none(exported):
+    card = ModelCard.load(exported / "README.md")
+    assert "## Results" not in card.text and "![" not in card.text
+    assert card.data.eval_results is None
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
+    assert "| learning rate | 1e-05 |" in card.text and "| teacher | `tiny_teacher` |" in card.text
+
+
+def test_card_with_measurements_has_a_table_and_the_students_rows_as_metadata(exported):
+    measurements = [
+        Measurement("teacher", 20, {"MobileNet-FD": 1.5, "retrieval@5": 0.9}),
+        Measurement("student", 1, {"MobileNet-FD": 2.25004, "retrieval@5": 0.75}),
+    ]
+    card = render_model_card(exported, measurements=measurements, dataset="Some Emoji", sample_grid="grid.png")
+    card.save(exported / "README.md")
+    card = ModelCard.load(exported / "README.md")
+    assert (
+        "| model | steps | MobileNet-FD | retrieval@5 |\n|---|---|---|---|\n| teacher | 20 | 1.5 | 0.9 |" in card.text
+    )
+    assert "| student | 1 | 2.25 | 0.75 |" in card.text and "](grid.png)" in card.text
+    results = [(result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert results == [("Some Emoji", "MobileNet-FD", 2.25004), ("Some Emoji", "retrieval@5", 0.75)]
+    with pytest.raises(ValueError, match="dataset is None"):
+        render_model_card(exported, measurements=measurements)
+
+
+@pytest.mark.parametrize("prefix", ["", "a card without metadata\n"])
+def test_licence_is_never_invented(prefix, student, damaged_teacher, tmp_path):
+    if prefix:
+        (damaged_teacher / "README.md").write_text(prefix)
+    folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+    assert "license" not in (folder / "README.md").read_text().split("---")[1]
+
+
+def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(student, teacher, tmp_path, monkeypatch):
+    snapshot = Path(shutil.copytree(teacher, tmp_path / "snapshot"))
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: nsclv2\n---\n# Teacher\n")
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo_id, **patterns: str(snapshot))
+    folder = save_student_pipeline(
+        student,
+        "someone/teacher",
+        tmp_path / "student",
+        resolution=64,
+        prompt=PROMPT,
+        training=TRAINING,
+        model_id="me/student",
+    )
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "nsclv2")
+    assert card.data.base_model == "someone/teacher"
+    assert len(re.findall(r'from_pretrained\("me/student"\)', card.text)) == 2
+    assert "height=128, width=128" in card.text
+
+
+def _no_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def _other_transformer(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _no_vae(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+
+
+def _pickled_text_encoder(folder: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_no_index, "is no pipeline folder: it has no model_index.json"),
+        (_other_transformer, "is no Sana pipeline: .*FluxTransformer2DModel"),
+        (_no_vae, "lacks its vae"),
+        (_pickled_text_encoder, "no full-precision safetensors weights of its text_encoder"),
+        (shutil.rmtree, "is neither a folder nor a model on the Hub"),
+    ],
+)
+def test_a_teacher_that_cannot_be_exported_is_refused(damage, message, damaged_teacher):
+    damage(damaged_teacher)
+    with pytest.raises(ValueError, match=message):
+        resolve_teacher(damaged_teacher)
+
+
+def test_wrong_arguments_are_refused_before_anything_is_written(student, teacher, tmp_path):
+    with pytest.raises(ValueError, match="guidance_embeds=False"):
+        save_student_pipeline(tiny_transformer(), teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+    with pytest.raises(ValueError, match="the teacher's own folder"):
+        save_student_pipeline(student, teacher, teacher, prompt=PROMPT, training=TRAINING)
+    assert not list(tmp_path.iterdir())

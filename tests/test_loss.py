@@ -1,0 +1,134 @@
+import math
+
+import pytest
+import torch
+from test_tangent import trig_student
+from test_trajectory import DATA_STD, gaussian_std, gaussian_teacher
+from test_trigflow import SIGMA_DATA, four_axes, network_inputs, randn
+from tiny import tiny_transformer
+
+from diffusers_tbcm.loss import (
+    LogvarHead,
+    StudentWithLogvar,
+    consistency_error,
+    consistency_loss,
+    consistency_weight,
+)
+from diffusers_tbcm.tangent import consistency_tangent
+from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
+from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
+
+
+def loss_rows():
+    trig_output, trig_output_sg, tangent = randn(3, 4, 2, 3, 3)
+    return trig_output, trig_output_sg, tangent, randn(4, seed=1), torch.linspace(0.01, 1.56, 4, dtype=torch.float64)
+
+
+def test_weight_is_one_over_sigma_data_tan_t():
+    t = torch.tensor([math.pi / 4, math.atan(4.0)], dtype=torch.float64)
+    torch.testing.assert_close(consistency_weight(t, 0.5), torch.tensor([2.0, 0.5], dtype=torch.float64))
+
+
+def test_loss_and_error_are_means_over_elements():
+    trig_output, trig_output_sg, tangent, logvar, t = loss_rows()
+    total, errors = 0.0, []
+    for i in range(4):
+        squares = [
+            (a - b - c).item() ** 2
+            for a, b, c in zip(trig_output[i].ravel(), trig_output_sg[i].ravel(), tangent[i].ravel(), strict=True)
+        ]
+        weight = 1 / (0.3 * math.tan(t[i])) / math.exp(logvar[i])
+        total += sum(weight * square + logvar[i].item() for square in squares)
+        errors.append(sum(squares) / len(squares))
+    loss = consistency_loss(trig_output, trig_output_sg, tangent, logvar, t, sigma_data=0.3)
+    assert loss.item() == pytest.approx(total / trig_output.numel(), rel=1e-12)
+    assert consistency_error(trig_output, trig_output_sg, tangent).tolist() == pytest.approx(errors, rel=1e-12)
+
+
+def test_loss_is_wide():
+    narrow = [tensor.bfloat16() for tensor in loss_rows()]
+    wide = [tensor.float() for tensor in narrow]
+    assert consistency_loss(*narrow).dtype == torch.float32
+    torch.testing.assert_close(consistency_loss(*narrow), consistency_loss(*wide))
+
+
+def test_gradient_is_the_weighted_tangent():
+    _, trig_output_sg, tangent, logvar, t = loss_rows()
+    trig_output = trig_output_sg.clone().requires_grad_()
+    consistency_loss(trig_output, trig_output_sg, tangent, logvar, t, SIGMA_DATA).backward()
+    weight = four_axes(1 / (SIGMA_DATA * t.tan() * logvar.exp()))
+    torch.testing.assert_close(trig_output.grad, -2 * weight * tangent / tangent.numel())
+
+
+def test_best_logvar_is_the_log_of_the_weighted_error():
+    trig_output, trig_output_sg, tangent, _, t = loss_rows()
+    error = (trig_output - trig_output_sg - tangent).square().mean(dim=(1, 2, 3))
+    best = (error / (SIGMA_DATA * t.tan())).log().requires_grad_()
+    loss = consistency_loss(trig_output, trig_output_sg, tangent, best, t, SIGMA_DATA)
+    loss.backward()
+    torch.testing.assert_close(best.grad, torch.zeros(4, dtype=torch.float64))
+    for offset in (-0.1, 0.1):
+        assert consistency_loss(trig_output, trig_output_sg, tangent, best + offset, t, SIGMA_DATA) > loss
+
+
+def test_logvar_head_starts_at_zero_and_stays_wide():
+    head = LogvarHead(16)
+    embedded = randn(3, 16, dtype=torch.float32)
+    assert torch.equal(head(embedded), torch.zeros(3))
+    torch.nn.init.normal_(head.linear.weight)
+    expected = embedded @ head.linear.weight[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head(embedded), expected)
+    assert head(embedded.bfloat16()).dtype == torch.float32
+
+
+def test_one_forward_reaches_every_trained_parameter():
+    student = TrigFlowTransformer(make_student(tiny_transformer()))
+    module = StudentWithLogvar(student, LogvarHead(16))
+    torch.nn.init.ones_(module.logvar_head.linear.weight)
+    sample, t, embeds, mask = network_inputs()
+    guidance = torch.tensor([4.0, 4.5, 5.0])
+    trig_output, logvar = module(sample, t, embeds, mask, guidance)
+    assert torch.equal(trig_output, student(sample, t, embeds, mask, guidance))
+    torch.testing.assert_close(logvar, student.embed_timestep(t, guidance).sum(1))
+    consistency_loss(
+        trig_output, trig_output.detach(), randn(*sample.shape, dtype=torch.float32), logvar, t
+    ).backward()
+    assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+
+
+def test_training_finds_the_consistency_function_of_a_gaussian():
+    # F = sum_j c_j t^(j+1) x / sigma_data, from c = 0; the exact f(x_t, t) is x_t DATA_STD / std(t).
+    coefficients = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+
+    def slope(t):
+        return sum(c * t ** (power + 1) for power, c in enumerate(coefficients))
+
+    student = trig_student(lambda sample, t: four_axes(slope(t)) * sample)
+    optimizer = torch.optim.Adam([coefficients], lr=0.05)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=150)
+    generator = torch.Generator().manual_seed(0)
+
+    def consistency_error_at(t):
+        return ((t.cos() - t.sin() * slope(t)) * gaussian_std(t) / DATA_STD - 1).abs().max().item()
+
+    angles = torch.linspace(0.05, math.pi / 2, 20, dtype=torch.float64)
+    assert consistency_error_at(angles) > 0.9
+    for _ in range(150):
+        timesteps = sample_timesteps("reference", 16, 16, generator=generator)
+        noise = torch.randn(16, 1, 2, 2, generator=generator, dtype=torch.float64)
+        embeds = torch.zeros(16, 1, 1)
+        recorded = record_trajectory(gaussian_teacher(), noise, timesteps, embeds, embeds, torch.ones(16))
+        latents, velocity, t = (
+            value.flatten(0, 1) for value in (recorded.latents, recorded.velocity, recorded.timesteps)
+        )
+        embeds = torch.zeros(len(t), 1, 1)
+        target = consistency_tangent(student, latents, velocity, t, embeds, torch.ones(len(t)), ratio=1.0)
+        output = student(latents / SIGMA_DATA, t, embeds)
+        loss = consistency_loss(output, target.trig_output, target.tangent, torch.zeros(len(t)), t, SIGMA_DATA)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    # What remains is mostly what a quintic cannot represent and 150 steps do not reach.
+    assert consistency_error_at(angles) < 0.03

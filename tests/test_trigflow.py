@@ -1,0 +1,244 @@
+import logging
+import math
+
+import pytest
+import torch
+from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from tiny import tiny_sana_pipeline, tiny_transformer
+from torch import nn
+
+from diffusers_tbcm.trigflow import (
+    TrigFlowTransformer,
+    consistency_output,
+    flow_to_trig_output,
+    flow_to_trig_sample,
+    flow_to_trig_timestep,
+    make_student,
+    trig_to_flow_output,
+    trig_to_flow_sample,
+    trig_to_flow_timestep,
+)
+
+
+SIGMA_DATA = 0.5
+
+
+class FlowFunction(nn.Module):
+    """A closed-form velocity v(x_FM, s) with the face of a Sana transformer; it keeps the arguments of its calls."""
+
+    def __init__(self, velocity, dtype=torch.float64, **config):
+        super().__init__()
+        self.velocity = velocity
+        self.dtype = dtype
+        self.config = {"guidance_embeds": False, "guidance_embeds_scale": 0.1, "timestep_scale": 1.0, **config}
+        self.calls = []
+
+    def forward(self, hidden_states, return_dict=True, **kwargs):
+        self.calls.append({"hidden_states": hidden_states, **kwargs})
+        return (self.velocity(hidden_states, kwargs["timestep"]),)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def four_axes(t):
+    return t.view(-1, 1, 1, 1)
+
+
+def straight_path(batch=4, seed=0):
+    """Unit-scale data and noise, an angle per sample, and x_t between them."""
+    data, noise = randn(2, batch, 3, 4, 5, seed=seed)
+    t = torch.linspace(0, math.pi / 2, batch, dtype=torch.float64)
+    return data, noise, t, SIGMA_DATA * (four_axes(t).cos() * data + four_axes(t).sin() * noise)
+
+
+def network_inputs(batch=3, dtype=torch.float32):
+    """sample, timestep, prompt embeddings and their mask for the tiny transformer."""
+    mask = torch.ones(batch, 6, dtype=torch.long)
+    mask[:, 4:] = 0
+    t = torch.linspace(0.2, 1.4, batch, dtype=dtype)
+    return randn(batch, 4, 8, 8, dtype=dtype), t, randn(batch, 6, 16, seed=1, dtype=dtype), mask
+
+
+def test_times_map_as_equation_5_and_back():
+    t = torch.tensor([0.0, math.atan(0.25), math.pi / 4, math.pi / 2], dtype=torch.float64)
+    s = trig_to_flow_timestep(t)
+    # tan t = 1/4 gives s = 1 / (1 + 4).
+    torch.testing.assert_close(s, torch.tensor([0, 0.2, 0.5, 1], dtype=torch.float64))
+    torch.testing.assert_close(flow_to_trig_timestep(s), t)
+
+
+def test_samples_map_to_the_straight_flow_path_and_back():
+    data, noise, t, sample = straight_path()
+    s = t.sin() / (t.sin() + t.cos())
+    flow_sample = trig_to_flow_sample(sample, t, SIGMA_DATA)
+    torch.testing.assert_close(flow_sample, (1 - four_axes(s)) * data + four_axes(s) * noise)
+    torch.testing.assert_close(flow_to_trig_sample(flow_sample, s, SIGMA_DATA), sample)
+
+
+def test_outputs_map_to_the_derivative_of_the_trig_path_and_back():
+    # On a straight path v = noise - data, and F = (dx_t/dt) / sigma_data = cos t noise - sin t data without Eq. 7.
+    data, noise, t, sample = straight_path()
+    s = trig_to_flow_timestep(t)
+    flow_sample = trig_to_flow_sample(sample, t, SIGMA_DATA)
+    trig_output = flow_to_trig_output(flow_sample, noise - data, s)
+    torch.testing.assert_close(trig_output, four_axes(t).cos() * noise - four_axes(t).sin() * data)
+    torch.testing.assert_close(trig_to_flow_output(flow_sample, trig_output, s), noise - data)
+
+
+def test_consistency_output_of_an_exact_network_is_the_clean_latent():
+    data, noise, t, sample = straight_path()
+    trig_output = four_axes(t).cos() * noise - four_axes(t).sin() * data
+    torch.testing.assert_close(consistency_output(sample, trig_output, t, SIGMA_DATA), SIGMA_DATA * data)
+
+
+@pytest.mark.parametrize("timestep_scale", [1.0, 3.0])
+def test_wrapper_feeds_the_flow_form_and_returns_the_trig_form(timestep_scale):
+    data, noise, t, sample = straight_path()
+    network = FlowFunction(lambda x, s: noise - data, guidance_embeds=True)
+    wrapper = TrigFlowTransformer(network, timestep_scale=timestep_scale)
+    output = wrapper(sample / SIGMA_DATA, t, torch.zeros(4, 2, 1), torch.ones(4, 2), torch.full((4,), 4.5))
+    torch.testing.assert_close(output, four_axes(t).cos() * noise - four_axes(t).sin() * data)
+    (call,) = network.calls
+    torch.testing.assert_close(call["hidden_states"], trig_to_flow_sample(sample, t, SIGMA_DATA))
+    torch.testing.assert_close(call["timestep"], timestep_scale * trig_to_flow_timestep(t))
+    torch.testing.assert_close(call["guidance"], torch.full((4,), 0.45))
+    assert torch.equal(call["encoder_attention_mask"], torch.ones(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("sample_dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2]
+)
+def test_wrapper_is_wide_around_a_narrow_network(sample_dtype, wide):
+    network = FlowFunction(lambda x, s: x, dtype=torch.bfloat16)
+    sample, t = randn(2, 1, 2, 2, dtype=sample_dtype), torch.tensor([0.3, 1.2], dtype=sample_dtype)
+    output = TrigFlowTransformer(network)(sample, t, torch.zeros(2, 1, 1))
+    (call,) = network.calls
+    assert call["hidden_states"].dtype == call["encoder_hidden_states"].dtype == torch.bfloat16
+    assert call["timestep"].dtype == output.dtype == wide
+    # v = x_FM rounded to bfloat16, the only rounding above `wide` that the output may carry.
+    flow_sample = trig_to_flow_sample(sample.to(wide), t.to(wide), 1.0)
+    expected = flow_to_trig_output(flow_sample, flow_sample.bfloat16().to(wide), trig_to_flow_timestep(t.to(wide)))
+    torch.testing.assert_close(output, expected)
+
+
+def test_wrapper_needs_guidance_exactly_where_the_network_embeds_it():
+    arguments = (torch.zeros(2, 1, 2, 2), torch.ones(2), torch.zeros(2, 1, 1))
+    with_guidance = TrigFlowTransformer(FlowFunction(lambda x, s: x, guidance_embeds=True))
+    without = TrigFlowTransformer(FlowFunction(lambda x, s: x))
+    with pytest.raises(ValueError, match="`guidance` is None"):
+        with_guidance(*arguments)
+    with pytest.raises(ValueError, match="does not embed guidance"):
+        without(*arguments, guidance=torch.ones(2))
+    assert with_guidance.guidance_embeds and not without.guidance_embeds
+
+
+@pytest.mark.parametrize(
+    ("config_scale", "argument", "resolved"),
+    [(0.001, None, 1), (1.0, None, 1), (1000.0, None, 1000), (1000.0, 1.0, 1)],
+)
+def test_timestep_scale_is_resolved_and_a_large_one_warned_of(config_scale, argument, resolved, caplog):
+    transformer = tiny_transformer(timestep_scale=config_scale)
+    with caplog.at_level(logging.WARNING):
+        wrapper = TrigFlowTransformer(transformer, timestep_scale=argument)
+        sample, t, embeds, mask = network_inputs()
+        output = wrapper(sample, t, embeds, mask)
+    assert wrapper.timestep_scale == resolved
+    assert sum("timestep_scale=1000" in message for message in caplog.messages) == (resolved == 1000)
+    flow_sample, s = trig_to_flow_sample(sample, t, 1.0), trig_to_flow_timestep(t)
+    velocity = transformer(flow_sample, embeds, s * resolved, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(output, flow_to_trig_output(flow_sample, velocity, s))
+
+
+def test_wrapper_agrees_with_the_stock_pipeline():
+    components = tiny_sana_pipeline(guidance_embeds=True).components
+    pipeline = SanaSprintPipeline(
+        **{**components, "scheduler": SCMScheduler(prediction_type="trigflow", sigma_data=0.5)}
+    )
+    noise, _, embeds, mask = network_inputs(batch=2)
+    start = 1.1  # an angle where neither cos nor sin vanishes
+    latents = pipeline(
+        prompt_embeds=embeds,
+        prompt_attention_mask=mask,
+        latents=noise,
+        num_inference_steps=1,
+        max_timesteps=start,
+        intermediate_timesteps=None,
+        guidance_scale=4.5,
+        height=64,
+        width=64,
+        use_resolution_binning=False,
+        output_type="latent",
+    ).images
+    t = torch.full((2,), start)
+    with torch.no_grad():
+        trig_output = TrigFlowTransformer(pipeline.transformer)(noise, t, embeds, mask, torch.full((2,), 4.5))
+    # The same float32 operations up to their order.
+    torch.testing.assert_close(latents, consistency_output(noise, trig_output, t, 1.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance_embeds", [False, True])
+def test_embedded_timestep_is_the_networks_own(guidance_embeds):
+    wrapper = TrigFlowTransformer(tiny_transformer(guidance_embeds=guidance_embeds), timestep_scale=2.0)
+    sample, t, embeds, mask = network_inputs()
+    guidance = torch.tensor([4.0, 4.5, 5.0]) if guidance_embeds else None
+    seen = []
+    wrapper.transformer.norm_out.register_forward_hook(lambda module, arguments, output: seen.append(arguments[1]))
+    wrapper(sample, t, embeds, mask, guidance)
+    embedded = wrapper.embed_timestep(t, guidance)
+    assert embedded.shape == (3, 16)
+    assert torch.equal(embedded, seen[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_student_starts_equal_to_a_teacher_without_guidance(dtype):
+    teacher = tiny_transformer(timestep_scale=0.001).to(dtype).requires_grad_(False)
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    student = make_student(teacher, guidance_embeds_scale=0.2)
+    sample, t, embeds, mask = network_inputs()
+    expected = TrigFlowTransformer(teacher)(sample, t, embeds, mask)
+    for guidance in (torch.zeros(3), torch.tensor([1.0, 4.5, 1e4])):
+        assert torch.equal(TrigFlowTransformer(student)(sample, t, embeds, mask, guidance), expected)
+    assert student.config.guidance_embeds and student.config.guidance_embeds_scale == 0.2
+    assert student.config.timestep_scale == 0.001 and student.dtype == dtype
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    renamed = {name.replace("time_embed.emb.", "time_embed."): weight for name, weight in before.items()}
+    copied = {name: weight for name, weight in student.state_dict().items() if "guidance_embedder" not in name}
+    assert copied.keys() == renamed.keys() and all(torch.equal(copied[name], renamed[name]) for name in renamed)
+
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert not teacher.config.guidance_embeds and not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
+
+
+def test_student_learns_from_guidance_at_its_first_step():
+    student = make_student(tiny_transformer())
+    sample, t, embeds, mask = network_inputs()
+    TrigFlowTransformer(student)(sample, t, embeds, mask, torch.full((3,), 4.5)).square().mean().backward()
+    assert student.time_embed.guidance_embedder.linear_2.weight.grad.norm() > 0
+
+
+def test_student_of_a_teacher_with_guidance_is_a_copy():
+    teacher = tiny_transformer(guidance_embeds=True)
+    student = make_student(teacher, guidance_embeds_scale=0.1)
+    sample, t, embeds, mask = network_inputs()
+    outputs = [
+        TrigFlowTransformer(network)(sample, t, embeds, mask, torch.full((3,), guidance))
+        for network, guidance in ((teacher, 4.5), (student, 4.5), (student, 5.0))
+    ]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], rtol=1e-3)
+    with pytest.raises(ValueError, match=r"`guidance_embeds_scale` is 0\.2"):
+        make_student(teacher, guidance_embeds_scale=0.2)
+
+
+def test_student_is_saved_as_a_plain_transformer(tmp_path):
+    student = make_student(tiny_transformer())
+    student.save_pretrained(tmp_path)
+    loaded = SanaTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.config.guidance_embeds
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())

@@ -1,0 +1,128 @@
+"""Real components made tiny: the classes of a Sana checkpoint, offline, in about a second on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+
+TEXT_HIDDEN_SIZE = 16
+LATENT_CHANNELS = 4
+SAMPLE_SIZE = 8  # latent pixels; images are 64 x 64 through the 8x autoencoder
+
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+CHARACTERS = list("▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;'\"!?()-\n")
+MERGES = [("i", "n"), ("in", "g"), ("t", "h"), ("th", "e"), ("the", "▁"), ("a", "n"), ("e", "r"), ("o", "r")]
+
+
+def tiny_tokenizer() -> GemmaTokenizer:
+    """A byte-fallback BPE tokenizer with a few merges, so that unequal prompts have unequal token counts."""
+    vocab = SPECIAL_TOKENS + BYTE_TOKENS + CHARACTERS + [left + right for left, right in MERGES]
+    return GemmaTokenizer(
+        vocab={token: index for index, token in enumerate(vocab)}, merges=list(MERGES), add_bos_token=True
+    )
+
+
+def tiny_text_encoder() -> Gemma2Model:
+    """A one-layer Gemma 2 that attends to every earlier token."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(SPECIAL_TOKENS + BYTE_TOKENS + CHARACTERS + MERGES),
+        hidden_size=TEXT_HIDDEN_SIZE,
+        intermediate_size=2 * TEXT_HIDDEN_SIZE,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        initializer_range=0.5,  # tokens far enough apart for prompts to matter
+    )
+    return Gemma2Model(config).eval()
+
+
+def tiny_vae() -> AutoencoderDC:
+    """A DC-AE with 8x compression and the tiny transformer's latent channels."""
+    torch.manual_seed(0)
+    return AutoencoderDC(
+        latent_channels=LATENT_CHANNELS,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(4, 4, 8, 8),
+        decoder_block_out_channels=(4, 4, 8, 8),
+        encoder_layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        scaling_factor=0.41407,
+    ).eval()
+
+
+def tiny_transformer(**overrides: Any) -> SanaTransformer2DModel:
+    """A two-layer Sana transformer whose output depends on latent, time and prompt.
+
+    Args:
+        overrides: entries of the `SanaTransformer2DModel` config to change, such as `guidance_embeds=True`.
+    """
+    torch.manual_seed(0)
+    config = {
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": TEXT_HIDDEN_SIZE,
+        "sample_size": SAMPLE_SIZE,
+        "qk_norm": "rms_norm_across_heads",
+        "guidance_embeds": False,
+    }
+    transformer = SanaTransformer2DModel(**{**config, **overrides}).eval()
+    with torch.no_grad():  # the default initialisation barely reacts to time and guidance
+        for weight in transformer.time_embed.parameters():
+            weight.mul_(3)
+    return transformer
+
+
+def tiny_sana_pipeline(**transformer_overrides: Any) -> SanaPipeline:
+    """An ordinary Sana pipeline of the tiny components: what the trainer takes as teacher."""
+    return SanaPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(),
+        vae=tiny_vae(),
+        transformer=tiny_transformer(**transformer_overrides),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def tiny_tbcm_pipeline():
+    """A `SanaTBCMPipeline` of the tiny components, its transformer taking the guidance scale as an input."""
+    from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+
+    return SanaTBCMPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(),
+        vae=tiny_vae(),
+        transformer=tiny_transformer(guidance_embeds=True),
+        scheduler=TBCMScheduler(),
+    )
+
+
+def write_tiny_pipeline(folder: str | Path) -> Path:
+    """Save the tiny Sana pipeline and give its folder back.
+
+    Args:
+        folder: where to write; created where it does not exist.
+    """
+    tiny_sana_pipeline().save_pretrained(folder)
+    return Path(folder)
