@@ -61,7 +61,7 @@ def test_nothing_is_resumed_where_every_one_is_torn(run):
     _, _, folder = run
     for checkpoint in list_checkpoints(folder):
         (checkpoint / MANIFEST).unlink()
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
         find_checkpoint(folder, "latest")
     with pytest.raises(ValueError, match="not complete"):
         checkpoint_step(folder / "checkpoint-99")

@@ -86,6 +86,7 @@ def test_one_forward_reaches_every_trained_parameter():
     student = TrigFlowTransformer(make_student(tiny_transformer()))
     module = StudentWithLogvar(student, LogvarHead(16))
     torch.nn.init.ones_(module.logvar_head.linear.weight)
+    torch.nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight)  # guidance matters
     sample, t, embeds, mask = network_inputs()
     guidance = torch.tensor([4.0, 4.5, 5.0])
     trig_output, logvar = module(sample, t, embeds, mask, guidance)

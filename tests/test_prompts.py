@@ -29,7 +29,12 @@ def test_bad_prompts_files_are_refused(tmp_path, content, message):
 @pytest.fixture
 def captions(tmp_path):
     file = tmp_path / "captions.jsonl"
-    rows = [{"caption": "a dog", "n": 1}, {"caption": "", "n": 2}, {"caption": None, "n": 3}, {"caption": "a cat", "n": 4}]
+    rows = [
+        {"caption": "a dog", "n": 1},
+        {"caption": "", "n": 2},
+        {"caption": None, "n": 3},
+        {"caption": "a cat", "n": 4},
+    ]
     file.write_text("\n".join(json.dumps(row) for row in rows))
     return str(file)
 
@@ -38,7 +43,9 @@ def test_dataset_prompts_are_the_captions_that_are_not_empty(captions):
     assert load_dataset_prompts(captions, column="caption") == ["a dog", "a cat"]
 
 
-@pytest.mark.parametrize(("column", "message"), [("text", "no column 'text': it has caption, n"), ("n", "is not text")])
+@pytest.mark.parametrize(
+    ("column", "message"), [("text", "no column 'text': it has caption, n"), ("n", "is not text")]
+)
 def test_bad_dataset_columns_are_refused(captions, column, message):
     with pytest.raises(ValueError, match=message):
         load_dataset_prompts(captions, column=column)
@@ -81,7 +88,9 @@ def test_each_prompt_is_encoded_once_while_it_is_cached(monkeypatch):
     pipeline = tiny_sana_pipeline()
     encoded = []
     original = pipeline.encode_prompt
-    monkeypatch.setattr(pipeline, "encode_prompt", lambda prompts, **kw: encoded.extend(prompts) or original(prompts, **kw))
+    monkeypatch.setattr(
+        pipeline, "encode_prompt", lambda prompts, **kw: encoded.extend(prompts) or original(prompts, **kw)
+    )
     encoder = PromptEncoder(pipeline, max_sequence_length=40, cache_size=2)
     first = encoder(["a", "b", "a"])
     again = encoder(["a", "b", "a"])

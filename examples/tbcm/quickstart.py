@@ -12,15 +12,16 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import SanaPipeline
+from emoji_metrics import DISTILLATION_PROMPTS_FILE, SEED, TEACHER_DIR, Meter, draw, load_evaluation
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.evaluation import image_grid, seconds_per_image
 from diffusers_tbcm.hub import Measurement, render_model_card
-from emoji_metrics import DISTILLATION_PROMPTS_FILE, SEED, TEACHER_DIR, Meter, draw, load_evaluation
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
@@ -63,7 +64,8 @@ def training_command(output_dir: Path, steps: int) -> list[str]:
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    return [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", str(TRAINING_SCRIPT), *arguments, "--use_ema"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*launcher, str(TRAINING_SCRIPT), *arguments, "--use_ema"]
 
 
 def main() -> None:
@@ -94,7 +96,7 @@ def main() -> None:
     for model, all_steps in (("teacher", TEACHER_STEPS), ("student", STUDENT_STEPS)):
         for steps in all_steps:
             metrics = meter(draw(pipelines[model], prompts, steps), concepts)
-            one = seconds_per_image(lambda: draw(pipelines[model], prompts[:1], steps), repeats=3)
+            one = seconds_per_image(partial(draw, pipelines[model], prompts[:1], steps), repeats=3)
             measurements.append(Measurement(model, steps, {**metrics, "s / image": round(one, 3)}))
     by_model = {(m.model, m.num_inference_steps): m.metrics for m in measurements}
     worst, best = (by_model["teacher", steps]["MobileNet-FD"] for steps in (1, 20))
@@ -106,7 +108,7 @@ def main() -> None:
     # 3. Show
     columns = [draw(pipelines[model], list(GRID_PROMPTS), steps) for model, steps in GRID_COLUMNS]
     labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
-    image_grid(list(zip(*columns)), labels, GRID_PROMPTS).save(args.output_dir / "grid.png")
+    image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(args.output_dir / "grid.png")
     record = {
         "results": [{"model": m.model, "steps": m.num_inference_steps, **m.metrics} for m in measurements],
         "gap_closed": gap_closed,
@@ -127,8 +129,9 @@ def main() -> None:
         print(f"{m.model:<8}  {m.num_inference_steps:>5}" + "".join(f"  {value:>15}" for value in m.metrics.values()))
     print(f"gap to the teacher's 20 steps closed: {gap_closed}")
     print(f"{time.perf_counter() - start:.0f} s in all. Look at {args.output_dir / 'grid.png'}, then:\n")
-    print(f'    from diffusers_tbcm import SanaTBCMPipeline\n'
-          f'    SanaTBCMPipeline.from_pretrained("{args.output_dir}")("{GRID_PROMPTS[0]}").images[0].save("dolphin.png")')
+    print("    from diffusers_tbcm import SanaTBCMPipeline")
+    print(f'    pipe = SanaTBCMPipeline.from_pretrained("{args.output_dir}")')
+    print(f'    pipe("{GRID_PROMPTS[0]}").images[0].save("dolphin.png")')
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_another_run_is_not_overwritten(flags, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(flags())
     assert "holds another run" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
         main(parse_args(flags(resume_from_checkpoint="latest")))
 
 

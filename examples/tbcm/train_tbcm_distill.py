@@ -19,6 +19,8 @@ B prompts and N route steps give B (N - 1) training rows. The loop's steps:
 import argparse
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +127,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if min(args.guidance_scales) <= 0:
         parser.error(f"--guidance_scales is {args.guidance_scales}: every scale has to be positive")
     for name in (
-        "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "validation_steps",
-        "logging_steps", "max_sequence_length", "learning_rate", "max_grad_norm", "flow_shift", "logit_std",
+        "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps",
+        "validation_steps", "max_sequence_length", "learning_rate", "max_grad_norm", "flow_shift", "logit_std",
     ):  # fmt: skip
         if not getattr(args, name) > 0:
             parser.error(f"--{name} is {getattr(args, name)}: it has to be positive")
@@ -224,10 +226,21 @@ def draw_validation(
         for steps in VALIDATION_STEPS_GRID
     ]
     labels = [f"{steps} step{'s' * (steps > 1)}" for steps in VALIDATION_STEPS_GRID]
-    grid = image_grid(list(zip(*columns)), labels, args.validation_prompts)
+    grid = image_grid(list(zip(*columns, strict=True)), labels, args.validation_prompts)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     return np.asarray(grid)[None]
+
+
+@contextmanager
+def averaged_weights(ema: EMAModel | None, transformer: SanaTransformer2DModel) -> Iterator[None]:
+    """Run a block with the EMA's weights in place of the trained ones."""
+    if ema is not None:
+        ema.store(transformer.parameters())
+        ema.copy_to(transformer.parameters())
+    yield
+    if ema is not None:
+        ema.restore(transformer.parameters())
 
 
 def main(args: argparse.Namespace) -> None:
@@ -475,22 +488,6 @@ def main(args: argparse.Namespace) -> None:
         )
         print(f'\nDone. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
     accelerator.end_training()
-
-
-class averaged_weights:
-    """Run a block with the EMA's weights in place of the trained ones."""
-
-    def __init__(self, ema: EMAModel | None, transformer: SanaTransformer2DModel):
-        self.ema, self.transformer = ema, transformer
-
-    def __enter__(self) -> None:
-        if self.ema is not None:
-            self.ema.store(self.transformer.parameters())
-            self.ema.copy_to(self.transformer.parameters())
-
-    def __exit__(self, *exception: object) -> None:
-        if self.ema is not None:
-            self.ema.restore(self.transformer.parameters())
 
 
 def training_table(

@@ -1,4 +1,4 @@
-"""Training checkpoints that are whole or not there: written beside, renamed when complete, checked before they load."""
+"""Training checkpoints that are whole or not there: written beside, renamed when complete, checked before loading."""
 
 import json
 import shutil

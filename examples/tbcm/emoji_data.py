@@ -1,0 +1,90 @@
+"""Captioned emoji from two npm packages: pictures on white, concepts, styles and caption phrasings."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+
+RESOLUTION = 64
+# The concepts the teacher learns, by emoji.json's subcategory; every other picture helps the autoencoder only.
+CONCEPT_SUBCATEGORIES = (
+    "animal-", "plant-", "food-", "drink", "musical-instrument", "transport-", "place-geographic",
+)  # fmt: skip
+CAPTIONS = {
+    "noto": ("noto {c}", "noto emoji {c}", "a noto emoji of {a}", "{a} in noto style", "{c}, noto"),
+    "fluent": ("a fluent 3d emoji of {a}", "fluent 3d {c}", "fluent {c}", "{a} in fluent 3d style", "{c}, fluent 3d"),
+}
+STYLELESS_CAPTIONS = ("{c}", "an emoji of {a}", "{c} emoji")
+STYLELESS_PROBABILITY = 0.1
+ALIAS_PROBABILITY = 0.25
+HELD_OUT_PAIRS = 100
+
+
+@dataclass
+class Emoji:
+    """One picture: concept, style and file; `in_teacher` if the teacher may learn it, `held_out` if nothing may."""
+
+    concept: str
+    alias: str
+    style: str
+    file: Path
+    in_teacher: bool
+    held_out: bool = False
+
+
+def list_emoji(noto_dir: Path, fluent_dir: Path, seed: int) -> list[Emoji]:
+    """Join both packages on the code points of emoji.json; hold out pairs whose concept stays in the other style."""
+    entries = json.loads((noto_dir / "emoji.json").read_text(encoding="utf-8"))
+    entries = [e for e in entries if e["category"] not in ("Flags", "Component", "People & Body")]
+    names = {e["name"].lower() for e in entries}
+    pictures = []
+    for entry in entries:
+        concept = entry["name"].lower()
+        alias = entry["short_name"].replace("_", " ").replace("-", " ")
+        if alias in names or any(ch.isdigit() for ch in alias):
+            alias = concept
+        codes = [code.lower() for code in (entry["unified"], entry["non_qualified"]) if code]
+        files = {
+            "noto": [noto_dir / "img/google/64" / entry["image"]],
+            "fluent": [fluent_dir / "assets" / f"{code}.webp" for code in codes],
+        }
+        found = {style: next((f for f in paths if f.exists()), None) for style, paths in files.items()}
+        in_teacher = entry["subcategory"].startswith(CONCEPT_SUBCATEGORIES) and all(found.values())
+        pictures += [Emoji(concept, alias, s, f, in_teacher) for s, f in found.items() if f is not None]
+
+    rng = random.Random(seed)
+    concepts = sorted({p.concept for p in pictures if p.in_teacher})
+    held_out = {(concept, rng.choice(sorted(CAPTIONS))) for concept in rng.sample(concepts, HELD_OUT_PAIRS)}
+    for picture in pictures:
+        picture.held_out = (picture.concept, picture.style) in held_out
+    return pictures
+
+
+def load_images(pictures: list[Emoji]) -> torch.Tensor:
+    """Pictures on white as uint8, (N, 3, RESOLUTION, RESOLUTION)."""
+    images = []
+    for picture in tqdm(pictures, desc="Reading pictures"):
+        image = Image.open(picture.file).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        images.append(np.array(image.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1.0
+
+
+def caption(template: str, name: str) -> str:
+    article = "an" if name[0] in "aeiou" else "a"
+    return template.format(c=name, a=f"{article} {name}")
+
+
+def random_caption(picture: Emoji, rng: random.Random) -> str:
+    templates = STYLELESS_CAPTIONS if rng.random() < STYLELESS_PROBABILITY else CAPTIONS[picture.style]
+    return caption(rng.choice(templates), picture.alias if rng.random() < ALIAS_PROBABILITY else picture.concept)
