@@ -170,7 +170,8 @@ def train_tokenizer(captions: list[str]) -> GemmaTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False)
     bpe.train_from_iterator([*captions, complex_human_instruction()], trainer)
     state = json.loads(bpe.to_str())["model"]
-    return GemmaTokenizer(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]])
+    merges = [tuple(merge) for merge in state["merges"]]
+    return GemmaTokenizer(vocab=state["vocab"], merges=merges, add_bos_token=True)
 
 
 def build_text_encoder(vocab_size: int) -> Gemma2Model:
