@@ -482,6 +482,7 @@ def main(args: argparse.Namespace) -> None:
             student.transformer,
             args.pretrained_model_name_or_path,
             output_dir,
+            resolution=args.resolution,
             prompt=(args.validation_prompts or prompts)[0],
             training=training_table(args, step, prompts_per_micro_step, accelerator.mixed_precision),
             scheduler=TBCMScheduler(sigma_data=SIGMA_DATA),
