@@ -345,8 +345,9 @@ def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaToken
     pipeline = SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=model.text_encoder.float().cpu().eval(),
-        vae=vae.float().cpu().eval(),
-        transformer=model.transformer.float().cpu().eval(),
+        # Half the bytes; diffusers loads them as float32 all the same, transformers would keep float16.
+        vae=vae.half().cpu().eval(),
+        transformer=model.transformer.half().cpu().eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=DIFFUSERS_TRAIN_TIMESTEPS, shift=2.5),
     )
     pipeline.save_pretrained(output_dir, safe_serialization=True)

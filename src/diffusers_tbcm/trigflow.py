@@ -263,9 +263,10 @@ class TrigFlowTransformer(nn.Module):
         s = trig_to_flow_timestep(timestep.to(torch.promote_types(timestep.dtype, torch.float32)))
         network_guidance = self._network_guidance(guidance)
         condition = {} if network_guidance is None else {"guidance": network_guidance}
-        return self.transformer.time_embed(s * self.timestep_scale, hidden_dtype=self.transformer.dtype, **condition)[
-            1
-        ]
+        _, embedded = self.transformer.time_embed(
+            s * self.timestep_scale, hidden_dtype=self.transformer.dtype, **condition
+        )
+        return embedded
 
     def _network_guidance(self, guidance: torch.Tensor | None) -> torch.Tensor | None:
         if self.guidance_embeds and guidance is None:
