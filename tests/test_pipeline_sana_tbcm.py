@@ -401,7 +401,8 @@ def test_vae_slicing_and_tiling(own_pipeline):
         tile_sample_min_height=64, tile_sample_min_width=64, tile_sample_stride_height=48, tile_sample_stride_width=48
     )
     tiled = generate(own_pipeline, PROMPTS, **arguments)
-    assert tiled.shape == expected.shape and not torch.equal(tiled, expected)  # tiles do not see one another
+    assert tiled.shape == expected.shape
+    assert not torch.allclose(tiled, expected, atol=1e-3)  # tiles do not see one another
     assert (tiled - expected).abs().mean() < expected.std()
 
 

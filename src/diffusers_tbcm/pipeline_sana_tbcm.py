@@ -67,7 +67,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             )
         if scheduler is not None and not isinstance(scheduler, TBCMScheduler):
             scheduler = TBCMScheduler.from_config(scheduler.config)
-        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)  # type: ignore[arg-type]  # stock's is wrong
+        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
