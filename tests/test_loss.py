@@ -90,6 +90,8 @@ def test_one_forward_reaches_every_trained_parameter():
     sample, t, embeds, mask = network_inputs()
     guidance = torch.tensor([4.0, 4.5, 5.0])
     trig_output, logvar = module(sample, t, embeds, mask, guidance)
+    logvar.sum().backward(retain_graph=True)
+    assert all(parameter.grad is None for parameter in student.parameters())  # the head trains itself only
     assert torch.equal(trig_output, student(sample, t, embeds, mask, guidance))
     assert torch.equal(logvar, module.logvar_head(student.embed_timestep(t, guidance)))
     consistency_loss(

@@ -67,7 +67,9 @@ class StudentWithLogvar(nn.Module):
             F, the shape of `sample`, and the log-variance, (batch,).
         """
         trig_output = self.student(sample, timestep, encoder_hidden_states, encoder_attention_mask, guidance)
-        return trig_output, self.logvar_head(self.student.embed_timestep(timestep, guidance))
+        # Detached: until the head has converged, its gradient is larger than the tangent's by about the number of
+        # latent elements, and would move the student's time embedding instead of the head.
+        return trig_output, self.logvar_head(self.student.embed_timestep(timestep, guidance).detach())
 
 
 def consistency_weight(t: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
