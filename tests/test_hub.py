@@ -178,6 +178,7 @@ def test_licence_is_never_invented(prefix, student, damaged_teacher, tmp_path):
 def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(student, teacher, tmp_path, monkeypatch):
     snapshot = Path(shutil.copytree(teacher, tmp_path / "snapshot"))
     (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: nsclv2\n---\n# Teacher\n")
+    (snapshot / "NOTICE").write_text("made of")
     monkeypatch.setattr(hub, "snapshot_download", lambda repo_id, **patterns: str(snapshot))
     folder = save_student_pipeline(
         student,
@@ -188,6 +189,7 @@ def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(stud
         resolution=128,
         model_id="me/student",
     )
+    assert (folder / "NOTICE").read_text() == "made of"
     card = ModelCard.load(folder / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "nsclv2")
     assert card.data.base_model == "someone/teacher"

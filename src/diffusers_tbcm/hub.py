@@ -21,6 +21,7 @@ from .scheduling_tbcm import TBCMScheduler
 
 MODEL_INDEX = "model_index.json"  # what makes a folder a pipeline to diffusers
 TRAINING_RECORD = "training.json"
+LEGAL_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")  # the teacher's terms hold for its student
 CARD = "README.md"
 TAGS = ["text-to-image", "diffusers", "sana", "tbcm", "distillation"]
 
@@ -63,7 +64,12 @@ def resolve_teacher(teacher: str | PathLike[str]) -> Path:
         try:
             snapshot = snapshot_download(
                 str(teacher),
-                allow_patterns=[MODEL_INDEX, CARD, *(f"{component}/*" for component in sorted(components))],
+                allow_patterns=[
+                    MODEL_INDEX,
+                    CARD,
+                    *LEGAL_FILES,
+                    *(f"{component}/*" for component in sorted(components)),
+                ],
                 ignore_patterns=list(SKIPPED_FILES),
             )
         except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
@@ -135,6 +141,9 @@ def save_student_pipeline(
         shutil.rmtree(partial)  # of an export that was interrupted
     for component in COPIED_COMPONENTS:
         shutil.copytree(teacher_folder / component, partial / component, ignore=shutil.ignore_patterns(*SKIPPED_FILES))
+    for name in LEGAL_FILES:
+        if (teacher_folder / name).is_file():
+            shutil.copy(teacher_folder / name, partial / name)
     student.save_pretrained(partial / TRANSFORMER)
     student_config = _read_json(partial / TRANSFORMER / "config.json")
     student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
