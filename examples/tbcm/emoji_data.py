@@ -1,14 +1,12 @@
 """Captioned emoji from two npm packages: pictures on white, concepts, styles and caption phrasings."""
 
 import json
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -80,25 +78,6 @@ def load_images(pictures: list[Emoji]) -> torch.Tensor:
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1.0
-
-
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Place every picture anew on white: mirrored or not, turned, shifted, up to 20% smaller; uint8 in and out.
-
-    A caption then says what and in which style, not where: something is left for the noise to decide.
-    """
-
-    def uniform(low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(len(images), generator=generator)
-
-    angle, zoom = uniform(-math.pi / 12, math.pi / 12), 1 / uniform(0.8, 1.0)
-    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    x, y = uniform(-10 / RESOLUTION, 10 / RESOLUTION), uniform(-10 / RESOLUTION, 10 / RESOLUTION)  # 2 is the width
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    rows = [torch.stack([mirror * cos, -mirror * sin, x]), torch.stack([sin, cos, y])]
-    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), list(images.shape), align_corners=False)
-    ink = F.grid_sample(255.0 - images, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
-    return (255.0 - ink).round().clamp(0, 255).to(torch.uint8)
 
 
 def caption(template: str, name: str) -> str:

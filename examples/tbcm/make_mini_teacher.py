@@ -17,6 +17,7 @@ Run the same command again to resume. A GPU is used where there is one.
 """
 
 import argparse
+import copy
 import inspect
 import json
 import math
@@ -33,7 +34,6 @@ from emoji_data import (
     RESOLUTION,
     STYLELESS_CAPTIONS,
     Emoji,
-    augment,
     caption,
     list_emoji,
     load_images,
@@ -69,8 +69,6 @@ DIFFUSERS_TRAIN_TIMESTEPS = 1000
 
 CAPTION_DROPOUT = 0.1
 EVALUATION_PROMPTS = 500
-PLACEMENTS = 24  # of every picture, encoded once
-REFERENCE_PLACEMENTS = 2
 
 NOTICE = """\
 The weights in this folder were trained on pictures from these works:
@@ -258,30 +256,21 @@ def train_teacher(
     pictures: list[Emoji],
     tokenizer: GemmaTokenizer,
     args: argparse.Namespace,
-    stage: str,
-    steps: int,
-    start: TextToLatent | None,
     device: torch.device,
-) -> TextToLatent:
-    """Flow matching, v = e - x_0 at x_s = (1 - s) x_0 + s e, with logit-normal s; gives the averaged weights.
-
-    `latents` holds every picture in one or more placements, (pictures, placements, C, H, W).
-    """
+) -> tuple[TextToLatent, EMAModel]:
+    """Flow matching, v = e - x_0 at x_s = (1 - s) x_0 + s e, with logit-normal s."""
     model = TextToLatent(build_text_encoder(len(tokenizer)), build_transformer()).to(device)
-    if start is not None:
-        model.load_state_dict(start.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMAModel(model.parameters(), decay=args.ema_decay)
     ema.to(device)
-    run = Run(args.work_dir / f"{stage}.pt", model=model, optimizer=optimizer, ema=ema)
-    for step in run.steps(steps, stage, args.checkpointing_steps):
-        set_learning_rate(optimizer, args.learning_rate, step, steps)
+    run = Run(args.work_dir / "teacher.pt", model=model, optimizer=optimizer, ema=ema)
+    for step in run.steps(args.max_train_steps, "Teacher", args.checkpointing_steps):
+        set_learning_rate(optimizer, args.learning_rate, step, args.max_train_steps)
         generator = torch.Generator().manual_seed(args.seed + step)
         rng = random.Random(args.seed + step)
         index = torch.randint(len(latents), (args.train_batch_size,), generator=generator)
-        placement = torch.randint(latents.shape[1], (args.train_batch_size,), generator=generator)
         captions = ["" if rng.random() < CAPTION_DROPOUT else random_caption(pictures[i], rng) for i in index.tolist()]
-        x0 = latents[index, placement].to(device)
+        x0 = latents[index].to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         normal = torch.randn(len(x0), generator=generator).to(device)
         s = torch.sigmoid(args.logit_mean + args.logit_std * normal)
@@ -303,11 +292,10 @@ def train_teacher(
         optimizer.zero_grad()
         ema.step(model.parameters())
         run.report(loss=loss.item())
-    ema.copy_to(model.parameters())
-    return model
+    return model, ema
 
 
-# Shared by the stages -----------------------------------------------------------------------------------------------
+# Shared by both stages -----------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -382,12 +370,9 @@ def write_prompts(pictures: list[Emoji], output_dir: Path, seed: int):
 
 def measure(output_dir: Path, images: torch.Tensor, pictures: list[Emoji]) -> dict[str, dict[str, float]]:
     """MobileNet-FD and top-5 retrieval of the saved pipeline; retrieval alone on the held-out pairs."""
-    concepts = [p.concept for p in pictures if p.in_teacher and not p.held_out]
-    taught = images[torch.tensor([p.in_teacher and not p.held_out for p in pictures])]
-    generator = torch.Generator().manual_seed(1)
-    real = torch.cat([augment(taught, generator) for _ in range(REFERENCE_PLACEMENTS)])
-    features = MobileNetFeatures().extract([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in real])
-    FeatureReference.fit(features, concepts * REFERENCE_PLACEMENTS).save(output_dir / REFERENCE_FILE)
+    lessons = [(image, p) for image, p in zip(images, pictures, strict=True) if p.in_teacher and not p.held_out]
+    features = MobileNetFeatures().extract([Image.fromarray(image.permute(1, 2, 0).numpy()) for image, _ in lessons])
+    FeatureReference.fit(features, [p.concept for _, p in lessons]).save(output_dir / REFERENCE_FILE)
 
     meter = Meter(output_dir)
     pipeline = SanaPipeline.from_pretrained(output_dir)
@@ -423,7 +408,6 @@ def write_card(args: argparse.Namespace, record: dict, pipeline: SanaPipeline, p
         autoencoder_steps=args.autoencoder_steps,
         autoencoder_batch=args.autoencoder_batch_size,
         steps=args.max_train_steps,
-        placed_steps=args.placed_train_steps,
         batch=args.train_batch_size,
         pictures=record["teacher"]["pictures"],
         held_out=sum(p.held_out for p in pictures),
@@ -448,8 +432,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--autoencoder_batch_size", type=int, default=16)
     parser.add_argument("--autoencoder_learning_rate", type=float, default=1e-3)
     parser.add_argument("--autoencoder_noise", type=float, default=0.1, help="added to unit-variance latents")
-    parser.add_argument("--max_train_steps", type=int, default=7000, help="flow matching on pictures as they are")
-    parser.add_argument("--placed_train_steps", type=int, default=4000, help="the same, on pictures placed at random")
+    parser.add_argument("--max_train_steps", type=int, default=7000)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--ema_decay", type=float, default=0.999)
@@ -486,26 +469,19 @@ def main():
     ]
     tokenizer = train_tokenizer(everything)
 
-    # 4. Text encoder and transformer: which picture a caption means, then the same with the placement left open
-    latents = encode_images(vae, images[taught], device).unsqueeze(1)
-    model = train_teacher(latents, lessons, tokenizer, args, "teacher", args.max_train_steps, None, device)
-    generator = torch.Generator().manual_seed(args.seed)
-    placed = [encode_images(vae, augment(images[taught], generator), device) for _ in range(PLACEMENTS)]
-    latents = torch.stack(placed, dim=1)
-    model = train_teacher(latents, lessons, tokenizer, args, "placed_teacher", args.placed_train_steps, model, device)
+    # 4. Text encoder and transformer
+    latents = encode_images(vae, images[taught], device)
+    model, ema = train_teacher(latents, lessons, tokenizer, args, device)
+    averaged = copy.deepcopy(model)
+    ema.copy_to(averaged.parameters())
 
     # 5. The pipeline folder
-    save_pipeline(model, vae, tokenizer, args.output_dir)
+    save_pipeline(averaged, vae, tokenizer, args.output_dir)
     write_prompts(pictures, args.output_dir, args.seed)
     results = measure(args.output_dir, images, pictures)
     record = {
         "autoencoder": {"held-out PSNR (dB)": round(psnr, 2), "steps": args.autoencoder_steps},
-        "teacher": {
-            "steps": args.max_train_steps,
-            "steps, placed": args.placed_train_steps,
-            "batch size": args.train_batch_size,
-            "pictures": len(lessons),
-        },
+        "teacher": {"steps": args.max_train_steps, "batch size": args.train_batch_size, "pictures": len(lessons)},
         "results": results,
         "seed": args.seed,
         "device": device.type,

@@ -40,8 +40,8 @@ STUDENT_STEPS = (1, 2, 4)
 GRID_COLUMNS = (("teacher", 1), ("teacher", 20), ("student", 1), ("student", 2), ("student", 4))
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
-STEPS = 1500
-LEARNING_RATE = 3e-4
+STEPS = 600
+LEARNING_RATE = 5e-5
 
 
 def training_command(output_dir: Path, steps: int) -> list[str]:
@@ -49,7 +49,7 @@ def training_command(output_dir: Path, steps: int) -> list[str]:
         "pretrained_model_name_or_path": TEACHER_DIR,
         "prompts_file": TEACHER_DIR / DISTILLATION_PROMPTS_FILE,
         "output_dir": output_dir,
-        "train_batch_size": 1,
+        "train_batch_size": 2,
         "max_train_steps": steps,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler": "cosine",
