@@ -41,7 +41,7 @@ STUDENT_STEPS = (1, 2, 4)
 GRID_COLUMNS = (("teacher", 1), ("teacher", 20), ("student", 1), ("student", 2), ("student", 4))
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
-STEPS = 600
+STEPS = 450
 LEARNING_RATE = 1e-4
 
 
