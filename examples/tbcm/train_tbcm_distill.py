@@ -38,7 +38,7 @@ from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.brightness import black_latent, keep_mask
 from diffusers_tbcm.checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
 from diffusers_tbcm.evaluation import image_grid
-from diffusers_tbcm.hub import MODEL_INDEX, resolve_teacher, save_student_pipeline
+from diffusers_tbcm.hub import MODEL_INDEX, resolve_teacher, save_student_pipeline, vae_scale_factor
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error, consistency_loss
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.prompts import PromptEncoder, draw_generator, load_dataset_prompts, prompt_at, read_prompts
@@ -163,8 +163,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def latent_size(teacher_folder: Path, transformer: SanaTransformer2DModel, resolution: int | None) -> int:
     """Latent pixels a side, from the autoencoder's config alone."""
-    blocks = AutoencoderDC.load_config(teacher_folder / "vae")["encoder_block_out_channels"]
-    factor = 2 ** (len(blocks) - 1)
+    factor = vae_scale_factor(teacher_folder)
     if resolution is None:
         return transformer.config.sample_size
     multiple = factor * transformer.config.patch_size
@@ -304,7 +303,7 @@ def main(args: argparse.Namespace) -> None:
     teacher = TrigFlowTransformer(teacher_transformer, timestep_scale).to(weight_dtype)
     black = None
     if args.brightness_threshold > 0:
-        pixels = size * 2 ** (len(AutoencoderDC.load_config(teacher_folder / "vae")["encoder_block_out_channels"]) - 1)
+        pixels = size * vae_scale_factor(teacher_folder)
         with accelerator.main_process_first():
             black = load_black_latent(teacher_folder, pixels, output_dir / f"black_latent_{pixels}.safetensors")
         black = black.to(device)

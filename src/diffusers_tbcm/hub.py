@@ -93,6 +93,18 @@ def resolve_teacher(teacher: str | PathLike[str]) -> Path:
     return folder
 
 
+def vae_scale_factor(folder: Path) -> int:
+    """Read how many pixels a side a latent pixel stands for, without loading the autoencoder.
+
+    Args:
+        folder: a Sana pipeline's folder.
+
+    Returns:
+        The autoencoder's compression, 32 for Sana's own.
+    """
+    return 2 ** (len(_read_json(folder / "vae" / "config.json")["encoder_block_out_channels"]) - 1)
+
+
 def save_student_pipeline(
     student: SanaTransformer2DModel,
     teacher: str | PathLike[str],
@@ -162,8 +174,7 @@ def save_student_pipeline(
     _write_json(partial / MODEL_INDEX, model_index)
 
     if resolution is None:
-        vae_blocks = _read_json(teacher_folder / "vae" / "config.json")["encoder_block_out_channels"]
-        resolution = student.config.sample_size * 2 ** (len(vae_blocks) - 1)
+        resolution = student.config.sample_size * vae_scale_factor(teacher_folder)
     is_local = Path(teacher).is_dir()
     record = {
         "model_id": model_id or output_dir.resolve().name,
