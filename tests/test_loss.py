@@ -126,7 +126,7 @@ def test_training_finds_the_consistency_function_of_a_gaussian():
             value.flatten(0, 1) for value in (recorded.latents, recorded.velocity, recorded.timesteps)
         )
         embeds = torch.zeros(len(t), 1, 1)
-        target = consistency_tangent(student, latents, velocity, t, embeds, torch.ones(len(t)), ratio=1.0)
+        target = consistency_tangent(student, latents, velocity, t, embeds, None, ratio=1.0)
         output = student(latents / SIGMA_DATA, t, embeds)
         loss = consistency_loss(output, target.trig_output, target.tangent, torch.zeros(len(t)), t, SIGMA_DATA)
         optimizer.zero_grad()

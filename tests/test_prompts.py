@@ -1,54 +1,107 @@
-"""Where prompts come from, the order they are drawn in, and their embeddings."""
+"""Where prompts come from, and the order and randomness they are drawn with."""
 
+import csv
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import tiny_sana_pipeline
+from datasets import Dataset, Image, load_dataset
 
-from diffusers_tbcm.prompts import PromptEncoder, draw_generator, load_dataset_prompts, prompt_at, read_prompts
+from diffusers_tbcm.prompts import PromptList, draw_generator, load_prompts, prompt_at
 
 
-def test_prompts_are_the_lines_that_are_not_empty(tmp_path):
+ROWS = ["a dog", "", "a café", None, " a dog ", "a cat"]
+
+
+def test_text_files_hold_a_prompt_a_line(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffa dog\r\n\n  a café  \n".encode())
-    assert read_prompts(file) == ["a dog", "a café"]
+    file.write_bytes("\ufeffa dog\r\n\n  a café  \n \na dog\na dog".encode())
+    assert load_prompts(file) == PromptList(["a dog", "a café"], empty=2, duplicates=2)
+    assert str(load_prompts(file)) == "2 prompts, after leaving out 2 empty and 2 duplicate ones"
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "does not exist"), (b"\n \n", "holds no prompt"), (b"caf\xe9\n", "not UTF-8")]
+    ("content", "message"),
+    [(None, "does not exist"), (b"\n \n", "holds no prompt"), (b"caf\xe9\n", "not UTF-8: line 1")],
 )
 def test_bad_prompts_files_are_refused(tmp_path, content, message):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_prompts(file)
+        load_prompts(file)
 
 
-@pytest.fixture
-def captions(tmp_path):
-    file = tmp_path / "captions.jsonl"
-    rows = [
-        {"caption": "a dog", "n": 1},
-        {"caption": "", "n": 2},
-        {"caption": None, "n": 3},
-        {"caption": "a cat", "n": 4},
-    ]
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(file)
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets_cache")
 
 
-def test_dataset_prompts_are_the_captions_that_are_not_empty(captions):
-    assert load_dataset_prompts(captions, column="caption") == ["a dog", "a cat"]
+def write_rows(folder, suffix):
+    """ROWS as the column `caption` of a file, beside a column of numbers."""
+    file = folder / f"captions{suffix}"
+    numbers = list(range(len(ROWS)))
+    if suffix == ".csv":
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream).writerows([("caption", "n"), *zip(ROWS, numbers, strict=True)])
+    elif suffix == ".parquet":
+        pq.write_table(pa.table({"caption": ROWS, "n": numbers}), file)
+    else:
+        rows = [{"caption": caption, "n": n} for caption, n in zip(ROWS, numbers, strict=True)]
+        text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
+        file.write_text(text)
+    return file
 
 
-@pytest.mark.parametrize(
-    ("column", "message"), [("text", "no column 'text': it has caption, n"), ("n", "is not text")]
-)
-def test_bad_dataset_columns_are_refused(captions, column, message):
-    with pytest.raises(ValueError, match=message):
-        load_dataset_prompts(captions, column=column)
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_every_format_of_a_data_file_gives_its_captions(tmp_path, suffix, streaming):
+    file = write_rows(tmp_path, suffix)
+    expected = PromptList(["a dog", "a café", "a cat"], empty=2, duplicates=1)
+    assert load_prompts(file, column="caption", streaming=streaming) == expected
+    with pytest.raises(ValueError, match="has no column 'text': it has caption, n"):
+        load_prompts(file, streaming=streaming)
+    with pytest.raises(ValueError, match=r"column 'n' of .* is not text: it holds 0"):
+        load_prompts(file, column="n", streaming=streaming)
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        load_prompts(file, column="caption", streaming=streaming)
+    file.unlink()
+    with pytest.raises(ValueError, match="does not exist"):
+        load_prompts(file, column="caption", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_is_a_data_set_whose_images_are_not_decoded(tmp_path, streaming):
+    data = Dataset.from_dict({"image": [{"path": None, "bytes": b"no image"}] * 3, "text": ["a", "b", "a"]})
+    (tmp_path / "data").mkdir()
+    data.cast_column("image", Image()).to_parquet(tmp_path / "data" / "train.parquet")
+    assert load_prompts(tmp_path / "data", streaming=streaming) == PromptList(["a", "b"], empty=0, duplicates=1)
+
+
+def test_a_stream_that_decodes_in_threads_as_the_hubs_do_is_stopped_from_it(tmp_path, monkeypatch):
+    data = Dataset.from_dict({"image": [{"path": None, "bytes": b"no image"}] * 2, "text": ["a", "b"]})
+    data.cast_column("image", Image()).to_parquet(tmp_path / "train.parquet")
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kw: load_dataset(*args, **kw).decode(num_threads=2))
+    assert load_prompts(tmp_path, streaming=True).prompts == ["a", "b"]
+
+
+def test_streaming_leaves_unread_what_max_prompts_does_not_need(tmp_path):
+    for index in range(3):  # the last file cannot be read
+        file = tmp_path / f"train-{index}.jsonl"
+        file.write_text("not json" if index == 2 else f'{{"text": "a"}}\n{{"text": ""}}\n{{"text": "b{index}"}}\n')
+    found = load_prompts(tmp_path, streaming=True, max_prompts=3)
+    assert found == PromptList(["a", "b0", "b1"], empty=2, duplicates=1)
+
+
+def test_max_prompts_counts_different_prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\na\n\nb\nb\nc\n")
+    assert load_prompts(file, max_prompts=2) == PromptList(["a", "b"], empty=1, duplicates=1)
+    with pytest.raises(ValueError, match="max_prompts is 0"):
+        load_prompts(file, max_prompts=0)
 
 
 def test_every_epoch_sees_every_prompt_once_in_an_order_of_its_own():
@@ -62,40 +115,3 @@ def test_draws_have_generators_of_their_own():
     values = {(seed, draw): torch.randn(4, generator=draw_generator(draw, seed)) for seed in (0, 1) for draw in (0, 1)}
     assert torch.equal(values[0, 1], torch.randn(4, generator=draw_generator(1, 0)))
     assert len({tuple(value.tolist()) for value in values.values()}) == 4
-
-
-def test_embeddings_are_the_pipelines_without_its_padding():
-    pipeline = tiny_sana_pipeline()
-    instruction = ["Enhance the prompt.", "User Prompt: "]
-    encoder = PromptEncoder(pipeline, complex_human_instruction=instruction, max_sequence_length=40)
-    prompts = ["a violin", "a much longer prompt", ""]
-    embeds, mask = encoder(prompts)
-    for row, row_mask, prompt in zip(embeds, mask, prompts, strict=True):
-        expected, expected_mask, _, _ = pipeline.encode_prompt(
-            prompt,
-            do_classifier_free_guidance=False,
-            max_sequence_length=40,
-            complex_human_instruction=instruction if prompt else None,
-        )
-        length = int(expected_mask.sum())
-        assert int(row_mask.sum()) == length and row_mask[:length].all()
-        # Attention over another padded length may round differently.
-        torch.testing.assert_close(row[:length], expected[0, :length], atol=1e-5, rtol=1e-5)
-    assert embeds.shape[1] == int(mask.sum(1).max())
-
-
-def test_each_prompt_is_encoded_once_while_it_is_cached(monkeypatch):
-    pipeline = tiny_sana_pipeline()
-    encoded = []
-    original = pipeline.encode_prompt
-    monkeypatch.setattr(
-        pipeline, "encode_prompt", lambda prompts, **kw: encoded.extend(prompts) or original(prompts, **kw)
-    )
-    encoder = PromptEncoder(pipeline, max_sequence_length=40, cache_size=2)
-    first = encoder(["a", "b", "a"])
-    again = encoder(["a", "b", "a"])
-    assert encoded == ["a", "b"] and all(map(torch.equal, first, again))
-    encoder(["c"])  # drops "b", whose last use is the oldest
-    encoder(["a"])
-    encoder(["b"])
-    assert encoded == ["a", "b", "c", "b"]

@@ -37,10 +37,10 @@ def exact_gaussian_function(sample, t):
 
 
 def rows(count=6):
-    """latents, velocity, timesteps, prompt embeddings and guidance of analytic training rows."""
+    """latents, velocity, timesteps, prompt embeddings and no guidance: analytic training rows."""
     t = torch.linspace(0.05, 1.5, count, dtype=torch.float64)
     latents, velocity = SIGMA_DATA * randn(2, count, 2, 3, 3)
-    return latents, velocity, t, torch.zeros(count, 1, 1), torch.full((count,), 4.5)
+    return latents, velocity, t, torch.zeros(count, 1, 1), None
 
 
 def unnormalized(output):
@@ -147,30 +147,23 @@ def sana_rows():
     return (SIGMA_DATA * sample, velocity, t, embeds), mask
 
 
-def test_guidance_reaches_a_student_that_embeds_it_and_no_other():
+def test_guidance_reaches_the_student():
     arguments, mask = sana_rows()
-    tangents = {
-        (embeds, guidance): consistency_tangent(
-            TrigFlowTransformer(tiny_transformer(guidance_embeds=embeds)),
-            *arguments,
-            torch.full((3,), guidance),
-            prompt_attention_mask=mask,
-            ratio=1.0,
+    student = TrigFlowTransformer(tiny_transformer(guidance_embeds=True))
+    one, five = (
+        consistency_tangent(
+            student, *arguments, torch.full((3,), scale), prompt_attention_mask=mask, ratio=1.0
         ).tangent
-        for embeds in (False, True)
-        for guidance in (1.0, 5.0)
-    }
-    assert torch.equal(tangents[False, 1.0], tangents[False, 5.0])
-    assert not torch.allclose(tangents[True, 1.0], tangents[True, 5.0], rtol=1e-3)
+        for scale in (1.0, 5.0)
+    )
+    assert not torch.allclose(one, five, rtol=1e-3)
 
 
 def test_masked_tokens_do_not_reach_the_tangent():
     (latents, velocity, t, embeds), mask = sana_rows()
     student = TrigFlowTransformer(tiny_transformer())
     clean, noised = (
-        consistency_tangent(
-            student, latents, velocity, t, prompt, torch.ones(3), prompt_attention_mask=mask, ratio=1.0
-        ).tangent
+        consistency_tangent(student, latents, velocity, t, prompt, None, prompt_attention_mask=mask, ratio=1.0).tangent
         for prompt in (embeds, torch.where(mask[:, :, None] == 1, embeds, 7.0))
     )
     assert torch.equal(clean, noised)
@@ -195,8 +188,8 @@ def test_tangent_under_autocast_stays_close_and_wide():
 def test_tangent_leaves_no_graph_and_works_with_gradient_checkpointing():
     arguments, _ = sana_rows()
     transformer = tiny_transformer()
-    plain = consistency_tangent(TrigFlowTransformer(transformer), *arguments, torch.ones(3), ratio=1.0)
+    plain = consistency_tangent(TrigFlowTransformer(transformer), *arguments, None, ratio=1.0)
     transformer.enable_gradient_checkpointing()
-    checkpointed = consistency_tangent(TrigFlowTransformer(transformer.train()), *arguments, torch.ones(3), ratio=1.0)
+    checkpointed = consistency_tangent(TrigFlowTransformer(transformer.train()), *arguments, None, ratio=1.0)
     assert torch.equal(plain.tangent, checkpointed.tangent)
     assert not plain.tangent.requires_grad and not plain.trig_output.requires_grad

@@ -20,7 +20,7 @@ from make_mini_teacher import (
 from PIL import Image
 
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_tbcm.prompts import read_prompts
+from diffusers_tbcm.prompts import load_prompts
 from diffusers_tbcm.trigflow import infer_timestep_scale
 
 
@@ -127,11 +127,11 @@ def test_the_embedded_teacher_is_small_and_complete(teacher):
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
     assert {"README.md", "NOTICE", "measurements.json"} <= {file.name for file in files}
     assert teacher.transformer.config.qk_norm == "rms_norm_across_heads"
-    prompts = read_prompts(TEACHER_DIR / DISTILLATION_PROMPTS_FILE)
+    prompts = load_prompts(TEACHER_DIR / DISTILLATION_PROMPTS_FILE)
     evaluation = load_evaluation()
     held_out = {item.concept for item in evaluation if item.held_out}
     assert len(evaluation) == 600 and len(held_out) == 100
-    assert held_out <= {item.concept for item in evaluation} and len(prompts) == len(set(prompts))
+    assert held_out <= {item.concept for item in evaluation} and prompts.duplicates == prompts.empty == 0
 
 
 def test_the_embedded_teacher_reads_a_prompt_the_same_with_and_without_the_instruction(teacher):

@@ -8,68 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline, SanaTransformer2DModel
+import train_tbcm_distill
+from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
+from distill_args import parse_args
 from safetensors.torch import load_file
 from tiny import tiny_sana_pipeline, write_tiny_pipeline
-from train_tbcm_distill import main, parse_args
+from train_tbcm_distill import main
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.checkpoints import list_checkpoints
 from diffusers_tbcm.trigflow import make_student
 
 
 SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_tiny_pipeline(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    file.write_text("a dog\na violin\nthree little birds\n")
-    return file
-
-
-@pytest.fixture
-def flags(teacher, prompts_file, tmp_path):
-    """The flags of a short run, with changes."""
-
-    def build(**changes):
-        values = {
-            "pretrained_model_name_or_path": teacher,
-            "prompts_file": prompts_file,
-            "output_dir": tmp_path / "run",
-            "route_steps": 3,
-            "max_train_steps": 2,
-            "max_sequence_length": 16,
-            "no-complex_human_instruction": True,
-            "learning_rate": 1e-3,
-            "tangent_warmup_steps": 2,
-            "tangent_cooldown_start_step": 2,
-            "tangent_cooldown_steps": 2,
-            "report_to": "none",
-            **changes,
-        }
-        arguments = []
-        for name, value in values.items():
-            if value is None or value is False:
-                continue
-            arguments.append(f"--{name}")
-            if value is not True:
-                arguments += [str(part) for part in (value if isinstance(value, list) else [value])]
-        return arguments
-
-    return build
 
 
 def student_weights(folder):
@@ -91,20 +41,6 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert (run / "validation" / "step-2.png").exists() and list((run / "logs").rglob("events.*"))
     assert json.loads((run / "training_config.json").read_text())["route_steps"] == 3
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(flags, tmp_path):
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    common = {"use_ema": True, "lr_scheduler": "cosine", "max_train_steps": 4, "checkpointing_steps": 2}
-    main(parse_args(flags(output_dir=straight, **common)))
-    main(parse_args(flags(output_dir=resumed, **common)))
-    # What is left when the run is killed after step 2.
-    (resumed / "model_index.json").unlink()
-    last = list_checkpoints(resumed)[-1]
-    (last / "checkpoint.json").unlink()
-    main(parse_args(flags(output_dir=resumed, resume_from_checkpoint="latest", **common)))
-    expected, actual = student_weights(straight), student_weights(resumed)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_accumulation_is_a_larger_batch(flags, tmp_path):
@@ -141,6 +77,64 @@ def test_prompts_from_a_data_set(flags, tmp_path):
     main(parse_args(flags(**dataset, caption_column="caption")))
 
 
+def test_precomputed_embeddings_give_the_same_weights_and_the_text_encoder_is_not_loaded_again(
+    flags, tmp_path, monkeypatch
+):
+    main(parse_args(flags(output_dir=tmp_path / "plain")))
+    precomputed = {"precompute_embeddings": tmp_path / "embeddings", "validation_prompts": ["a cat"]}
+    main(parse_args(flags(output_dir=tmp_path / "first", **precomputed)))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the text encoder was loaded")
+
+    monkeypatch.setattr(train_tbcm_distill.SanaPipeline, "from_pretrained", refuse)
+    main(parse_args(flags(output_dir=tmp_path / "second", **precomputed)))
+    plain, first, second = (student_weights(tmp_path / name) for name in ("plain", "first", "second"))
+    assert all(torch.equal(first[name], value) and torch.equal(second[name], value) for name, value in plain.items())
+    with pytest.raises(ValueError, match="max_sequence_length"):
+        main(parse_args(flags(output_dir=tmp_path / "third", max_sequence_length=8, **precomputed)))
+
+
+def test_lora_adapters_draw_what_the_merged_pipeline_draws_and_resume(flags, teacher, tmp_path):
+    arguments = flags(rank=2, merge_lora=True, use_ema=True, ema_decay=0.5, learning_rate=1e-2, checkpointing_steps=1)
+    main(parse_args(arguments))
+    run = tmp_path / "run"
+    merged = SanaTBCMPipeline.from_pretrained(run)
+    stock = SanaPipeline.from_pretrained(teacher)
+    adapted = SanaTBCMPipeline(stock.tokenizer, stock.text_encoder, stock.vae, stock.transformer, merged.scheduler)
+    adapted.load_lora_weights(run / "lora")
+    options = {"num_inference_steps": 1, "max_sequence_length": 16, "output_type": "pt"}
+    pictures = []
+    for pipeline in (merged, adapted):
+        pictures.append(pipeline("a dog", generator=torch.Generator().manual_seed(0), **options).images)
+    torch.testing.assert_close(pictures[1], pictures[0], atol=1e-5, rtol=0)  # sums in another order
+    before = make_student(stock.transformer).state_dict()
+    assert any(not torch.equal(weight, before[name]) for name, weight in merged.transformer.state_dict().items())
+    saved = load_file(run / "checkpoint-2" / "model.safetensors")
+    assert all("lora" in name or "guidance_embedder" in name or "logvar" in name for name in saved)
+    adapters = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    (run / "checkpoint-2" / "checkpoint.json").unlink()
+    main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))
+    again = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in adapters.items())
+
+
+def test_a_dry_run_does_everything_once_and_leaves_nothing(flags, tmp_path, capsys):
+    main(parse_args(flags(dry_run=True, validation_prompts=["a dog"], use_ema=True, max_train_steps=10_000)))
+    printed = capsys.readouterr().out
+    assert '"step": 1' in printed and '"step": 2' in printed and "peak_memory_gib" in printed
+    assert "Memory plan: " in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_go_to_a_file_whatever_the_tracker(flags, tmp_path):
+    main(parse_args(flags(logging_steps=1)))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and lines[1]["tangent_ratio"] == 0.5
+    assert lines[0]["rows_per_second"] > 0 and 0.05 < lines[0]["peak_memory_gib"] < 100
+    assert {"loss", "error", "tangent_norm", "grad_norm", "filtered_share", "skipped_steps", "lr"} <= lines[0].keys()
+
+
 def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_path, caplog):
     main(parse_args(flags(brightness_threshold=1e9, brightness_hard=True)))
     before = make_student(SanaTransformer2DModel.from_pretrained(teacher, subfolder="transformer")).state_dict()
@@ -161,6 +155,11 @@ def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_pat
         ({"brightness_threshold": -1}, "--brightness_threshold is -1"),
         ({"ema_decay": 1}, "--ema_decay is 1"),
         ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit is 0"),
+        ({"rank": 0}, "--rank is 0"),
+        ({"merge_lora": True}, "--merge_lora needs --rank"),
+        ({"max_prompts": 0}, "--max_prompts is 0"),
+        ({"streaming": True}, "--streaming is for --dataset_name"),
+        ({"use_8bit_adam": True, "optimizer": "came"}, "--use_8bit_adam is AdamW's"),
     ],
 )
 def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
@@ -199,7 +198,7 @@ def test_a_folder_that_is_no_teacher_is_refused(flags, tmp_path, damage, message
 
 @pytest.mark.parametrize("resolution", [0, 20, -64])
 def test_a_resolution_that_the_autoencoder_does_not_divide_is_refused(flags, resolution):
-    with pytest.raises(ValueError, match=f"--resolution is {resolution}: it has to be a positive multiple of 8"):
+    with pytest.raises(ValueError, match=f"resolution is {resolution}: it has to be a positive multiple of 8"):
         main(parse_args(flags(resolution=resolution)))
 
 

@@ -1,7 +1,12 @@
 """The filter that drops prompts for which the teacher drew a near-black image (arXiv 2511.20410, Sec. 4.3, App. D)."""
 
+from os import PathLike
+from pathlib import Path
+
 import torch
 from diffusers.models import AutoencoderDC
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from .trajectory import per_prompt_generators
 
@@ -20,6 +25,28 @@ def black_latent(vae: AutoencoderDC, height: int, width: int) -> torch.Tensor:
     """
     image = torch.full((1, vae.config["in_channels"], height, width), -1.0, device=vae.device, dtype=vae.dtype)
     return vae.encode(image).latent.float() * vae.config["scaling_factor"]
+
+
+def cached_black_latent(teacher_folder: str | PathLike[str], pixels: int, cache: str | PathLike[str]) -> torch.Tensor:
+    """Load the black latent, encoded once: the one use that training makes of the VAE. A torn cache is made again.
+
+    Args:
+        teacher_folder: the pipeline folder whose autoencoder encodes.
+        pixels: the image's sides.
+        cache: the safetensors file to read or write.
+
+    Returns:
+        As `black_latent`, on the CPU.
+    """
+    cache = Path(cache)
+    try:
+        return load_file(cache)["black_latent"]
+    except (FileNotFoundError, SafetensorError):
+        vae = AutoencoderDC.from_pretrained(teacher_folder, subfolder="vae", dtype=torch.float32)
+        partial = cache.with_suffix(".partial")
+        save_file({"black_latent": black_latent(vae, pixels, pixels).contiguous()}, partial)
+        partial.replace(cache)
+        return load_file(cache)["black_latent"]
 
 
 def keep_mask(

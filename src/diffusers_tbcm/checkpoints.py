@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
+from safetensors import SafetensorError
 
 
 logger = logging.get_logger(__name__)
@@ -14,35 +16,59 @@ logger = logging.get_logger(__name__)
 MANIFEST = "checkpoint.json"
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None = None) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None = None
+) -> Path | None:
     """Save everything that `accelerator` prepared or registered as `output_dir/checkpoint-{step}`.
+
+    A checkpoint that cannot be written (a full disk, a folder without permission) is named in a warning and leaves
+    nothing behind: the run and its earlier checkpoints are worth more.
 
     Args:
         accelerator: holds the training state; every process calls this.
         output_dir: the run's folder.
         step: optimiser steps done.
-        total_limit: older checkpoints are deleted down to this many, after the new one is complete; None keeps all.
+        total_limit: other checkpoints are deleted down to this many in all, after the new one is complete; None keeps
+            all.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder; None where it could not be written.
     """
     final = output_dir / f"checkpoint-{step}"
     partial = output_dir / f"{final.name}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    failure = None
+    try:
+        accelerator.save_state(str(partial))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        failure = error
+    if accelerator.reduce(torch.tensor(int(failure is not None), device=accelerator.device)) == 0:
+        try:
+            if accelerator.is_main_process:
+                _complete(partial, final, step, total_limit)
+        except OSError as error:
+            failure = error
+        if accelerator.reduce(torch.tensor(int(failure is not None), device=accelerator.device)) == 0:
+            return final
+    if failure is not None:
+        logger.warning(f"{final} could not be written, training goes on without it: {failure}")
     if accelerator.is_main_process:
-        sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": sizes}, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+        shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    return final
+    return None
+
+
+def _complete(partial: Path, final: Path, step: int, total_limit: int | None) -> None:
+    sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+    (partial / MANIFEST).write_text(json.dumps({"step": step, "files": sizes}, indent=2))
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    if total_limit is not None:
+        others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
+        for other in others[: max(0, len(others) - total_limit + 1)]:
+            shutil.rmtree(other)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

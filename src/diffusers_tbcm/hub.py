@@ -105,6 +105,33 @@ def vae_scale_factor(folder: Path) -> int:
     return 2 ** (len(_read_json(folder / "vae" / "config.json")["encoder_block_out_channels"]) - 1)
 
 
+def latent_size(teacher_folder: Path, transformer: SanaTransformer2DModel, resolution: int | None) -> int:
+    """Say how large a teacher's latents are at a resolution, from its autoencoder's config alone.
+
+    Args:
+        teacher_folder: the teacher's pipeline folder.
+        transformer: its transformer.
+        resolution: pixels a side; None for the teacher's own.
+
+    Returns:
+        Latent pixels a side.
+
+    Raises:
+        ValueError: where the autoencoder or the position embedding does not allow the resolution.
+    """
+    if resolution is None:
+        return transformer.config["sample_size"]
+    factor = vae_scale_factor(teacher_folder)
+    multiple = factor * transformer.config["patch_size"]
+    if resolution < multiple or resolution % multiple:
+        raise ValueError(f"resolution is {resolution}: it has to be a positive multiple of {multiple} pixels")
+    size = resolution // factor
+    if transformer.config["interpolation_scale"] is not None and size != transformer.config["sample_size"]:
+        native = transformer.config["sample_size"] * factor
+        raise ValueError(f"resolution is {resolution}: this teacher's position embedding is for {native} pixels")
+    return size
+
+
 def save_student_pipeline(
     student: SanaTransformer2DModel,
     teacher: str | PathLike[str],

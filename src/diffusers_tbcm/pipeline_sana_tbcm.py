@@ -16,6 +16,7 @@ from diffusers.pipelines.sana.pipeline_sana_sprint import SanaSprintPipeline
 from diffusers.schedulers.scheduling_scm import SCMScheduler
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
+from .lora import GUIDANCE_EMBEDDER_FILE, load_guidance_embedder
 from .scheduling_tbcm import TBCMScheduler
 
 
@@ -89,6 +90,40 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             scheduler.register_to_config(timesteps_by_steps=config["timesteps_by_steps"])
             components["scheduler"] = scheduler
         SanaSprintPipeline(**components).save_pretrained(save_directory, *args, **kwargs)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Load LoRA layers and, where one lies beside them, the guidance embedder of a student distilled as LoRA.
+
+        With the latter the pipeline may hold the plain teacher: it goes on with a transformer of its own, made of the
+        teacher's weights, and another pipeline with the same teacher stays as it is.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
+                Folder, file or Hub id, or the LoRA layers themselves.
+            adapter_name (`str`, *optional*), hotswap (`bool`, defaults to `False`), kwargs:
+                As in [`~loaders.SanaLoraLoaderMixin.load_lora_weights`].
+
+        Raises:
+            `ValueError`: if there is a guidance embedder to load and offloading is already enabled.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, dict):
+            folder = os.path.dirname(os.path.abspath(source)) if os.path.isfile(source) else source
+            where = {**kwargs, "weight_name": GUIDANCE_EMBEDDER_FILE, "use_safetensors": True}
+            try:
+                guidance_embedder = self.lora_state_dict(folder, **where)
+            except OSError:
+                pass  # a LoRA without one, such as a style for a student
+            else:
+                self.register_modules(transformer=load_guidance_embedder(self.transformer, guidance_embedder))
+        super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
 
     def encode_prompt(
         self,

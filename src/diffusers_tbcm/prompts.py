@@ -1,73 +1,121 @@
-"""Prompts: where they come from, in which order they are seen, and their embeddings."""
+"""Prompts: where they come from, and the order and randomness they are drawn with."""
 
-from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import SanaPipeline
-from torch.nn.utils.rnn import pad_sequence
 
 
-def read_prompts(path: str | PathLike[str]) -> list[str]:
-    """Read a UTF-8 text file with one prompt a line; empty lines are left out.
+DATA_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # suffix: `datasets` builder
+READ_BATCH = 1000  # captions taken together from a data set on disk; a stream gives one at a time
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts to train on, and what was left out on the way to them.
 
     Args:
-        path: the file.
-
-    Returns:
-        The prompts, in the file's order.
-
-    Raises:
-        ValueError: where the file is missing, is not UTF-8 or holds no prompt.
+        prompts: the prompts, none empty, none twice.
+        empty: empty lines or captions that were read.
+        duplicates: repetitions of an earlier prompt that were read.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"prompts file {str(path)!r} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts file {str(path)!r} is not UTF-8: byte {error.start} cannot be read") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts file {str(path)!r} holds no prompt: it needs one a line")
-    return prompts
+
+    prompts: list[str]
+    empty: int
+    duplicates: int
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.prompts)} prompts, after leaving out {self.empty} empty and {self.duplicates} duplicate ones"
+        )
 
 
-def load_dataset_prompts(dataset: str, *, config: str | None = None, split: str = "train", column: str) -> list[str]:
-    """Take the captions of a `datasets` data set; its images, if any, are never decoded.
+def load_prompts(
+    source: str | PathLike[str],
+    *,
+    config: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    streaming: bool = False,
+    max_prompts: int | None = None,
+) -> PromptList:
+    """Read prompts from a file or a `datasets` data set; empty ones and repetitions are left out and counted.
 
     Args:
-        dataset: a Hub id, or a local folder or data file (csv, jsonl, parquet, ...).
+        source: a csv, json, jsonl or parquet file; any other file, as UTF-8 text with one prompt a line; or what
+            `datasets.load_dataset` takes, a folder or a Hub id. Its images, if any, are never decoded.
         config: the data set's configuration.
-        split: the split.
-        column: the column that holds the captions.
+        split: the data set's split.
+        column: the column that holds the captions; a text file has none.
+        streaming: read a data set as it comes instead of downloading and converting all of it first.
+        max_prompts: stop reading once there are this many different ones; None reads all.
 
     Returns:
-        The captions that are not empty, in the data set's order.
+        The prompts in the source's order, each where it comes first, and the counts up to where reading stopped.
 
     Raises:
-        ValueError: where the column is missing, is not text or holds no prompt.
+        ValueError: where a file is missing or not UTF-8, the column is missing or not text, or there is no prompt.
     """
+    if max_prompts is not None and max_prompts < 1:
+        raise ValueError(f"max_prompts is {max_prompts}: it takes at least 1")
+    path = Path(source)
+    if path.suffix in (*DATA_FILES, ".txt") and not path.is_file():
+        raise ValueError(f"prompts file {str(source)!r} does not exist")
+    captions: Iterable[object]
+    if path.is_file() and path.suffix not in DATA_FILES:
+        captions = _read_lines(path)
+    elif path.is_file() and path.stat().st_size == 0:
+        captions = ()
+    else:
+        captions = _read_column(str(source), config, split, column, streaming)
+
+    prompts: dict[str, None] = {}  # a set that keeps the order
+    empty = duplicates = 0
+    for caption in captions:
+        if caption is not None and not isinstance(caption, str):
+            raise ValueError(f"column {column!r} of {str(source)!r} is not text: it holds {caption!r}")
+        prompt = (caption or "").strip()
+        if not prompt:
+            empty += 1
+        elif prompt in prompts:
+            duplicates += 1
+        else:
+            prompts[prompt] = None
+            if len(prompts) == max_prompts:
+                break
+    if not prompts:
+        raise ValueError(f"{str(source)!r} holds no prompt: {empty} lines or captions, all of them empty")
+    return PromptList(list(prompts), empty, duplicates)
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"prompts file {str(path)!r} is not UTF-8: line {number} cannot be read") from error
+
+
+def _read_column(source: str, config: str | None, split: str, column: str, streaming: bool) -> Iterator[object]:
     from datasets import load_dataset
 
-    formats = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-    suffix = Path(dataset).suffix
-    if Path(dataset).is_file() and suffix in formats:
-        data = load_dataset(formats[suffix], data_files=dataset, split=split)
+    path = Path(source)
+    if path.is_file():
+        data = load_dataset(DATA_FILES[path.suffix], data_files=source, split=split, streaming=streaming)
     else:
-        data = load_dataset(dataset, config, split=split)
-    if column not in data.column_names:
-        raise ValueError(f"data set {dataset!r} has no column {column!r}: it has {', '.join(data.column_names)}")
-    captions = list(data.select_columns([column])[column])
-    if not all(caption is None or isinstance(caption, str) for caption in captions):
-        raise ValueError(f"column {column!r} of data set {dataset!r} is not text")
-    prompts = [caption.strip() for caption in captions if caption and caption.strip()]
-    if not prompts:
-        raise ValueError(f"column {column!r} of data set {dataset!r} holds no prompt")
-    return prompts
+        data = load_dataset(source, config, split=split, streaming=streaming)
+    if streaming and data.features is not None:
+        data = data.decode(False)  # a remote stream decodes every image in threads, whatever is selected later
+    columns = data.column_names or list(next(iter(data), {}))  # unknown to a stream of csv or json until it is read
+    if column not in columns:
+        raise ValueError(f"{source!r} has no column {column!r}: it has {', '.join(columns)}")
+    for batch in data.select_columns([column]).iter(batch_size=1 if streaming else READ_BATCH):
+        yield from batch[column]
 
 
 def prompt_at(draw: int, num_prompts: int, seed: int) -> int:
@@ -102,62 +150,3 @@ def draw_generator(draw: int, seed: int) -> torch.Generator:
     """
     # torch's CPU generator reads 32 bits of its seed: hash the pair into them instead of adding it up.
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, draw]).generate_state(1)[0]))
-
-
-class PromptEncoder:
-    """Embeds prompts with a pipeline's frozen text encoder, each once while it stays in the cache.
-
-    Args:
-        pipeline: a Sana pipeline with tokenizer and text encoder.
-        complex_human_instruction: lines put before every prompt but the empty one; None for none.
-        max_sequence_length: tokens kept of a prompt.
-        cache_size: prompts remembered, on the CPU, cut to their own length.
-    """
-
-    def __init__(
-        self,
-        pipeline: SanaPipeline,
-        *,
-        complex_human_instruction: list[str] | None = None,
-        max_sequence_length: int = 300,
-        cache_size: int = 10_000,
-    ) -> None:
-        self.pipeline = pipeline
-        self.complex_human_instruction = complex_human_instruction
-        self.max_sequence_length = max_sequence_length
-        self.cache_size = cache_size
-        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed a batch, padded to its longest prompt only.
-
-        Args:
-            prompts: B prompts; the empty one is classifier-free guidance's.
-
-        Returns:
-            prompt_embeds (B, L, D) and prompt_attention_mask (B, L), on the text encoder's device.
-        """
-        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._cache))
-        for instructed in (True, False):
-            group = [prompt for prompt in missing if bool(prompt) == instructed]
-            if group:
-                self._cache.update(zip(group, self._encode(group, instructed), strict=True))
-        rows = [self._cache[prompt] for prompt in prompts]
-        for prompt in prompts:
-            self._cache.move_to_end(prompt)
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
-        masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
-        device = self.pipeline.text_encoder.device
-        return pad_sequence(rows, batch_first=True).to(device), pad_sequence(masks, batch_first=True).to(device)
-
-    def _encode(self, prompts: list[str], instructed: bool) -> list[torch.Tensor]:
-        embeds, mask, _, _ = self.pipeline.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            device=self.pipeline.text_encoder.device,
-            max_sequence_length=self.max_sequence_length,
-            complex_human_instruction=self.complex_human_instruction if instructed else None,
-        )
-        return [row[: int(keep.sum())].cpu() for row, keep in zip(embeds, mask, strict=True)]

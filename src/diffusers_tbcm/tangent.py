@@ -1,12 +1,13 @@
 """The student's tangent: its consistency function differentiated along the teacher's ODE (arXiv 2511.20410, Eq. 4)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .trigflow import TrigFlowTransformer, broadcast_time
+from .trigflow import broadcast_time
 
 
 # The constant c of Algorithm 1's tangent normalisation g / (||g|| + c); the value is sCM's (arXiv 2410.11081).
@@ -71,12 +72,12 @@ def tangent_ratio(
 
 @torch.no_grad()
 def consistency_tangent(
-    student: TrigFlowTransformer,
+    student: Callable[..., torch.Tensor],
     latents: torch.Tensor,
     velocity: torch.Tensor,
     timesteps: torch.Tensor,
     prompt_embeds: torch.Tensor,
-    guidance_scale: torch.Tensor,
+    guidance_scale: torch.Tensor | None,
     *,
     prompt_attention_mask: torch.Tensor | None = None,
     ratio: float,
@@ -88,12 +89,12 @@ def consistency_tangent(
     At r = 1 and before normalisation it is cos(t) df/dt.
 
     Args:
-        student: the network F.
+        student: the network F, called as `TrigFlowTransformer` is: (sample, timestep, prompt_embeds, mask, guidance).
         latents: x_t, (rows, channels, height, width).
         velocity: the teacher's dx_t/dt, the shape of `latents`.
         timesteps: t in radians, (rows,).
         prompt_embeds: (rows, length, dim).
-        guidance_scale: classifier-free guidance weight, (rows,); read only by a student that embeds guidance.
+        guidance_scale: classifier-free guidance weight, (rows,); None for a student that does not embed it.
         prompt_attention_mask: 1 for a token, 0 for padding, (rows, length).
         ratio: r, from `tangent_ratio`.
         sigma_data: standard deviation of the latents.
@@ -104,11 +105,10 @@ def consistency_tangent(
     """
     wide = torch.promote_types(latents.dtype, torch.float32)
     latents, velocity, timesteps = latents.to(wide), velocity.to(wide), timesteps.to(wide)
-    guidance = guidance_scale if student.guidance_embeds else None
     cos, sin = (broadcast_time(value, latents) for value in (torch.cos(timesteps), torch.sin(timesteps)))
 
     def trig_output(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return student(sample, t, prompt_embeds, prompt_attention_mask, guidance)
+        return student(sample, t, prompt_embeds, prompt_attention_mask, guidance_scale)
 
     # cos t sin t inside the tangent vectors keeps dF/dt, which can be huge near t = pi/2, in range. Only the math
     # kernel of scaled_dot_product_attention has forward-mode derivatives.

@@ -279,6 +279,20 @@ class TrigFlowTransformer(nn.Module):
         return guidance * self.transformer.config["guidance_embeds_scale"]
 
 
+class WideTimeEmbedding(SanaCombinedTimestepGuidanceEmbeddings):
+    """diffusers' time and guidance embedding, in float32 under autocast too: its tangent spikes in bf16."""
+
+    def forward(
+        self, timestep: torch.Tensor, guidance: torch.Tensor, hidden_dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed times and guidance; `hidden_dtype`, the activations', is followed by half-precision weights only."""
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            return super().forward(timestep, guidance, hidden_dtype)
+        with torch.autocast(timestep.device.type, enabled=False):
+            return super().forward(timestep, guidance, dtype)
+
+
 def make_student(
     teacher: SanaTransformer2DModel, guidance_embeds_scale: float | None = None
 ) -> SanaTransformer2DModel:
@@ -304,14 +318,29 @@ def make_student(
             f"{teacher.config['guidance_embeds_scale']}."
         )
     student = copy.deepcopy(teacher)
-    if not teacher.config["guidance_embeds"]:
-        inner_dim = teacher.config["num_attention_heads"] * teacher.config["attention_head_dim"]
-        time_embed = SanaCombinedTimestepGuidanceEmbeddings(inner_dim).to(device=teacher.device, dtype=teacher.dtype)
-        timestep_embedder = teacher.get_submodule("time_embed.emb.timestep_embedder")
-        time_embed.timestep_embedder.load_state_dict(timestep_embedder.state_dict())
-        time_embed.linear.load_state_dict(teacher.get_submodule("time_embed.linear").state_dict())
+    embed_guidance(student, scale)
+    return student.requires_grad_(True)
+
+
+def embed_guidance(transformer: SanaTransformer2DModel, guidance_embeds_scale: float) -> None:
+    """Let a transformer take the guidance scale as an input, in place and without changing what it computes.
+
+    Its embedders and modulation layer are kept, the first renamed from `time_embed.emb.timestep_embedder` to
+    `time_embed.timestep_embedder`; a new `time_embed.guidance_embedder` has a last layer of zeros.
+
+    Args:
+        transformer: a network with or without a guidance embedder.
+        guidance_embeds_scale: what it is to multiply guidance by.
+    """
+    inner_dim = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+    old, time_embed = transformer.time_embed, WideTimeEmbedding(inner_dim)
+    if transformer.config["guidance_embeds"]:
+        time_embed.timestep_embedder, time_embed.guidance_embedder = old.timestep_embedder, old.guidance_embedder
+    else:
         nn.init.zeros_(time_embed.guidance_embedder.linear_2.weight)
         nn.init.zeros_(time_embed.guidance_embedder.linear_2.bias)
-        student.time_embed = time_embed
-        student.register_to_config(guidance_embeds=True, guidance_embeds_scale=scale)
-    return student.requires_grad_(True)
+        time_embed.to(device=transformer.device, dtype=transformer.dtype)
+        time_embed.timestep_embedder = old.emb.timestep_embedder
+    time_embed.linear = old.linear
+    transformer.time_embed = time_embed
+    transformer.register_to_config(guidance_embeds=True, guidance_embeds_scale=guidance_embeds_scale)

@@ -1,0 +1,59 @@
+#!/usr/bin/env python
+"""Write a full-size Sana pipeline folder with random weights, to try the training script's memory and speed on.
+
+    python benchmarks/random_teacher.py --model 0.6b --output_dir runs/random-0.6b
+    accelerate launch examples/tbcm/train_tbcm_distill.py --dry_run --pretrained_model_name_or_path runs/random-0.6b \
+        --prompts_file examples/tbcm/sana_emoji_mini/prompts.txt --output_dir runs/dry --route_steps 17 \
+        --mixed_precision bf16 --gradient_checkpointing --brightness_threshold 0
+
+Transformer and autoencoder have the published sizes. The text encoder is one layer of the right width, with the
+embedded teacher's tokenizer: the script's own work is what is measured.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from full_size_step import CONFIGS
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+
+TOKENIZER = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini" / "tokenizer"
+CAPTION_CHANNELS = 2304  # Gemma 2 2B's width
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=CONFIGS, default="0.6b")
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--output_dir", required=True)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = GemmaTokenizer.from_pretrained(TOKENIZER)
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=CAPTION_CHANNELS,
+            intermediate_size=CAPTION_CHANNELS,
+            num_hidden_layers=1,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        )
+    )
+    transformer = SanaTransformer2DModel(
+        qk_norm="rms_norm_across_heads",
+        timestep_scale=0.001,
+        caption_channels=CAPTION_CHANNELS,
+        sample_size=args.resolution // 32,
+        **CONFIGS[args.model],
+    )
+    pipeline = SanaPipeline(
+        tokenizer, text_encoder, AutoencoderDC(), transformer, FlowMatchEulerDiscreteScheduler(shift=2.5)
+    )
+    pipeline.to(torch.bfloat16).save_pretrained(args.output_dir)
+    print(f"{args.output_dir}: {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} B parameters, random")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The training script's flags and what can be checked before anything is loaded."""
+
+import argparse
+from pathlib import Path
+
+from diffusers.optimization import SchedulerType
+
+from diffusers_tbcm.checkpoints import list_checkpoints
+from diffusers_tbcm.hub import MODEL_INDEX
+from diffusers_tbcm.tangent import tangent_ratio
+from diffusers_tbcm.trajectory import SAMPLING_SCHEMES
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    data = parser.add_argument_group("teacher and prompts")
+    data.add_argument("--pretrained_model_name_or_path", required=True, help="Sana pipeline: folder or Hub id")
+    data.add_argument("--prompts_file", help="UTF-8 text, one prompt a line, or jsonl, csv, parquet")
+    data.add_argument("--dataset_name", help="instead of a file: a `datasets` Hub id or folder")
+    data.add_argument("--dataset_config_name")
+    data.add_argument("--dataset_split", default="train")
+    data.add_argument("--caption_column", default="text")
+    data.add_argument("--streaming", action="store_true", help="read the data set as it comes, to --max_prompts")
+    data.add_argument("--max_prompts", type=int, help="read no more prompts than this")
+    data.add_argument(
+        "--precompute_embeddings",
+        metavar="DIR",
+        help="embed every prompt once into DIR, or use what is there; the text encoder is not loaded for training",
+    )
+    data.add_argument("--max_sequence_length", type=int, default=300, help="tokens of a prompt")
+    data.add_argument(
+        "--complex_human_instruction",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put Sana's instruction before every prompt, as its pipelines do",
+    )
+    data.add_argument("--resolution", type=int, help="pixels a side; default: the teacher's own")
+    data.add_argument("--output_dir", required=True)
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--route_steps", type=int, default=16, help="teacher steps N of a trajectory")
+    method.add_argument("--sampling_scheme", choices=SAMPLING_SCHEMES, default="reference")
+    method.add_argument("--flow_shift", type=float, default=2.5, help="of the reference route")
+    method.add_argument("--logit_mean", type=float, default=0.2, help="of the logit_normal scheme")
+    method.add_argument("--logit_std", type=float, default=1.6, help="of the logit_normal scheme")
+    method.add_argument("--guidance_scales", type=float, nargs="+", default=[4.0, 4.5, 5.0], help="one per prompt")
+    method.add_argument("--tangent_warmup_steps", type=int, default=4000)
+    method.add_argument("--tangent_cooldown_start_step", type=int, default=15000, help="-1: no cooldown")
+    method.add_argument("--tangent_cooldown_steps", type=int, default=2000)
+    method.add_argument("--tangent_final_ratio", type=float, default=0.75)
+    method.add_argument("--tangent_resolution_invariant", action="store_true", help="norm over the root of its size")
+    method.add_argument("--brightness_threshold", type=float, default=1.0, help="0: no filter, the VAE never loads")
+    method.add_argument("--brightness_hard", action="store_true", help="drop all below the threshold (the paper)")
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--train_batch_size", type=int, default=1, help="prompts per process and backward pass")
+    optim.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    optim.add_argument("--max_train_steps", type=int, default=20000)
+    optim.add_argument("--optimizer", choices=("adamw", "came"), default="adamw")
+    optim.add_argument("--learning_rate", type=float, default=1e-5)
+    optim.add_argument("--lr_scheduler", choices=[kind.value for kind in SchedulerType], default="constant")
+    optim.add_argument("--lr_warmup_steps", type=int, default=0)
+    optim.add_argument("--weight_decay", type=float, default=0.0)
+    optim.add_argument("--max_grad_norm", type=float, default=0.1)
+    optim.add_argument("--rank", type=int, help="train LoRA adapters of this rank on the teacher's own weights")
+    optim.add_argument("--lora_alpha", type=int, help="default: the rank")
+    optim.add_argument("--lora_target_modules", nargs="+", help="layers by the end of their names; default: all large")
+    optim.add_argument("--merge_lora", action="store_true", help="also save the pipeline with the adapters merged in")
+    optim.add_argument("--use_8bit_adam", action="store_true", help="AdamW's states in 8 bits (bitsandbytes)")
+    optim.add_argument("--max_skipped_steps", type=int, default=10, help="non-finite steps in a row that end the run")
+    optim.add_argument("--use_ema", action="store_true", help="validate and export averaged weights")
+    optim.add_argument("--ema_decay", type=float, default=0.999)
+    optim.add_argument("--gradient_checkpointing", action="store_true")
+    optim.add_argument("--compile", action="store_true", help="torch.compile the blocks of teacher and student")
+    optim.add_argument("--allow_tf32", action="store_true", help="faster float32 products on an NVIDIA GPU")
+    optim.add_argument("--offload_text_encoder", action="store_true", help="keep it on the CPU between prompts")
+    optim.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's setting")
+    optim.add_argument("--seed", type=int, default=0)
+
+    keep = parser.add_argument_group("checkpoints, validation, logs")
+    keep.add_argument("--checkpointing_steps", type=int, default=500)
+    keep.add_argument("--checkpoints_total_limit", type=int)
+    keep.add_argument("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
+    keep.add_argument("--validation_prompts", nargs="+", help="drawn at 1, 2 and 4 steps")
+    keep.add_argument("--validation_steps", type=int, default=500)
+    keep.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or 'none'")
+    keep.add_argument("--logging_steps", type=int, default=10)
+    keep.add_argument("--dry_run", action="store_true", help="everything once, in a folder beside output_dir; report")
+
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message that names the flag and its value, before anything is loaded."""
+    if (args.prompts_file is None) == (args.dataset_name is None):
+        parser.error("give either --prompts_file or --dataset_name")
+    if args.route_steps < 2:
+        parser.error(f"--route_steps is {args.route_steps}: it takes 2, as the step at pi/2 gives no training row")
+    if min(args.guidance_scales) <= 0:
+        parser.error(f"--guidance_scales is {args.guidance_scales}: every scale has to be positive")
+    for name in (
+        "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps",
+        "validation_steps", "max_sequence_length", "max_skipped_steps", "learning_rate", "max_grad_norm",
+        "flow_shift", "logit_std",
+    ):  # fmt: skip
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} is {getattr(args, name)}: it has to be positive")
+    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
+        parser.error(f"--checkpoints_total_limit is {args.checkpoints_total_limit}: the last one is always kept")
+    if args.brightness_threshold < 0:
+        parser.error(f"--brightness_threshold is {args.brightness_threshold}: it must not be negative")
+    if not 0 <= args.ema_decay < 1:
+        parser.error(f"--ema_decay is {args.ema_decay}: it has to lie in [0, 1)")
+    if args.tangent_cooldown_start_step < 0:
+        args.tangent_cooldown_start_step = None
+    try:
+        tangent_ratio(
+            0,
+            args.tangent_warmup_steps,
+            args.tangent_cooldown_start_step,
+            args.tangent_cooldown_steps,
+            args.tangent_final_ratio,
+        )
+    except ValueError as error:
+        parser.error(f"--tangent_*: {error}")
+    for name in ("lora_alpha", "lora_target_modules", "merge_lora"):
+        if args.rank is None and getattr(args, name):
+            parser.error(f"--{name} needs --rank")
+    if args.streaming and args.dataset_name is None:
+        parser.error("--streaming is for --dataset_name")
+    for name in ("max_prompts", "rank", "lora_alpha"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}: it has to be positive")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        parser.error(f"--use_8bit_adam is AdamW's, --optimizer is {args.optimizer}")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file")
+    holds_run = (output_dir / MODEL_INDEX).exists() or list_checkpoints(output_dir)
+    if holds_run and args.resume_from_checkpoint is None:
+        parser.error(
+            f"--output_dir {args.output_dir} holds another run: continue it with --resume_from_checkpoint latest, or"
+            " choose another folder"
+        )
+
+
+def training_table(args: argparse.Namespace, steps: int, prompts_per_step: int, precision: str) -> dict[str, object]:
+    """What the model card says about the run."""
+    cooldown = (
+        "no cooldown"
+        if args.tangent_cooldown_start_step is None
+        else f"cooldown from step {args.tangent_cooldown_start_step} over {args.tangent_cooldown_steps}"
+    )
+    return {
+        "method": "TBCM, image-free",
+        "steps": steps,
+        "prompts seen": steps * prompts_per_step,
+        "route": f"{args.sampling_scheme}, {args.route_steps} steps, shift {args.flow_shift}",
+        "tangent ratio": f"warm-up {args.tangent_warmup_steps}, {cooldown}, final {args.tangent_final_ratio}",
+        "guidance scales": ", ".join(f"{scale:g}" for scale in args.guidance_scales),
+        "optimiser": f"{args.optimizer}, lr {args.learning_rate:g} {args.lr_scheduler}, clip {args.max_grad_norm:g}",
+        "weights": "all" if args.rank is None else f"LoRA of rank {args.rank}, guidance embedder",
+        "EMA": args.ema_decay if args.use_ema else "off",
+        "precision": precision,
+        "seed": args.seed,
+    }

@@ -1,0 +1,94 @@
+"""The same run on one process, on two, with accumulation, and sharded: the same weights. CPU, gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distill_args import parse_args
+from safetensors.torch import load_file
+from train_tbcm_distill import main
+
+
+BRIGHTNESS_THRESHOLD = 6.0  # drops about half of the tiny teacher's prompts
+SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
+# What `accelerate config` writes for FSDP2, as the environment that `accelerate launch` makes of it.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "SanaTransformerBlock",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+def launch(arguments, **environment):
+    """Two processes; `accelerate launch` itself starts several on a CPU only by MPI."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    finished = subprocess.run(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
+    assert finished.returncode == 0, finished.stdout[-5000:]
+
+
+def student_weights(folder):
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def largest_relative_difference(actual, expected):
+    """Over all tensors, the norm of the difference over the norm."""
+    assert actual.keys() == expected.keys()
+    return max(float((actual[name] - value).norm() / value.norm()) for name, value in expected.items() if value.any())
+
+
+@pytest.fixture
+def long_flags(flags):
+    def build(**changes):
+        # The filter drops some prompts: the mean over those kept must not depend on who holds them.
+        defaults = {
+            "max_train_steps": 10,
+            "use_ema": True,
+            "ema_decay": 0.5,
+            "brightness_threshold": BRIGHTNESS_THRESHOLD,
+            "logging_steps": 10,
+            "learning_rate": 1e-4,
+        }
+        return flags(**(defaults | changes))
+
+    return build
+
+
+@pytest.fixture
+def one_process(long_flags, tmp_path):
+    main(parse_args(long_flags(output_dir=tmp_path / "one", train_batch_size=4)))
+    last = json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0.1 < last["filtered_share"] < 0.9
+    return student_weights(tmp_path / "one")
+
+
+def test_two_processes_and_accumulation_give_the_weights_of_one_process(long_flags, one_process, tmp_path):
+    main(parse_args(long_flags(output_dir=tmp_path / "sum", train_batch_size=2, gradient_accumulation_steps=2)))
+    assert largest_relative_difference(student_weights(tmp_path / "sum"), one_process) < 1e-5
+    launch(long_flags(output_dir=tmp_path / "two", train_batch_size=2))
+    assert largest_relative_difference(student_weights(tmp_path / "two"), one_process) < 1e-5
+
+
+def test_fsdp2_gives_the_weights_of_one_process_and_resumes(long_flags, one_process, tmp_path):
+    arguments = long_flags(output_dir=tmp_path / "sharded", train_batch_size=2, checkpointing_steps=5)
+    launch(arguments, **FSDP2)
+    assert largest_relative_difference(student_weights(tmp_path / "sharded"), one_process) < 1e-4
+    for leftover in ("checkpoint-10", "model_index.json"):
+        (tmp_path / "sharded" / leftover).rename(tmp_path / leftover)
+    launch([*arguments, "--resume_from_checkpoint", "latest"], **FSDP2)
+    resumed = student_weights(tmp_path / "sharded")
+    assert largest_relative_difference(resumed, one_process) < 1e-4
+    assert all(torch.isfinite(value).all() for value in resumed.values())

@@ -1,0 +1,183 @@
+"""A student as low-rank adapters (LoRA, arXiv 2106.09685) on its teacher's own weights: memory holds them once.
+
+What trains is the adapters and the guidance embedder. The teacher lacks the latter, so it is no low-rank change of
+anything: it trains, and travels, in full.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from diffusers import SanaPipeline, SanaTransformer2DModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from .trigflow import embed_guidance
+
+
+# Every large matrix, as in diffusers' LCM-LoRA script: attention is only half of a Sana block's weights, the pointwise
+# convolutions of its Mix-FFN the other half, and a student answers to time otherwise than its teacher, hence the
+# modulation layer. The depthwise convolution is small and has no low rank.
+DEFAULT_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "time_embed.linear")
+GUIDANCE_EMBEDDER = "time_embed.guidance_embedder"
+# Beside diffusers' file and not in it: diffusers takes no file with a weight that is not LoRA's.
+GUIDANCE_EMBEDDER_FILE = "guidance_embedder.safetensors"
+CONFIG_ENTRIES = ("guidance_embeds_scale", "timestep_scale")  # what a student's config adds to its teacher's
+
+
+def make_lora_student(
+    teacher: SanaTransformer2DModel,
+    *,
+    rank: int,
+    alpha: int | None = None,
+    target_modules: Sequence[str] = DEFAULT_TARGET_MODULES,
+) -> SanaTransformer2DModel:
+    """Make a student of the teacher's very parameters, LoRA adapters and a guidance embedder, equal to it at first.
+
+    Moving or casting either network moves or casts the parameters of both. Adapters and guidance embedder are float32:
+    over a base of lower precision the student runs under autocast.
+
+    Args:
+        teacher: the network to adapt; its parameters become frozen, otherwise it is left as it is.
+        rank: of the adapters.
+        alpha: the adapters' output is multiplied by alpha / rank; None for `rank`.
+        target_modules: linear and convolution layers to adapt, each by the end of its name, such as `"attn1.to_q"`.
+
+    Returns:
+        The student; its parameters with `requires_grad` are all that trains.
+
+    Raises:
+        ValueError: if `rank` or `alpha` is not positive, or a target names no layer or the guidance embedder.
+    """
+    alpha = rank if alpha is None else alpha
+    for name, value in (("rank", rank), ("alpha", alpha)):
+        if not value > 0:
+            raise ValueError(f"`{name}` is {value}, but it has to be positive.")
+    student = _with_own_guidance_embedder(teacher)
+    _check_targets(student, target_modules)
+    student.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules)))
+    student.get_submodule(GUIDANCE_EMBEDDER).requires_grad_(True)
+    cast_training_params(student, dtype=torch.float32)
+    return student
+
+
+def merge_lora(student: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """Add the adapters into a copy of the weights: a plain student that needs neither peft nor its teacher.
+
+    Args:
+        student: made by `make_lora_student`; it and its teacher are left as they are.
+
+    Returns:
+        The merged student, every weight its own and float32, as an adapter's share can be less than bfloat16's step.
+    """
+    merged = copy.deepcopy(student).float()
+    merged.fuse_lora()
+    merged.unload_lora()
+    return merged
+
+
+def save_lora(student: SanaTransformer2DModel, folder: str | PathLike[str]) -> Path:
+    """Save the adapters and the guidance embedder for `SanaTBCMPipeline.load_lora_weights`.
+
+    `pytorch_lora_weights.safetensors` is diffusers' own, which every Sana pipeline loads; the guidance embedder lies
+    beside it.
+
+    Args:
+        student: made by `make_lora_student`.
+        folder: where to write; created where it does not exist.
+
+    Returns:
+        `folder`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = student.get_submodule(GUIDANCE_EMBEDDER).state_dict()
+    config = {name: torch.tensor(student.config[name], dtype=torch.float64) for name in CONFIG_ENTRIES}
+    save_file({**weights, **config}, folder / GUIDANCE_EMBEDDER_FILE)
+    lora = student.peft_config["default"]
+    SanaPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(student),
+        # Not all of the config: other versions of peft refuse the entries that they do not know.
+        transformer_lora_adapter_metadata={
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "target_modules": sorted(lora.target_modules),
+        },
+    )
+    return folder
+
+
+def load_guidance_embedder(
+    transformer: SanaTransformer2DModel, tensors: Mapping[str, torch.Tensor]
+) -> SanaTransformer2DModel:
+    """Give a network the guidance embedder that `save_lora` wrote.
+
+    Args:
+        transformer: the teacher, or a student of it; it is left as it is.
+        tensors: what the file holds.
+
+    Returns:
+        A network of the transformer's very parameters and the guidance embedder, in the transformer's dtype.
+
+    Raises:
+        ValueError: if the transformer has hooks, such as those of offloading.
+    """
+    if any(hasattr(module, hook) for module in transformer.modules() for hook in ("_hf_hook", "_diffusers_hook")):
+        raise ValueError("`transformer` has offloading hooks: load the LoRA first and enable offloading after that.")
+    student = _with_own_guidance_embedder(transformer)
+    student.register_to_config(**{name: tensors[name].item() for name in CONFIG_ENTRIES})
+    weights = {name: tensor for name, tensor in tensors.items() if name not in CONFIG_ENTRIES}
+    student.get_submodule(GUIDANCE_EMBEDDER).load_state_dict(weights)
+    return student
+
+
+def drop_frozen_weights(
+    models: Sequence[nn.Module], weights: Sequence[dict[str, torch.Tensor]], output_dir: str
+) -> None:
+    """Keep frozen parameters out of checkpoints, as a hook for `Accelerator.register_save_state_pre_hook`.
+
+    `Accelerator.load_state(folder, strict=False)` loads such a checkpoint.
+
+    Args:
+        models: the prepared models.
+        weights: their state dicts, which lose the frozen entries.
+        output_dir: the checkpoint's folder, without effect.
+    """
+    for model, state in zip(models, weights, strict=True):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                state.pop(name)
+
+
+def _with_own_guidance_embedder(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """Build a second network of the transformer's very parameters; only its guidance embedder is its own."""
+    shared = {
+        id(parameter): parameter
+        for name, parameter in transformer.named_parameters()
+        if not name.startswith(GUIDANCE_EMBEDDER)
+    }
+    student = copy.deepcopy(transformer, shared)
+    embed_guidance(student, student.config["guidance_embeds_scale"])
+    return student
+
+
+def _check_targets(student: SanaTransformer2DModel, target_modules: Sequence[str]) -> None:
+    """Refuse what peft passes over in silence: it minds only if none of the targets is found."""
+    layers = [name for name, module in student.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in target_modules:
+        found = [name for name in layers if f".{name}".endswith(f".{target}")]
+        if not found:
+            raise ValueError(
+                f"`target_modules` has {target!r}, but no linear or convolution layer of the transformer has a name"
+                " that ends so."
+            )
+        if any(name.startswith(GUIDANCE_EMBEDDER) for name in found):
+            raise ValueError(
+                f"`target_modules` has {target!r}, which takes in the guidance embedder; that trains in full. Name"
+                f" the layers apart: {', '.join(found)}."
+            )

@@ -1,0 +1,108 @@
+"""What a run will need and has needed: bytes of weights, states and saved activations."""
+
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+
+def peak_memory(device: torch.device) -> int:
+    """Read the most memory held so far.
+
+    Args:
+        device: a GPU, or the CPU.
+
+    Returns:
+        Bytes: allocated by torch on a GPU, resident in this process on a CPU.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Sum up the memory of parameters.
+
+    Args:
+        parameters: of any shapes and dtypes.
+
+    Returns:
+        Bytes.
+    """
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def activation_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: torch.dtype | None = None) -> int:
+    """Count what autograd keeps between a forward and its backward, without computing or allocating it.
+
+    Args:
+        model: the module; with gradient checkpointing, what its backward recomputes is not counted.
+        inputs: its inputs, tensors of the right shape, dtype and device.
+        autocast_dtype: dtype of autocast; None for none.
+
+    Returns:
+        Bytes of all saved tensors that are not parameters, each storage once.
+    """
+    mode = FakeTensorMode()
+    state: dict[str, torch.Tensor] = {
+        name: mode.from_tensor(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    device_type = inputs[0].device.type
+    with mode, saved_tensors_hooks(pack, lambda tensor: tensor):
+        fake_inputs = tuple(mode.from_tensor(value) for value in inputs)
+        with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            # The graph has to live while its tensors are counted: a freed storage's address is used again.
+            graph = functional_call(model, state, fake_inputs)
+        total = sum(saved.values())
+        del graph
+    return total
+
+
+def memory_plan(
+    model: nn.Module,
+    frozen: Mapping[str, nn.Module],
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    state_bytes: int,
+    ema: bool,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, int]:
+    """Say what one process of a training run holds at the end of its forward, before anything is sharded.
+
+    Args:
+        model: the module that is trained.
+        frozen: modules that are only run, by name.
+        inputs: a batch for `model`.
+        state_bytes: what the optimiser keeps for every trained weight.
+        ema: whether a second copy of the trained weights is averaged.
+        autocast_dtype: dtype of autocast; None for none.
+
+    Returns:
+        Bytes by part. Weights that the model shares with a frozen module count there; the transient memory of a single
+        layer is not counted.
+    """
+    shared = {parameter for module in frozen.values() for parameter in module.parameters()}
+    own = [parameter for parameter in model.parameters() if parameter not in shared]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {name: parameter_bytes(module.parameters()) for name, module in frozen.items()} | {
+        "student": parameter_bytes(own),
+        "gradients": parameter_bytes(trained),
+        "optimiser": sum(p.numel() for p in trained) * state_bytes,
+        "EMA": parameter_bytes(trained) * ema,
+        "activations": activation_bytes(model, *inputs, autocast_dtype=autocast_dtype),
+    }

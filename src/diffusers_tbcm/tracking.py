@@ -1,0 +1,77 @@
+"""What a run reports: a JSON Lines file of its own, and the trackers of accelerate; neither can end the run."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from diffusers.utils import logging
+from PIL import Image
+
+
+logger = logging.get_logger(__name__)
+
+
+class MetricsLog:
+    """Sends metrics to a file, one JSON object a line, and to every tracker of an accelerator.
+
+    Args:
+        accelerator: holds the trackers; only its main process writes.
+        path: the file, continued where it exists. Values that are not finite are null in it.
+        first_step: lines of later steps are left over from a run that stopped after its last checkpoint; they go.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: str | PathLike[str], first_step: int = 0) -> None:
+        self.accelerator = accelerator
+        self.path = Path(path)
+        if accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+
+    def __call__(self, values: Mapping[str, float], step: int) -> None:
+        """Report metrics; what fails is named in a warning, and a tracker that fails is left out from then on.
+
+        Args:
+            values: value by name.
+            step: optimiser steps done.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:
+            logger.warning(f"{self.path} could not be written: {error}")
+        self._try_trackers(lambda tracker: tracker.log(dict(values), step=step))
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Send a picture to the trackers that show pictures.
+
+        Args:
+            name: the picture's name.
+            image: the picture.
+            step: optimiser steps done.
+        """
+        pixels = np.asarray(image)[None]
+
+        def send(tracker: GeneralTracker) -> None:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: list(pixels)}, step=step)
+
+        self._try_trackers(send)
+
+    def _try_trackers(self, send: Callable[[GeneralTracker], None]) -> None:
+        for tracker in list(self.accelerator.trackers):
+            try:
+                send(tracker)
+            except Exception as error:  # whatever a tracker's service does, the run outlives it
+                logger.warning(f"Tracker {tracker.name} failed and is left out from now on: {error!r}")
+                self.accelerator.trackers.remove(tracker)

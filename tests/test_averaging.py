@@ -1,0 +1,65 @@
+"""The EMA's checkpoint is whole, whether its weights are or not."""
+
+import subprocess
+import sys
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from diffusers_tbcm.averaging import ShardedEMA
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from diffusers_tbcm.averaging import ShardedEMA
+
+torch.manual_seed(0)
+dist.init_process_group("gloo")
+mesh = dist.init_device_mesh("cpu", (2,))
+model, other = torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)
+whole = [p.detach().clone() for p in model.parameters()]
+for module in (model, other):
+    fully_shard(module, mesh=mesh)
+ema = ShardedEMA(model.parameters(), decay=0.5)
+ema.step(model.parameters())  # diffusers' first step takes the weights as they are, its second a decay of 2 / 11
+with torch.no_grad():
+    for p in model.parameters():
+        p.zero_()
+ema.step(model.parameters())
+state = ema.state_dict()
+assert all(isinstance(p, DTensor) for p in ema.shadow_params)
+for start, averaged in zip(whole, state["shadow_params"], strict=True):
+    assert not isinstance(averaged, DTensor)
+    torch.testing.assert_close(averaged, start * 2 / 11)
+restored = ShardedEMA(other.parameters(), decay=0.1)
+restored.load_state_dict(state)
+assert restored.decay == 0.5 and all(isinstance(p, DTensor) for p in restored.shadow_params)
+for actual, expected in zip(restored.full_weights(), state["shadow_params"], strict=True):
+    assert torch.equal(actual, expected)
+restored.copy_to(other.parameters())
+dist.destroy_process_group()
+"""
+
+
+def test_whole_weights_are_averaged_as_diffusers_does():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 5)
+    ours, theirs = (kind(model.parameters(), decay=0.5) for kind in (ShardedEMA, EMAModel))
+    with torch.no_grad():
+        model.weight.zero_()
+    for ema in (ours, theirs):
+        ema.step(model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(ours.full_weights(), theirs.shadow_params, strict=True))
+    restored = ShardedEMA(model.parameters(), decay=0.1)
+    restored.load_state_dict(ours.state_dict())
+    assert restored.decay == 0.5 and torch.equal(restored.full_weights()[0], ours.full_weights()[0])
+
+
+def test_sharded_weights_are_saved_whole_and_come_back_sharded(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stdout
