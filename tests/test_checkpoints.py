@@ -36,6 +36,27 @@ def test_old_ones_go_after_the_new_one_is_complete(run):
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-10", "checkpoint-11"]
 
 
+def test_the_new_one_stays_where_torn_ones_of_later_steps_lie_about(run):
+    accelerator, _, folder = run
+    (folder / "checkpoint-10" / MANIFEST).unlink()
+    save_checkpoint(accelerator, folder, 8, total_limit=1)
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-8"]
+    assert find_checkpoint(folder, "latest")[1] == 8
+
+
+def test_one_that_cannot_be_written_is_a_warning_and_leaves_the_others(run, monkeypatch, caplog):
+    accelerator, _, folder = run
+
+    def full(output_dir):
+        (folder / "checkpoint-11.partial").mkdir()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full)
+    assert save_checkpoint(accelerator, folder, 11, total_limit=1) is None
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    assert "No space left on device" in caplog.text
+
+
 def test_one_still_being_written_does_not_count(run):
     _, _, folder = run
     (folder / "checkpoint-11.partial").mkdir()

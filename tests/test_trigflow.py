@@ -242,3 +242,14 @@ def test_student_is_saved_as_a_plain_transformer(tmp_path):
     assert loaded.config.guidance_embeds
     weights = loaded.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
+
+
+@pytest.mark.parametrize("guidance_embeds", [False, True])
+def test_the_students_time_embedding_stays_in_float32_under_autocast(guidance_embeds):
+    student = make_student(tiny_transformer(guidance_embeds=guidance_embeds))
+    t, guidance = torch.tensor([0.2, 1.2]), torch.tensor([0.45, 0.4])
+    exact = student.time_embed(t, guidance=guidance, hidden_dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = student.time_embed(t, guidance=guidance, hidden_dtype=torch.bfloat16)
+        assert student.patch_embed.proj(torch.ones(1, student.config.in_channels, 2, 2)).dtype == torch.bfloat16
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(mixed, exact, strict=True))
