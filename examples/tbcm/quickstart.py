@@ -53,7 +53,7 @@ MEASURED_STEPS = {"teacher": (1, 2, 4, 20), "untrained student": STUDENT_STEPS, 
 GRID_COLUMNS = (("teacher", 1), ("teacher", 20), ("student", 1), ("student", 2), ("student", 4))
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
-STEPS = 600
+STEPS = 520
 LEARNING_RATE = 1e-4
 
 

@@ -5,15 +5,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import train_tbcm_distill
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 from distill_args import parse_args
 from safetensors.torch import load_file
 from tiny import tiny_sana_pipeline, write_tiny_pipeline
-from train_tbcm_distill import main
+from train_tbcm_distill import check_accelerator, main
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.trigflow import make_student
@@ -56,7 +58,7 @@ def test_accumulation_is_a_larger_batch(flags, tmp_path):
     "changes",
     [
         {"optimizer": "came"},
-        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "allow_tf32": True, "offload_text_encoder": True},
         {"gradient_checkpointing": True, "tangent_resolution_invariant": True, "brightness_hard": True},
         {"sampling_scheme": "logit_normal", "brightness_threshold": 0, "tangent_cooldown_start_step": -1},
     ],
@@ -167,6 +169,27 @@ def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
         parse_args(flags(**changes))
     captured = capsys.readouterr().err
     assert re.search(message, captured), captured
+
+
+@pytest.mark.parametrize(
+    ("configuration", "rank", "message"),
+    [
+        ({"distributed_type": DistributedType.DEEPSPEED, "is_fsdp2": False}, None, r"DEEPSPEED.*DDP and FSDP2"),
+        ({"distributed_type": DistributedType.FSDP, "is_fsdp2": False}, None, r"FSDP.*fsdp_version: 2"),
+        ({"distributed_type": DistributedType.FSDP, "is_fsdp2": True}, 4, "--rank .* use DDP"),
+    ],
+    ids=["DeepSpeed", "FSDP1", "LoRA under FSDP2"],
+)
+def test_a_configuration_that_is_not_tested_is_refused(configuration, rank, message):
+    with pytest.raises(ValueError, match=message):
+        check_accelerator(SimpleNamespace(**configuration), SimpleNamespace(rank=rank, report_to="none"))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(train_tbcm_distill, "get_available_trackers", lambda: ["tensorboard"])
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)
+    with pytest.raises(ValueError, match="--report_to is 'wandb', which is not installed"):
+        check_accelerator(accelerator, SimpleNamespace(rank=None, report_to="wandb"))
 
 
 def test_another_run_is_not_overwritten(flags, tmp_path, capsys):

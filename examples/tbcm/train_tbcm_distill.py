@@ -82,6 +82,18 @@ def build_optimizer(args: argparse.Namespace, parameters: list[torch.nn.Paramete
     )
 
 
+def check_accelerator(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
+            " derivative is tested with one process, DDP and FSDP2 (fsdp_version: 2)"
+        )
+    if args.rank is not None and accelerator.is_fsdp2:
+        raise ValueError("--rank shares the base's weights with the teacher, which FSDP2 would shard: use DDP")
+    if args.report_to != "none" and args.report_to not in map(str, get_available_trackers()):
+        raise ValueError(f"--report_to is {args.report_to!r}, which is not installed or no tracker of accelerate")
+
+
 def build_student(
     args: argparse.Namespace, teacher: SanaTransformer2DModel, timestep_scale: float
 ) -> SanaTransformer2DModel:
@@ -163,15 +175,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
 
     # Everything that can be wrong with the input is found here, before anything large is loaded.
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and not accelerator.is_fsdp2:
-        raise ValueError(
-            f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
-            " derivative is tested with one process, DDP and FSDP2 (fsdp_version: 2)"
-        )
-    if args.rank is not None and accelerator.is_fsdp2:
-        raise ValueError("--rank shares the base's weights with the teacher, which FSDP2 would shard: use DDP")
-    if report_to is not None and report_to not in map(str, get_available_trackers()):
-        raise ValueError(f"--report_to is {report_to!r}, which is not installed or no tracker of accelerate")
+    check_accelerator(accelerator, args)
     resume = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     prompt_list = load_prompts(
         args.prompts_file or args.dataset_name,
