@@ -25,19 +25,49 @@ FSDP2 = {
 }
 
 
-def launch(arguments, **environment):
+# accelerate shards on accelerators only: this lets it do so on a CPU, with everything else as it is.
+SHARD_ON_CPU = """
+import runpy, sys
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+import diffusers_tbcm.averaging as averaging
+
+initialise, plugins = AcceleratorState.__init__, []
+
+def initialise_sharded(self, *args, fsdp_plugin=None, **kwargs):
+    initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    plugins.extend([fsdp_plugin] if fsdp_plugin is not None else [])
+    if plugins:  # the state is made anew, from the processes' own, wherever accelerate asks for it
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[-1]
+
+AcceleratorState.__init__ = initialise_sharded
+full_weights = averaging.ShardedEMA.full_weights
+
+def full_weights_of_shards(self):
+    assert all(isinstance(weight, DTensor) for weight in self.shadow_params)
+    return full_weights(self)
+
+averaging.ShardedEMA.full_weights = full_weights_of_shards
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launch(arguments, *scripts, **environment):
     """Two processes; `accelerate launch` itself starts several on a CPU only by MPI."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(
-        [*command, *arguments],
+        [*command, *map(str, scripts), str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=600,
         env=environment,
     )
-    assert finished.returncode == 0, finished.stdout[-5000:]
+    assert finished.returncode == 0 and "could not be written" not in finished.stdout, finished.stdout[-5000:]
 
 
 def student_weights(folder):
@@ -83,12 +113,14 @@ def test_two_processes_and_accumulation_give_the_weights_of_one_process(long_fla
 
 
 def test_fsdp2_gives_the_weights_of_one_process_and_resumes(long_flags, one_process, tmp_path):
+    launcher = tmp_path / "shard_on_cpu.py"
+    launcher.write_text(SHARD_ON_CPU)
     arguments = long_flags(output_dir=tmp_path / "sharded", train_batch_size=2, checkpointing_steps=5)
-    launch(arguments, **FSDP2)
+    launch(arguments, launcher, **FSDP2)
     assert largest_relative_difference(student_weights(tmp_path / "sharded"), one_process) < 1e-4
     for leftover in ("checkpoint-10", "model_index.json"):
         (tmp_path / "sharded" / leftover).rename(tmp_path / leftover)
-    launch([*arguments, "--resume_from_checkpoint", "latest"], **FSDP2)
+    launch([*arguments, "--resume_from_checkpoint", "latest"], launcher, **FSDP2)
     resumed = student_weights(tmp_path / "sharded")
     assert largest_relative_difference(resumed, one_process) < 1e-4
     assert all(torch.isfinite(value).all() for value in resumed.values())

@@ -202,8 +202,11 @@ def poison(monkeypatch, steps):
 
 def test_a_loss_that_is_not_a_number_skips_its_step_and_names_its_prompts(flags, tmp_path, monkeypatch, caplog):
     poison(monkeypatch, {2})
-    main(parse_args(flags(max_train_steps=3, checkpointing_steps=1, logging_steps=1, train_batch_size=2)))
+    main(
+        parse_args(flags(max_train_steps=3, checkpointing_steps=1, logging_steps=1, train_batch_size=2, use_ema=True))
+    )
     run = tmp_path / "run"
+    assert torch.load(run / "checkpoint-3" / "custom_checkpoint_1.pkl", weights_only=True)["optimization_step"] == 2
     assert any("Step 2: gradient norm nan" in message and "numbers [" in message for message in caplog.messages)
     assert [line["skipped_steps"] for line in metrics(run)] == [0, 1, 1]
     first, second, third = (load_file(run / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3))

@@ -34,4 +34,6 @@ class ShardedEMA(EMAModel):
         Returns:
             One whole tensor per averaged parameter.
         """
-        return [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in self.shadow_params]
+        return [
+            weight.full_tensor().clone() if isinstance(weight, DTensor) else weight for weight in self.shadow_params
+        ]
