@@ -10,13 +10,13 @@ Prints one JSON object: seconds of every stage, peak memory, device and versions
 import argparse
 import json
 import platform
-import resource
 import time
 
 import torch
 from diffusers import SanaTransformer2DModel
 
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
+from diffusers_tbcm.memory import peak_memory
 from diffusers_tbcm.tangent import consistency_tangent
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
@@ -42,11 +42,11 @@ CONFIGS = {
 }
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def random_transformer(model: str, resolution: int) -> SanaTransformer2DModel:
+    """A transformer of a published size, in dense time, for a resolution in pixels."""
+    return SanaTransformer2DModel(
+        qk_norm="rms_norm_across_heads", timestep_scale=0.001, sample_size=resolution // 32, **CONFIGS[model]
+    )
 
 
 def main() -> None:
@@ -64,9 +64,7 @@ def main() -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     torch.manual_seed(0)
     size = args.resolution // 32
-    transformer = SanaTransformer2DModel(
-        qk_norm="rms_norm_across_heads", timestep_scale=0.001, sample_size=size, **CONFIGS[args.model]
-    )
+    transformer = random_transformer(args.model, args.resolution)
     model = StudentWithLogvar(
         TrigFlowTransformer(make_student(transformer)), LogvarHead(transformer.config.cross_attention_dim)
     ).to(device)
@@ -125,7 +123,7 @@ def main() -> None:
         "gradient_norm": gradient_norm,
         "tangent_norm": tangent.norm.mean().item(),
         "all_parameters_finite": finite,
-        "peak_memory_gib": round(peak_memory(device), 2),
+        "peak_memory_gib": round(peak_memory(device) / 2**30, 2),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),

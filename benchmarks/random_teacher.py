@@ -14,13 +14,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
-from full_size_step import CONFIGS
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from full_size_step import CONFIGS, random_transformer
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini" / "tokenizer"
-CAPTION_CHANNELS = 2304  # Gemma 2 2B's width
 
 
 def main() -> None:
@@ -30,23 +29,18 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
+    transformer = random_transformer(args.model, args.resolution)
+    width = transformer.config.caption_channels
     tokenizer = GemmaTokenizer.from_pretrained(TOKENIZER)
     text_encoder = Gemma2Model(
         Gemma2Config(
             vocab_size=len(tokenizer),
-            hidden_size=CAPTION_CHANNELS,
-            intermediate_size=CAPTION_CHANNELS,
+            hidden_size=width,
+            intermediate_size=width,
             num_hidden_layers=1,
             num_attention_heads=8,
             num_key_value_heads=4,
         )
-    )
-    transformer = SanaTransformer2DModel(
-        qk_norm="rms_norm_across_heads",
-        timestep_scale=0.001,
-        caption_channels=CAPTION_CHANNELS,
-        sample_size=args.resolution // 32,
-        **CONFIGS[args.model],
     )
     pipeline = SanaPipeline(
         tokenizer, text_encoder, AutoencoderDC(), transformer, FlowMatchEulerDiscreteScheduler(shift=2.5)

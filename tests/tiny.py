@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 
@@ -126,3 +127,8 @@ def write_tiny_pipeline(folder: str | Path) -> Path:
     """
     tiny_sana_pipeline().save_pretrained(folder)
     return Path(folder)
+
+
+def student_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The transformer of a pipeline folder, by weight name."""
+    return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")

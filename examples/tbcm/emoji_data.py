@@ -36,6 +36,10 @@ class Emoji:
     in_teacher: bool
     held_out: bool = False
 
+    @property
+    def taught(self) -> bool:
+        return self.in_teacher and not self.held_out
+
 
 def list_emoji(noto_dir: Path, fluent_dir: Path, seed: int) -> list[Emoji]:
     """Join both packages on the code points of emoji.json; hold out pairs whose concept stays in the other style."""

@@ -368,7 +368,7 @@ def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaToken
 
 def write_prompts(pictures: list[Emoji], output_dir: Path, seed: int):
     """Distillation and evaluation prompts, half of the latter without a style; those of held-out pairs come last."""
-    lessons = [p for p in pictures if p.in_teacher and not p.held_out]
+    lessons = [p for p in pictures if p.taught]
     prompts = sorted({text for p in lessons for text in all_captions(p)})
     (output_dir / DISTILLATION_PROMPTS_FILE).write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
@@ -390,8 +390,8 @@ def measure(output_dir: Path, images: torch.Tensor, pictures: list[Emoji]) -> di
 
     The reference is every picture that the transformer learnt, and its mirror image.
     """
-    taught = torch.tensor([p.in_teacher and not p.held_out for p in pictures])
-    concepts = [p.concept for p in pictures if p.in_teacher and not p.held_out]
+    taught = torch.tensor([p.taught for p in pictures])
+    concepts = [p.concept for p in pictures if p.taught]
     real = torch.cat([images[taught], images[taught].flip(3)])
     features = MobileNetFeatures().extract([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in real])
     FeatureReference.fit(features, concepts * 2).save(output_dir / REFERENCE_FILE)
@@ -475,7 +475,7 @@ def main():
     pictures = list_emoji(args.noto_dir, args.fluent_dir, args.seed)
     images = load_images(pictures)
     seen = torch.tensor([not p.held_out for p in pictures])
-    taught = torch.tensor([p.in_teacher and not p.held_out for p in pictures])
+    taught = torch.tensor([p.taught for p in pictures])
     print(f"{len(pictures)} pictures, {int(taught.sum())} teach the transformer, {int((~seen).sum())} are held out")
 
     # 2. Autoencoder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distill_args import parse_args
-from safetensors.torch import load_file
+from tiny import student_weights
 from train_tbcm_distill import main
 
 
@@ -68,10 +68,6 @@ def launch(arguments, *scripts, **environment):
         env=environment,
     )
     assert finished.returncode == 0 and "could not be written" not in finished.stdout, finished.stdout[-5000:]
-
-
-def student_weights(folder):
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def largest_relative_difference(actual, expected):

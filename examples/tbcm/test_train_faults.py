@@ -14,6 +14,7 @@ import train_tbcm_distill
 from accelerate import Accelerator
 from distill_args import parse_args
 from safetensors.torch import load_file
+from tiny import student_weights
 from train_tbcm_distill import main
 
 from diffusers_tbcm.checkpoints import MANIFEST, list_checkpoints
@@ -50,10 +51,6 @@ def assert_same_state(actual, expected):
     actual, expected = training_state(actual), training_state(expected)
     assert actual.keys() == expected.keys() and len(actual) > 100
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
-
-
-def student_weights(folder):
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def run_until(arguments, folder, step, number):

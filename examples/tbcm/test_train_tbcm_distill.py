@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 from distill_args import parse_args
 from safetensors.torch import load_file
-from tiny import tiny_sana_pipeline, write_tiny_pipeline
+from tiny import student_weights, tiny_sana_pipeline, write_tiny_pipeline
 from train_tbcm_distill import check_accelerator, main
 
 from diffusers_tbcm import SanaTBCMPipeline
@@ -22,10 +22,6 @@ from diffusers_tbcm.trigflow import make_student
 
 
 SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
-
-
-def student_weights(folder):
-    return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teacher, tmp_path):

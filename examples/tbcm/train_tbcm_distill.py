@@ -133,14 +133,10 @@ def draw_validation(
     return image_grid(list(zip(*columns, strict=True)), labels, args.validation_prompts)
 
 
-def export_student(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    ema: ShardedEMA | None,
-    teacher: TrigFlowTransformer,
-    args: argparse.Namespace,
-) -> SanaTransformer2DModel:
-    """A whole copy of the student, averaged where there is an EMA, in its dtype; every process calls this."""
+def whole_weights(
+    accelerator: Accelerator, model: torch.nn.Module, ema: ShardedEMA | None, trained: dict[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """The student's weights, averaged where there is an EMA; every process calls this, the main one gets all."""
     prefix = "student.transformer."
     weights = {
         name.removeprefix(prefix): weight
@@ -148,16 +144,17 @@ def export_student(
         if name.startswith(prefix)
     }
     if ema is not None:
-        trained = trained_parameters(accelerator.unwrap_model(model))
         weights |= zip(trained, ema.full_weights(), strict=True)
+    return weights
+
+
+def load_student(
+    args: argparse.Namespace, teacher: TrigFlowTransformer, weights: dict[str, torch.Tensor]
+) -> SanaTransformer2DModel:
+    """A copy of the student in its teacher's dtype."""
     student = build_student(args, teacher.transformer, teacher.timestep_scale)
-    if accelerator.is_main_process:
-        student.load_state_dict(weights)
+    student.load_state_dict(weights)
     return student.eval()
-
-
-def trained_parameters(network: StudentWithLogvar) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in network.student.transformer.named_parameters() if p.requires_grad}
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
@@ -279,21 +276,22 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     model, optimizer = accelerator.prepare(model, optimizer)
     # DDP's wrapper is for the gradient pass only. FSDP2 shards the module in place: it is called at its root, always.
     network = accelerator.unwrap_model(model)
-    ema = ShardedEMA(trained_parameters(network).values(), decay=args.ema_decay) if args.use_ema else None
+    trained = {name: p for name, p in network.student.transformer.named_parameters() if p.requires_grad}
+    ema = ShardedEMA(trained.values(), decay=args.ema_decay) if args.use_ema else None
     accelerator.register_for_checkpointing(*[part for part in (lr_scheduler, ema) if part is not None])
     if args.rank is not None:
         accelerator.register_save_state_pre_hook(drop_frozen_weights)
-    first_step = step = 0
+    first_step = 0
     if resume is not None:
         checkpoint, first_step = resume
-        step = first_step
         accelerator.load_state(str(checkpoint), strict=args.rank is None)
-        logger.info(f"Resumed from {checkpoint} at step {step}", main_process_only=True)
+        logger.info(f"Resumed from {checkpoint} at step {first_step}", main_process_only=True)
+    step = first_step
     if ema is not None:
         ema.to(device)
     if report_to is not None:
         accelerator.init_trackers("tbcm", config={name: str(value) for name, value in vars(args).items()})
-    log = MetricsLog(accelerator, output_dir / "metrics.jsonl", first_step=step)
+    log = MetricsLog(accelerator, output_dir / "metrics.jsonl", first_step=first_step)
 
     guidance_choices = torch.tensor(args.guidance_scales)
     prompts_per_micro_step = args.train_batch_size * accelerator.num_processes
@@ -409,7 +407,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
             elif finite or accelerator.scaler is not None:  # with fp16 the scaler skips a step that is not finite
                 optimizer.step()
             if kept_in_step > 0 and finite and ema is not None:
-                ema.step(trained_parameters(network).values())
+                ema.step(trained.values())
             optimizer.zero_grad()
             lr_scheduler.step()
         step += 1
@@ -456,8 +454,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
             progress.close()
             return accelerator
         if args.validation_prompts and (step % args.validation_steps == 0 or step == args.max_train_steps):
-            exported = export_student(accelerator, model, ema, teacher, args)
+            weights = whole_weights(accelerator, model, ema, trained)
             if accelerator.is_main_process:
+                exported = load_student(args, teacher, weights)
                 plain = exported if args.rank is None else merge_lora(exported)
                 grid = draw_validation(plain, encoder, teacher_folder, args)
                 grid_file = output_dir / "validation" / f"step-{step}.png"
@@ -468,8 +467,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     progress.close()
 
     # 7. Export
-    exported = export_student(accelerator, model, ema, teacher.float(), args)
+    weights = whole_weights(accelerator, model, ema, trained)
     if accelerator.is_main_process:
+        exported = load_student(args, teacher.float(), weights)
         if args.rank is not None:
             print(f"Adapters for SanaTBCMPipeline.load_lora_weights: {save_lora(exported, output_dir / 'lora')}")
         if args.rank is None or args.merge_lora:
