@@ -26,7 +26,7 @@ import torch
 from diffusers import SanaPipeline
 
 from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
-from diffusers_tbcm.hub import resolve_teacher
+from diffusers_tbcm.pipeline_folder import resolve_teacher
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.prompts import load_prompts
 

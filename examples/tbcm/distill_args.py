@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers.optimization import SchedulerType
 
 from diffusers_tbcm.checkpoints import list_checkpoints
-from diffusers_tbcm.hub import MODEL_INDEX
+from diffusers_tbcm.pipeline_folder import MODEL_INDEX
 from diffusers_tbcm.tangent import tangent_ratio
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES
 

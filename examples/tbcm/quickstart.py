@@ -33,7 +33,7 @@ from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.evaluation import image_grid, pictures_to_tensor, seconds_per_image
-from diffusers_tbcm.hub import Measurement, render_model_card
+from diffusers_tbcm.model_card import Measurement, render_model_card
 from diffusers_tbcm.trigflow import make_student
 
 

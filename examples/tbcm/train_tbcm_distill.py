@@ -42,11 +42,12 @@ from diffusers_tbcm.brightness import cached_black_latent, keep_mask
 from diffusers_tbcm.checkpoints import find_checkpoint, save_checkpoint
 from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from diffusers_tbcm.evaluation import image_grid
-from diffusers_tbcm.hub import latent_size, resolve_teacher, save_student_pipeline, vae_scale_factor
+from diffusers_tbcm.export import save_student_pipeline
 from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
 from diffusers_tbcm.lora import drop_frozen_weights, make_lora_student, merge_lora, save_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error, consistency_loss
 from diffusers_tbcm.memory import memory_plan, peak_memory
+from diffusers_tbcm.pipeline_folder import latent_size, resolve_teacher, vae_scale_factor
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.prompts import draw_generator, load_prompts, prompt_at
 from diffusers_tbcm.tangent import consistency_tangent, tangent_ratio

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .hub import SKIPPED_FILES
+from .pipeline_folder import SKIPPED_FILES
 
 
 logger = logging.get_logger(__name__)

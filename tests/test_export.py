@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 from tiny import tiny_transformer, write_tiny_pipeline
 
-from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, hub
-from diffusers_tbcm.hub import Measurement, render_model_card, resolve_teacher, save_student_pipeline
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, export, pipeline_folder
+from diffusers_tbcm.export import save_student_pipeline
 
 
 PROMPT = 'a "small" dolphin'
@@ -125,7 +125,7 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
 
     with monkeypatch.context() as patch:
         if moment == "writing":
-            patch.setattr(hub, "render_model_card", fail)
+            patch.setattr(export, "render_model_card", fail)
         else:
             replace = Path.replace
             patch.setattr(Path, "replace", lambda path, to: fail() if path.name == "vae" else replace(path, to))
@@ -141,32 +141,6 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_card_without_measurements_claims_none(exported):
-    card = ModelCard.load(exported / "README.md")
-    assert "## Results" not in card.text and "![" not in card.text
-    assert card.data.eval_results is None
-    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
-    assert "| learning rate | 1e-05 |" in card.text and "| teacher | `tiny_teacher` |" in card.text
-
-
-def test_card_with_measurements_has_a_table_and_the_students_rows_as_metadata(exported):
-    measurements = [
-        Measurement("teacher", 20, {"MobileNet-FD": 1.5, "retrieval@5": 0.9}),
-        Measurement("student", 1, {"MobileNet-FD": 2.25004, "retrieval@5": 0.75}),
-    ]
-    card = render_model_card(exported, measurements=measurements, dataset="Some Emoji", sample_grid="grid.png")
-    card.save(exported / "README.md")
-    card = ModelCard.load(exported / "README.md")
-    assert (
-        "| model | steps | MobileNet-FD | retrieval@5 |\n|---|---|---|---|\n| teacher | 20 | 1.5 | 0.9 |" in card.text
-    )
-    assert "| student | 1 | 2.25 | 0.75 |" in card.text and "](grid.png)" in card.text
-    results = [(result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results]
-    assert results == [("Some Emoji", "MobileNet-FD", 2.25004), ("Some Emoji", "retrieval@5", 0.75)]
-    with pytest.raises(ValueError, match="dataset is None"):
-        render_model_card(exported, measurements=measurements)
-
-
 @pytest.mark.parametrize("prefix", ["", "a card without metadata\n"])
 def test_licence_is_never_invented(prefix, student, damaged_teacher, tmp_path):
     if prefix:
@@ -179,7 +153,7 @@ def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(stud
     snapshot = Path(shutil.copytree(teacher, tmp_path / "snapshot"))
     (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: nsclv2\n---\n# Teacher\n")
     (snapshot / "NOTICE").write_text("made of")
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo_id, **patterns: str(snapshot))
+    monkeypatch.setattr(pipeline_folder, "snapshot_download", lambda repo_id, **patterns: str(snapshot))
     folder = save_student_pipeline(
         student,
         "someone/teacher",
@@ -195,40 +169,6 @@ def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(stud
     assert card.data.base_model == "someone/teacher"
     assert len(re.findall(r'from_pretrained\("me/student"\)', card.text)) == 2
     assert "height=128, width=128" in card.text
-
-
-def _no_index(folder: Path) -> None:
-    (folder / "model_index.json").unlink()
-
-
-def _other_transformer(folder: Path) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-def _no_vae(folder: Path) -> None:
-    shutil.rmtree(folder / "vae")
-
-
-def _pickled_text_encoder(folder: Path) -> None:
-    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_no_index, "is no pipeline folder: it has no model_index.json"),
-        (_other_transformer, "is no Sana pipeline: .*FluxTransformer2DModel"),
-        (_no_vae, "lacks its vae"),
-        (_pickled_text_encoder, "no full-precision safetensors weights of its text_encoder"),
-        (shutil.rmtree, "is neither a folder nor a model on the Hub"),
-    ],
-)
-def test_a_teacher_that_cannot_be_exported_is_refused(damage, message, damaged_teacher):
-    damage(damaged_teacher)
-    with pytest.raises(ValueError, match=message):
-        resolve_teacher(damaged_teacher)
 
 
 def test_wrong_arguments_are_refused_before_anything_is_written(student, teacher, tmp_path):

@@ -1,0 +1,47 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny_pipeline
+
+from diffusers_tbcm.pipeline_folder import resolve_teacher
+
+
+@pytest.fixture
+def damaged_teacher(tmp_path) -> Path:
+    return write_tiny_pipeline(tmp_path / "damaged")
+
+
+def _no_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def _other_transformer(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _no_vae(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+
+
+def _pickled_text_encoder(folder: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_no_index, "is no pipeline folder: it has no model_index.json"),
+        (_other_transformer, "is no Sana pipeline: .*FluxTransformer2DModel"),
+        (_no_vae, "lacks its vae"),
+        (_pickled_text_encoder, "no full-precision safetensors weights of its text_encoder"),
+        (shutil.rmtree, "is neither a folder nor a model on the Hub"),
+    ],
+)
+def test_a_teacher_that_cannot_be_exported_is_refused(damage, message, damaged_teacher):
+    damage(damaged_teacher)
+    with pytest.raises(ValueError, match=message):
+        resolve_teacher(damaged_teacher)
