@@ -27,11 +27,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from diffusers.optimization import get_scheduler
 from distill_args import parse_args, training_table
+from distill_setup import (
+    STATE_BYTES,
+    STATE_BYTES_8BIT,
+    build_optimizer,
+    build_student,
+    check_accelerator,
+    load_student,
+)
 from PIL import Image
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -44,7 +51,7 @@ from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fin
 from diffusers_tbcm.evaluation import image_grid
 from diffusers_tbcm.export import save_student_pipeline
 from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
-from diffusers_tbcm.lora import drop_frozen_weights, make_lora_student, merge_lora, save_lora
+from diffusers_tbcm.lora import drop_frozen_weights, merge_lora, save_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error, consistency_loss
 from diffusers_tbcm.memory import memory_plan, peak_memory
 from diffusers_tbcm.pipeline_folder import latent_size, resolve_teacher, vae_scale_factor
@@ -53,58 +60,13 @@ from diffusers_tbcm.prompts import draw_generator, load_prompts, prompt_at
 from diffusers_tbcm.tangent import consistency_tangent, tangent_ratio
 from diffusers_tbcm.tracking import MetricsLog
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
-from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale, make_student
+from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale
 
 
 logger = get_logger(__name__)
 
 SIGMA_DATA = 0.5
 VALIDATION_STEPS_GRID = (1, 2, 4)
-STATE_BYTES = {"adamw": 8, "came": 4}  # of the optimiser, per trained weight
-STATE_BYTES_8BIT = 2
-
-
-def build_optimizer(args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    if args.optimizer == "adamw":
-        if args.use_8bit_adam:
-            from bitsandbytes.optim import AdamW8bit as AdamW
-        else:
-            from torch.optim import AdamW
-        return AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-    from came_pytorch import CAME
-
-    # Betas and epsilons of the reference.
-    return CAME(
-        parameters,
-        lr=args.learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(0.9, 0.999, 0.9999),
-        eps=(1e-30, 1e-16),
-    )
-
-
-def check_accelerator(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and not accelerator.is_fsdp2:
-        raise ValueError(
-            f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
-            " derivative is tested with one process, DDP and FSDP2 (fsdp_version: 2)"
-        )
-    if args.rank is not None and accelerator.is_fsdp2:
-        raise ValueError("--rank shares the base's weights with the teacher, which FSDP2 would shard: use DDP")
-    if args.report_to != "none" and args.report_to not in map(str, get_available_trackers()):
-        raise ValueError(f"--report_to is {args.report_to!r}, which is not installed or no tracker of accelerate")
-
-
-def build_student(
-    args: argparse.Namespace, teacher: SanaTransformer2DModel, timestep_scale: float
-) -> SanaTransformer2DModel:
-    if args.rank is None:
-        student = make_student(teacher)
-    else:
-        targets = {} if args.lora_target_modules is None else {"target_modules": args.lora_target_modules}
-        student = make_lora_student(teacher, rank=args.rank, alpha=args.lora_alpha, **targets)
-    student.register_to_config(timestep_scale=timestep_scale)
-    return student
 
 
 @torch.no_grad()
@@ -147,15 +109,6 @@ def whole_weights(
     if ema is not None:
         weights |= zip(trained, ema.full_weights(), strict=True)
     return weights
-
-
-def load_student(
-    args: argparse.Namespace, teacher: TrigFlowTransformer, weights: dict[str, torch.Tensor]
-) -> SanaTransformer2DModel:
-    """A copy of the student in its teacher's dtype."""
-    student = build_student(args, teacher.transformer, teacher.timestep_scale)
-    student.load_state_dict(weights)
-    return student.eval()
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
