@@ -13,10 +13,17 @@ from diffusers_tbcm.loss import (
     consistency_error,
     consistency_loss,
     consistency_weight,
+    endpoint_loss,
 )
 from diffusers_tbcm.tangent import consistency_tangent
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
-from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
+from diffusers_tbcm.trigflow import (
+    TrigFlowTransformer,
+    flow_to_trig_output,
+    make_student,
+    trig_to_flow_sample,
+    trig_to_flow_timestep,
+)
 
 
 def loss_rows():
@@ -50,6 +57,19 @@ def test_loss_is_wide():
     wide = [tensor.float() for tensor in narrow]
     assert consistency_loss(*narrow).dtype == torch.float32
     torch.testing.assert_close(consistency_loss(*narrow), consistency_loss(*wide))
+
+
+def test_endpoint_loss_is_the_flow_matching_networks_error_in_the_clean_sample():
+    """Independently of F: in flow-matching form the predicted clean sample is x_s - s v, in units of sigma_data."""
+    velocity, latents, clean = randn(3, 4, 2, 3, 3)
+    t = torch.linspace(0.01, 1.56, 4, dtype=torch.float64)
+    s = trig_to_flow_timestep(t)
+    sample = trig_to_flow_sample(latents, t, SIGMA_DATA)
+    trig_output = flow_to_trig_output(sample, velocity, s)
+    expected = (sample - four_axes(s) * velocity - clean / SIGMA_DATA).square().mean()
+    torch.testing.assert_close(endpoint_loss(trig_output, latents, clean, t, SIGMA_DATA), expected)
+    narrow = [tensor.bfloat16() for tensor in (trig_output, latents, clean)]
+    assert endpoint_loss(*narrow, t.float()).dtype == torch.float32
 
 
 def test_gradient_is_the_weighted_tangent():

@@ -53,6 +53,20 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     method.add_argument("--brightness_threshold", type=float, default=1.0, help="0: no filter, the VAE never loads")
     method.add_argument("--brightness_hard", action="store_true", help="drop all below the threshold (the paper)")
 
+    method.add_argument(
+        "--replay_buffer_size",
+        type=int,
+        default=0,
+        help="prompts per process whose trajectories are kept, and rows drawn from at random; 0: one batch, used once",
+    )
+    method.add_argument("--replay_steps", type=int, default=1, help="backward passes per batch of trajectories")
+    method.add_argument(
+        "--endpoint_warmup_steps",
+        type=int,
+        default=0,
+        help="first train every row to lead to its trajectory's end (ODE initialisation; not in the paper)",
+    )
+
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--train_batch_size", type=int, default=1, help="prompts per process and backward pass")
     optim.add_argument("--gradient_accumulation_steps", type=int, default=1)
@@ -103,15 +117,26 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--guidance_scales is {args.guidance_scales}: every scale has to be positive")
     for name in (
         "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps",
-        "validation_steps", "max_sequence_length", "max_skipped_steps", "learning_rate", "max_grad_norm",
-        "flow_shift", "logit_std",
+        "validation_steps", "replay_steps", "max_sequence_length", "max_skipped_steps", "learning_rate",
+        "max_grad_norm", "flow_shift", "logit_std",
     ):  # fmt: skip
         if not getattr(args, name) > 0:
             parser.error(f"--{name} is {getattr(args, name)}: it has to be positive")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         parser.error(f"--checkpoints_total_limit is {args.checkpoints_total_limit}: the last one is always kept")
-    if args.brightness_threshold < 0:
-        parser.error(f"--brightness_threshold is {args.brightness_threshold}: it must not be negative")
+    for name in ("brightness_threshold", "endpoint_warmup_steps", "replay_buffer_size"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} is {getattr(args, name)}: it must not be negative")
+    if args.replay_buffer_size % args.train_batch_size:
+        parser.error(
+            f"--replay_buffer_size is {args.replay_buffer_size}: it has to be a multiple of --train_batch_size"
+            f" {args.train_batch_size}"
+        )
+    if args.replay_steps > 1 and args.replay_buffer_size <= args.train_batch_size:
+        parser.error(
+            f"--replay_steps is {args.replay_steps}, which trains on the same rows {args.replay_steps} times in a row"
+            " unless --replay_buffer_size holds more prompts than one batch"
+        )
     if not 0 <= args.ema_decay < 1:
         parser.error(f"--ema_decay is {args.ema_decay}: it has to lie in [0, 1)")
     if args.tangent_cooldown_start_step < 0:
@@ -148,7 +173,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         )
 
 
-def training_table(args: argparse.Namespace, steps: int, prompts_per_step: int, precision: str) -> dict[str, object]:
+def training_table(args: argparse.Namespace, steps: int, prompts_seen: int, precision: str) -> dict[str, object]:
     """What the model card says about the run."""
     cooldown = (
         "no cooldown"
@@ -158,9 +183,15 @@ def training_table(args: argparse.Namespace, steps: int, prompts_per_step: int, 
     return {
         "method": "TBCM, image-free",
         "steps": steps,
-        "prompts seen": steps * prompts_per_step,
+        "prompts seen": prompts_seen,
         "route": f"{args.sampling_scheme}, {args.route_steps} steps, shift {args.flow_shift}",
         "tangent ratio": f"warm-up {args.tangent_warmup_steps}, {cooldown}, final {args.tangent_final_ratio}",
+        "replay": (
+            f"{args.replay_buffer_size} prompts, {args.replay_steps} steps a recording"
+            if args.replay_buffer_size
+            else "off"
+        ),
+        "endpoint warm-up": f"{args.endpoint_warmup_steps} steps" if args.endpoint_warmup_steps else "off",
         "guidance scales": ", ".join(f"{scale:g}" for scale in args.guidance_scales),
         "optimiser": f"{args.optimizer}, lr {args.learning_rate:g} {args.lr_scheduler}, clip {args.max_grad_norm:g}",
         "weights": "all" if args.rank is None else f"LoRA of rank {args.rank}, guidance embedder",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import distill_setup
 import pytest
 import torch
 import train_tbcm_distill
@@ -48,6 +49,33 @@ def test_accumulation_is_a_larger_batch(flags, tmp_path):
     for name in batch:
         # Adam divides by the root of tiny squares: rounding of the gradient shows at the scale of the learning rate.
         torch.testing.assert_close(accumulated[name], batch[name], rtol=1e-4, atol=2e-4)
+
+
+def test_replay_records_every_few_steps_and_a_resumed_run_fills_its_buffer_again(flags, tmp_path, monkeypatch):
+    recorded, record = [], train_tbcm_distill.record_trajectory
+    monkeypatch.setattr(
+        train_tbcm_distill, "record_trajectory", lambda *args, **kwargs: recorded.append(1) or record(*args, **kwargs)
+    )
+    replay = {"train_batch_size": 2, "replay_buffer_size": 6, "replay_steps": 3, "max_train_steps": 14}
+    arguments = flags(checkpointing_steps=5, endpoint_warmup_steps=4, logging_steps=1, **replay)
+    main(parse_args(arguments))
+    run = tmp_path / "run"
+    assert len(recorded) == 5  # before steps 1, 4, 7, 10, 13
+    assert json.loads((run / "training.json").read_text())["training"]["prompts seen"] == 10
+    straight = student_weights(run)
+    (run / "checkpoint-14" / "checkpoint.json").unlink()
+    main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))
+    assert len(recorded) == 5 + 3 + 1  # from step 10: the three that the buffer held, and the one before step 13
+    resumed = student_weights(run)
+    assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
+
+
+def test_the_endpoint_warm_up_comes_first_and_learns_where_trajectories_end(flags, tmp_path):
+    main(parse_args(flags(max_train_steps=41, endpoint_warmup_steps=40, logging_steps=1, learning_rate=3e-3)))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [("tangent_norm" in line) for line in lines] == [False] * 40 + [True]
+    first, last = (sum(line["loss"] for line in lines[part]) for part in (slice(0, 6), slice(34, 40)))
+    assert last < 0.8 * first
 
 
 @pytest.mark.parametrize(
@@ -157,6 +185,9 @@ def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_pat
         ({"merge_lora": True}, "--merge_lora needs --rank"),
         ({"max_prompts": 0}, "--max_prompts is 0"),
         ({"streaming": True}, "--streaming is for --dataset_name"),
+        ({"replay_buffer_size": 3, "train_batch_size": 2}, "--replay_buffer_size is 3: it has to be a multiple"),
+        ({"replay_steps": 2}, "--replay_steps is 2, which trains on the same rows 2 times in a row"),
+        ({"endpoint_warmup_steps": -1}, "--endpoint_warmup_steps is -1"),
         ({"use_8bit_adam": True, "optimizer": "came"}, "--use_8bit_adam is AdamW's"),
     ],
 )
@@ -182,7 +213,7 @@ def test_a_configuration_that_is_not_tested_is_refused(configuration, rank, mess
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(train_tbcm_distill, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(distill_setup, "get_available_trackers", lambda: ["tensorboard"])
     accelerator = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)
     with pytest.raises(ValueError, match="--report_to is 'wandb', which is not installed"):
         check_accelerator(accelerator, SimpleNamespace(rank=None, report_to="wandb"))

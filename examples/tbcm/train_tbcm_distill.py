@@ -10,7 +10,7 @@ B prompts and N route steps give B (N - 1) training rows. The loop's steps:
     1. prompts -> frozen text encoder -> prompt_embeds (B, L, D), prompt_attention_mask (B, L); each prompt once
     2. sampling scheme -> timesteps (B, N), radians, descending from pi/2
     3. frozen teacher along its own denoising trajectory -> latents and velocity (B, N - 1, C, H, W)
-    4. brightness filter on the trajectory's end -> rows kept
+    4. brightness filter on the trajectory's end -> rows kept, in a buffer that is trained on in random order
     5. tangent of the student along the teacher's velocity, without gradient
     6. loss, backward, clipping, optimiser, EMA
     7. the student, a plain SanaTransformer2DModel, inside a pipeline folder that any diffusers user can load
@@ -52,11 +52,12 @@ from diffusers_tbcm.evaluation import image_grid
 from diffusers_tbcm.export import save_student_pipeline
 from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
 from diffusers_tbcm.lora import drop_frozen_weights, merge_lora, save_lora
-from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error, consistency_loss
+from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error, consistency_loss, endpoint_loss
 from diffusers_tbcm.memory import memory_plan, peak_memory
 from diffusers_tbcm.pipeline_folder import latent_size, resolve_teacher, vae_scale_factor
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.prompts import draw_generator, load_prompts, prompt_at
+from diffusers_tbcm.replay import Recording, ReplayBuffer
 from diffusers_tbcm.tangent import consistency_tangent, tangent_ratio
 from diffusers_tbcm.tracking import MetricsLog
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
@@ -198,9 +199,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
             cache = output_dir / f"black_latent_{pixels}.safetensors"
             black = cached_black_latent(teacher_folder, pixels, cache).to(device)
 
-    rows_per_prompt = args.route_steps - 1
     if accelerator.is_main_process:
-        rows = args.train_batch_size * rows_per_prompt
+        rows = args.train_batch_size * (args.route_steps - 1)
         one = torch.ones(rows, device=device)
         latents = torch.zeros((rows, teacher_transformer.config.in_channels, size, size), device=device)
         text_rows = (value.expand(rows, *value.shape[1:]) for value in (negative_embeds, negative_mask))
@@ -248,19 +248,20 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     log = MetricsLog(accelerator, output_dir / "metrics.jsonl", first_step=first_step)
 
     guidance_choices = torch.tensor(args.guidance_scales)
-    prompts_per_micro_step = args.train_batch_size * accelerator.num_processes
+    prompts_per_recording = args.train_batch_size * accelerator.num_processes
     first_draw = args.train_batch_size * accelerator.process_index
-    prompts_per_step = prompts_per_micro_step * args.gradient_accumulation_steps
+    rows_per_micro_step = args.train_batch_size * (args.route_steps - 1)
+    rows_per_step = rows_per_micro_step * accelerator.num_processes * args.gradient_accumulation_steps
     kept_in_step = dropped_prompts = skipped_steps = skipped_in_a_row = rows_since_log = 0
     stopping, last_log = False, time.perf_counter()
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    micro_step = step * args.gradient_accumulation_steps
 
-    while step < args.max_train_steps:
+    def record(number: int) -> tuple[Recording, torch.Tensor]:
+        """Steps 1 to 4: a recording, and which of its prompts the brightness filter keeps."""
         # 1. Prompts. Draw k of the whole run is the same prompt and the same noise however many processes share it.
-        draws = [micro_step * prompts_per_micro_step + first_draw + i for i in range(args.train_batch_size)]
+        draws = [number * prompts_per_recording + first_draw + i for i in range(args.train_batch_size)]
         generators = [draw_generator(draw, args.seed) for draw in draws]
         prompt_embeds, prompt_mask = encoder([prompts[prompt_at(draw, len(prompts), args.seed)] for draw in draws])
         picks = [torch.randint(len(guidance_choices), (), generator=generator) for generator in generators]
@@ -294,7 +295,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
             sigma_data=SIGMA_DATA,
         )
 
-        # 4. Brightness filter. A process without rows still takes part, with one prompt's rows at weight zero.
+        recording = Recording(trajectory, prompt_embeds, prompt_mask, guidance_scale)
+
+        # 4. Brightness filter
         keep = torch.ones(args.train_batch_size, dtype=torch.bool, device=device)
         if black is not None:
             keep = keep_mask(
@@ -305,54 +308,84 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
                 hard=args.brightness_hard,
                 generator=generators,
             )
-        kept = int(keep.sum())
-        kept_everywhere, stops = accelerator.reduce(torch.tensor([kept, int(stop.received)], device=device)).tolist()
+        return recording, keep
+
+    # The buffer holds one recording, all of whose rows are trained on at once, unless --replay_* say more.
+    buffer = ReplayBuffer(max(1, args.replay_buffer_size // args.train_batch_size))
+    micro_step = step * args.gradient_accumulation_steps
+    number = first_number = -(-micro_step // args.replay_steps)  # recordings made so far
+    held = buffer.capacity - (micro_step % args.replay_steps == 0)
+    for earlier in range(max(0, number - held), number):
+        recording, keep = record(earlier)
+        buffer.add(recording.select(keep))
+
+    while step < args.max_train_steps:
+        dropped = 0
+        if micro_step % args.replay_steps == 0:
+            recording, keep = record(number)
+            buffer.add(recording.select(keep))
+            number += 1
+            dropped = int((~keep).sum())
+        draw = micro_step * accelerator.num_processes + accelerator.process_index
+        rows = buffer.sample(rows_per_micro_step, draw_generator(draw, args.seed, stream=1))
+        kept = len(rows)
+        counts = torch.tensor([kept, dropped, int(stop.received)], device=device)
+        kept_everywhere, dropped_everywhere, stops = accelerator.reduce(counts).tolist()
         kept_in_step += kept_everywhere
+        dropped_prompts += dropped_everywhere
         stopping |= stops > 0
-        if kept == 0:
-            keep[0] = True
-        latents, velocity, t = (
-            value[keep].flatten(0, 1) for value in (trajectory.latents, trajectory.velocity, trajectory.timesteps)
-        )
-        row_embeds, row_mask, row_guidance = (
-            value[keep].repeat_interleave(rows_per_prompt, dim=0)
-            for value in (prompt_embeds, prompt_mask, guidance_scale)
+        if kept == 0:  # this process still takes part, at weight zero
+            rows = recording.rows()
+        inputs = (
+            rows.latents / SIGMA_DATA,
+            rows.timesteps,
+            rows.prompt_embeds,
+            rows.prompt_attention_mask,
+            rows.guidance_scale,
         )
 
         # 5. Tangent
-        ratio = tangent_ratio(
-            step,
-            args.tangent_warmup_steps,
-            args.tangent_cooldown_start_step,
-            args.tangent_cooldown_steps,
-            args.tangent_final_ratio,
-        )
-        with accelerator.autocast():
-            tangent = consistency_tangent(
-                lambda *inputs: network(*inputs)[0],
-                latents,
-                velocity,
-                t,
-                row_embeds,
-                row_guidance,
-                prompt_attention_mask=row_mask,
-                ratio=ratio,
-                sigma_data=SIGMA_DATA,
-                resolution_invariant=args.tangent_resolution_invariant,
+        tangent = None
+        if step >= args.endpoint_warmup_steps:
+            ratio = tangent_ratio(
+                step,
+                args.tangent_warmup_steps,
+                args.tangent_cooldown_start_step,
+                args.tangent_cooldown_steps,
+                args.tangent_final_ratio,
             )
+            with accelerator.autocast():
+                tangent = consistency_tangent(
+                    lambda *inputs: network(*inputs)[0],
+                    rows.latents,
+                    rows.velocity,
+                    rows.timesteps,
+                    rows.prompt_embeds,
+                    rows.guidance_scale,
+                    prompt_attention_mask=rows.prompt_attention_mask,
+                    ratio=ratio,
+                    sigma_data=SIGMA_DATA,
+                    resolution_invariant=args.tangent_resolution_invariant,
+                )
 
         # 6. Loss, the mean over the rows kept in all processes and micro-steps; backward, clipping, step, EMA
         with accelerator.accumulate(model):
-            trig_output, logvar = model(latents / SIGMA_DATA, t, row_embeds, row_mask, row_guidance)
-            loss = consistency_loss(trig_output, tangent.trig_output, tangent.tangent, logvar, t, SIGMA_DATA)
-            accelerator.backward(loss * (kept / args.train_batch_size))
+            trig_output, logvar = model(*inputs)
+            if tangent is None:
+                loss = endpoint_loss(trig_output, rows.latents, rows.pred_original_sample, rows.timesteps, SIGMA_DATA)
+                loss = loss + 0 * logvar.sum()  # DDP waits for the gradient of every parameter
+            else:
+                loss = consistency_loss(
+                    trig_output, tangent.trig_output, tangent.tangent, logvar, rows.timesteps, SIGMA_DATA
+                )
+            accelerator.backward(loss * (kept / rows_per_micro_step))
             micro_step += 1
             if not accelerator.sync_gradients:
                 continue
-            if 0 < kept_in_step < prompts_per_step:
+            if 0 < kept_in_step < rows_per_step:
                 for parameter in model.parameters():
                     if parameter.grad is not None:
-                        parameter.grad.mul_(prompts_per_step / kept_in_step)
+                        parameter.grad.mul_(rows_per_step / kept_in_step)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
             finite = math.isfinite(grad_norm)
@@ -366,30 +399,27 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
             lr_scheduler.step()
         step += 1
         progress.update()
-        dropped_prompts += prompts_per_step - kept_in_step
-        rows_since_log += kept_in_step * rows_per_prompt
+        rows_since_log += kept_in_step
         kept_in_step = 0
         skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
         if not finite:
             skipped_steps += 1
-            seen = [
-                prompt_at(d, len(prompts), args.seed)
-                for d in range((step - 1) * prompts_per_step, step * prompts_per_step)
-            ]
-            logger.warning(f"Step {step}: gradient norm {grad_norm}, no update; its prompts are numbers {seen}")
+            oldest = max(0, number - buffer.capacity - args.gradient_accumulation_steps + 1)
+            draws = range(oldest * prompts_per_recording, number * prompts_per_recording)
+            seen = [prompt_at(draw, len(prompts), args.seed) for draw in draws]
+            logger.warning(f"Step {step}: gradient norm {grad_norm}, no update; its prompts are among numbers {seen}")
         failing = skipped_in_a_row >= args.max_skipped_steps
 
         if step % args.logging_steps == 0 or step == args.max_train_steps or not finite:
-            error = consistency_error(trig_output.detach(), tangent.trig_output, tangent.tangent).mean()
             now = time.perf_counter()
-            metrics = {
-                "loss": loss.item(),
-                "error": error.item(),
-                "tangent_norm": tangent.norm.mean().item(),
-                "tangent_ratio": ratio,
+            metrics = {"loss": loss.item()}
+            if tangent is not None:
+                error = consistency_error(trig_output.detach(), tangent.trig_output, tangent.tangent).mean()
+                metrics |= {"error": error.item(), "tangent_norm": tangent.norm.mean().item(), "tangent_ratio": ratio}
+            metrics |= {
                 "grad_norm": grad_norm,
                 "lr": lr_scheduler.get_last_lr()[0],
-                "filtered_share": dropped_prompts / ((step - first_step) * prompts_per_step),
+                "filtered_share": dropped_prompts / max(1, (number - first_number) * prompts_per_recording),
                 "skipped_steps": skipped_steps,
                 "rows_per_second": rows_since_log / (now - last_log),
                 "peak_memory_gib": peak_memory(device) / 2**30,
@@ -433,7 +463,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
                 output_dir,
                 resolution=args.resolution,
                 prompt=(args.validation_prompts or prompts)[0],
-                training=training_table(args, step, prompts_per_step, accelerator.mixed_precision),
+                training=training_table(args, step, number * prompts_per_recording, accelerator.mixed_precision),
                 scheduler=TBCMScheduler(sigma_data=SIGMA_DATA),
             )
             print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')

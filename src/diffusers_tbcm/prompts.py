@@ -138,15 +138,16 @@ def _epoch_order(epoch: int, num_prompts: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_prompts)
 
 
-def draw_generator(draw: int, seed: int) -> torch.Generator:
+def draw_generator(draw: int, seed: int, stream: int = 0) -> torch.Generator:
     """Make the CPU generator that everything random about a draw comes from.
 
     Args:
         draw: the run's count of prompts drawn, from 0, over all processes.
         seed: the run's seed.
+        stream: tells what else is counted from 0 in a run, such as its draws from a buffer, from its draws of prompts.
 
     Returns:
-        A generator that depends on both numbers and on nothing else.
+        A generator that depends on these numbers and on nothing else.
     """
     # torch's CPU generator reads 32 bits of its seed: hash the pair into them instead of adding it up.
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, draw]).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, draw, stream]).generate_state(1)[0]))
