@@ -112,6 +112,7 @@ def test_every_epoch_sees_every_prompt_once_in_an_order_of_its_own():
 
 
 def test_draws_have_generators_of_their_own():
-    values = {(seed, draw): torch.randn(4, generator=draw_generator(draw, seed)) for seed in (0, 1) for draw in (0, 1)}
-    assert torch.equal(values[0, 1], torch.randn(4, generator=draw_generator(1, 0)))
-    assert len({tuple(value.tolist()) for value in values.values()}) == 4
+    keys = [(draw, seed, stream) for draw in (0, 1) for seed in (0, 1) for stream in (0, 1)]
+    values = {key: torch.randn(4, generator=draw_generator(*key)) for key in keys}
+    assert torch.equal(values[1, 0, 0], torch.randn(4, generator=draw_generator(1, 0)))
+    assert len({tuple(value.tolist()) for value in values.values()}) == len(keys)

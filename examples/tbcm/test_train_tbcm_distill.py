@@ -70,8 +70,24 @@ def test_replay_records_every_few_steps_and_a_resumed_run_fills_its_buffer_again
     assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
 
 
-def test_the_endpoint_warm_up_comes_first_and_learns_where_trajectories_end(flags, tmp_path):
+def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_trajectories(flags, tmp_path, monkeypatch):
+    ends, aims = [], []
+    record, loss = train_tbcm_distill.record_trajectory, train_tbcm_distill.endpoint_loss
+
+    def remember_end(*args, **kwargs):
+        trajectory = record(*args, **kwargs)
+        ends.append(trajectory.pred_original_sample)
+        return trajectory
+
+    def remember_aim(trig_output, latents, pred_original_sample, *args):
+        aims.append(pred_original_sample)
+        return loss(trig_output, latents, pred_original_sample, *args)
+
+    monkeypatch.setattr(train_tbcm_distill, "record_trajectory", remember_end)
+    monkeypatch.setattr(train_tbcm_distill, "endpoint_loss", remember_aim)
     main(parse_args(flags(max_train_steps=41, endpoint_warmup_steps=40, logging_steps=1, learning_rate=3e-3)))
+    assert len(ends) == 41 and len(aims) == 40
+    assert all(torch.equal(aim, end.expand_as(aim)) for aim, end in zip(aims, ends[:-1], strict=True))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [("tangent_norm" in line) for line in lines] == [False] * 40 + [True]
     first, last = (sum(line["loss"] for line in lines[part]) for part in (slice(0, 6), slice(34, 40)))

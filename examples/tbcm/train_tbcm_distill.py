@@ -314,8 +314,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     buffer = ReplayBuffer(max(1, args.replay_buffer_size // args.train_batch_size))
     micro_step = step * args.gradient_accumulation_steps
     number = first_number = -(-micro_step // args.replay_steps)  # recordings made so far
-    held = buffer.capacity - (micro_step % args.replay_steps == 0)
-    for earlier in range(max(0, number - held), number):
+    for earlier in range(max(0, number - buffer.capacity), number):
         recording, keep = record(earlier)
         buffer.add(recording.select(keep))
 
