@@ -90,12 +90,13 @@ def test_export_names_stock_classes_and_keeps_the_students_weights_and_the_teach
 
 
 def test_export_carries_the_schedulers_own_timesteps(student, teacher, tmp_path):
-    scheduler = TBCMScheduler(timesteps_by_steps={"2": [1.5, 0.9, 0.0]})
+    scheduler = TBCMScheduler(timesteps_by_steps={"2": [1.5, 0.9, 0.0]}, guidance_scales=[4.0, 5.0])
     folder = save_student_pipeline(
         student, teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING, scheduler=scheduler
     )
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "SCMScheduler"
-    assert SanaTBCMPipeline.from_pretrained(folder).scheduler.config.timesteps_by_steps == {"2": [1.5, 0.9, 0.0]}
+    config = SanaTBCMPipeline.from_pretrained(folder).scheduler.config
+    assert config.timesteps_by_steps == {"2": [1.5, 0.9, 0.0]} and config.guidance_scales == [4.0, 5.0]
     assert "num_inference_steps=2, intermediate_timesteps=0.9," in (folder / "README.md").read_text()
 
 

@@ -1,6 +1,7 @@
 import inspect
 import itertools
 import json
+import logging
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ from diffusers import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline, tiny_transformer
+from tiny import generate, tiny_sana_pipeline, tiny_tbcm_pipeline, tiny_transformer
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
@@ -57,13 +58,6 @@ def stock_of(pipeline) -> SanaSprintPipeline:
     return stock
 
 
-def generate(pipeline, prompt=PROMPT, seed=0, **arguments):
-    """Images as a tensor, from short prompts without the long instruction before them."""
-    arguments = {"output_type": "pt", "complex_human_instruction": None, "max_sequence_length": 32, **arguments}
-    arguments.setdefault("generator", torch.Generator().manual_seed(seed))
-    return pipeline(prompt, **arguments).images
-
-
 def generate_stock(stock, prompt=PROMPT, **arguments):
     arguments = {"max_timesteps": HALF_PI, "intermediate_timesteps": None, **arguments}
     return generate(stock, prompt, height=64, width=64, use_resolution_binning=False, **arguments)
@@ -98,7 +92,8 @@ def test_every_default_of_the_stock_pipeline_is_ours(pipeline):
     assert np.array_equal(ours, stock_of(pipeline)(PROMPT, **time, **size, **arguments).images)
 
     signature, stock_signature = inspect.signature(pipeline.__call__), inspect.signature(SanaSprintPipeline.__call__)
-    assert list(signature.parameters) == list(stock_signature.parameters)[1:]  # self
+    stock_arguments = list(stock_signature.parameters)[1:]  # self
+    assert list(signature.parameters) == [*stock_arguments, "image", "strength"]
 
 
 def test_stock_pipeline_takes_our_scheduler(pipeline):
@@ -257,6 +252,37 @@ def test_callback_sees_and_changes_every_step(pipeline):
     assert not torch.equal(changed, generate(pipeline, num_inference_steps=3))
 
 
+def test_every_step_shows_what_it_expects(pipeline):
+    seen = []
+
+    def preview(pipe, step, timestep, tensors):
+        seen.append(tensors["denoised"])
+        return {}
+
+    arguments = {"callback_on_step_end": preview, "callback_on_step_end_tensor_inputs": ["denoised"]}
+    images = generate(pipeline, num_inference_steps=3, **arguments)
+    assert torch.equal(images, generate(pipeline, num_inference_steps=3))  # looking changes nothing
+    assert torch.equal(pipeline.decode_latents(seen[-1], output_type="pt"), images)
+    one_step = generate(pipeline, num_inference_steps=1)  # the same first step
+    assert torch.equal(pipeline.decode_latents(seen[0], output_type="pt"), one_step)
+    pictures = pipeline.decode_latents(seen[0])
+    assert [picture.size for picture in pictures] == [(64, 64)] and isinstance(pictures[0], Image.Image)
+
+
+def test_guidance_beyond_what_was_distilled_is_warned_of_once(pipeline, caplog):
+    for scale in (0.5, 9.0):
+        generate(pipeline, num_inference_steps=1, guidance_scale=scale)
+    assert not caplog.records  # this checkpoint does not say what it was distilled at
+    pipeline.scheduler = TBCMScheduler(guidance_scales=[4.0, 5.0, 4.5])
+    for scale in (4.0, 4.2, 5.0):
+        generate(pipeline, num_inference_steps=1, guidance_scale=scale)
+    assert not caplog.records
+    for scale in (5.5, 3.0):
+        generate(pipeline, num_inference_steps=1, guidance_scale=scale)
+    (record,) = caplog.records
+    assert "`guidance_scale` is 5.5, but this student was distilled at 4.0 to 5.0" in record.message
+
+
 def test_output_types_agree(pipeline):
     tensor = generate(pipeline, num_inference_steps=1)
     array = generate(pipeline, num_inference_steps=1, output_type="np")
@@ -338,13 +364,16 @@ def test_saved_pipeline_comes_back(own_pipeline, tmp_path):
     assert type(own_pipeline.scheduler) is TBCMScheduler  # saving changes nothing
 
 
-def test_saved_pipeline_needs_no_package(own_pipeline, tmp_path):
+def test_saved_pipeline_needs_no_package(own_pipeline, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     own_pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "SanaSprintPipeline"
     assert index["scheduler"] == ["diffusers", "SCMScheduler"]
     assert not any("diffusers_tbcm" in path.read_text() for path in tmp_path.rglob("*.json"))
+    caplog.clear()
     plain = DiffusionPipeline.from_pretrained(tmp_path)
+    assert "not expected" not in caplog.text  # what the stock scheduler does not know
     plain.set_progress_bar_config(disable=True)
     assert type(plain) is SanaSprintPipeline and type(plain.scheduler) is SCMScheduler
     images = generate_stock(plain, num_inference_steps=2, intermediate_timesteps=1.0)
@@ -362,21 +391,44 @@ def test_stock_folder_loads(own_pipeline, tmp_path):
 
 def test_from_pipe_shares_the_weights(own_pipeline):
     stock = stock_of(own_pipeline)
+    addresses = [weight.data_ptr() for weight in stock.transformer.parameters()]
     pipeline = SanaTBCMPipeline.from_pipe(stock)
     pipeline.set_progress_bar_config(disable=True)
     for name in ("transformer", "vae", "text_encoder", "tokenizer"):
         assert getattr(pipeline, name) is getattr(stock, name)
+    assert [weight.data_ptr() for weight in pipeline.transformer.parameters()] == addresses
+    assert type(stock.scheduler) is SCMScheduler
     assert torch.equal(generate(pipeline), generate(own_pipeline))
     assert type(SanaSprintPipeline.from_pipe(pipeline)) is SanaSprintPipeline
 
 
+def test_from_pipe_keeps_the_precision(own_pipeline):
+    stock = stock_of(own_pipeline).to(torch.bfloat16)
+    stock.vae.float()
+    addresses = [weight.data_ptr() for weight in stock.transformer.parameters()]
+    pipeline = SanaTBCMPipeline.from_pipe(stock)  # the stock method casts both pipelines to float32
+    assert (pipeline.transformer.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert [weight.data_ptr() for weight in stock.transformer.parameters()] == addresses
+    assert SanaTBCMPipeline.from_pipe(stock, torch_dtype=torch.float32).transformer.dtype == torch.float32
+
+
+def test_from_pipe_keeps_the_checkpoints_own_entries(own_pipeline, tmp_path):
+    own_pipeline.scheduler = TBCMScheduler(timesteps_by_steps={"2": [HALF_PI, 0.8, 0.0]}, guidance_scales=[4.0, 5.0])
+    own_pipeline.save_pretrained(tmp_path)
+    config = SanaTBCMPipeline.from_pipe(DiffusionPipeline.from_pretrained(tmp_path)).scheduler.config
+    assert config.timesteps_by_steps == {"2": [HALF_PI, 0.8, 0.0]} and config.guidance_scales == [4.0, 5.0]
+
+
 def test_student_takes_the_place_of_a_teacher():
     teacher, student = tiny_sana_pipeline(), tiny_transformer(guidance_embeds=True)
-    with pytest.raises(ValueError, match="`scheduler` is a FlowMatchEulerDiscreteScheduler"):
-        SanaTBCMPipeline.from_pipe(teacher, transformer=student)
-    pipeline = SanaTBCMPipeline.from_pipe(teacher, transformer=student, scheduler=TBCMScheduler())
+    pipeline = SanaTBCMPipeline.from_pipe(teacher, transformer=student)
+    assert type(pipeline.scheduler) is TBCMScheduler  # the teacher's sampler cannot sample from it
     assert generate(pipeline).shape == (1, 3, 64, 64)
     assert type(teacher) is SanaPipeline and type(teacher.scheduler) is FlowMatchEulerDiscreteScheduler
+    with pytest.raises(ValueError, match="`scheduler` is a FlowMatchEulerDiscreteScheduler"):
+        SanaTBCMPipeline.from_pipe(teacher, transformer=student, scheduler=teacher.scheduler)
+    with pytest.raises(ValueError, match=r"`transformer\.config\.guidance_embeds` is False"):
+        generate(SanaTBCMPipeline.from_pipe(teacher))
 
 
 def test_prompts_can_be_encoded_without_the_rest(pipeline):

@@ -1,3 +1,4 @@
+import logging
 import math
 
 import pytest
@@ -170,9 +171,27 @@ def test_stock_scheduler_loads_our_config_and_keeps_its_keys(tmp_path):
     assert TBCMScheduler.from_config(stock.config).config.timesteps_by_steps == own
 
 
+def test_stock_stand_in_hides_our_entries_from_a_stock_scheduler_only(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    own = {"timesteps_by_steps": {"2": [HALF_PI, 1.1, 0.0]}, "guidance_scales": [4.0, 4.5, 5.0]}
+    TBCMScheduler(sigma_data=0.7, **own).to_stock().save_pretrained(tmp_path / "stock")
+    stock = SCMScheduler.from_pretrained(tmp_path / "stock")
+    assert type(stock) is SCMScheduler and stock.config.sigma_data == 0.7
+    assert not caplog.records  # it has been told of nothing that it does not know
+    stock.save_pretrained(tmp_path / "again")
+    for config in (SCMScheduler.load_config(tmp_path / "again"), stock.config):
+        ours = TBCMScheduler.from_config(config)
+        assert {name: ours.config[name] for name in own} == own and ours.config.sigma_data == 0.7
+    changed = TBCMScheduler.from_config(ours.config, guidance_scales=[3.0])
+    changed.save_pretrained(tmp_path / "changed")
+    assert TBCMScheduler.from_pretrained(tmp_path / "changed").config.guidance_scales == [3.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"guidance_scales": []}, r"`guidance_scales` is \[\]"),
+        ({"guidance_scales": [4.0, 0.0]}, r"`guidance_scales` is \[4.0, 0.0\]"),
         ({"prediction_type": "epsilon"}, "`prediction_type` is 'epsilon'"),
         ({"sigma_data": 0.0}, "`sigma_data` is 0.0"),
         ({"sigma_data": float("nan")}, "`sigma_data` is nan"),

@@ -132,3 +132,17 @@ def write_tiny_pipeline(folder: str | Path) -> Path:
 def student_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The transformer of a pipeline folder, by weight name."""
     return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def generate(pipeline, prompt: str | list[str] | None = "a red fox", seed: int = 0, **arguments: Any) -> Any:
+    """Images as a tensor, from short prompts without the long instruction before them.
+
+    Args:
+        pipeline: any Sana pipeline of the tiny components.
+        prompt: what to generate.
+        seed: of the noise, where `arguments` have no `generator`.
+        arguments: of the pipeline's call.
+    """
+    arguments = {"output_type": "pt", "complex_human_instruction": None, "max_sequence_length": 32, **arguments}
+    arguments.setdefault("generator", torch.Generator().manual_seed(seed))
+    return pipeline(prompt, **arguments).images

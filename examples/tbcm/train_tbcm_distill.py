@@ -463,7 +463,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
                 resolution=args.resolution,
                 prompt=(args.validation_prompts or prompts)[0],
                 training=training_table(args, step, number * prompts_per_recording, accelerator.mixed_precision),
-                scheduler=TBCMScheduler(sigma_data=SIGMA_DATA),
+                scheduler=TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=args.guidance_scales),
             )
             print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
     accelerator.wait_for_everyone()

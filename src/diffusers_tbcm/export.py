@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from os import PathLike
@@ -11,6 +10,7 @@ from typing import Any
 
 from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from diffusers import __version__ as diffusers_version
+from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
 from .model_card import render_model_card
 from .pipeline_folder import (
@@ -28,6 +28,7 @@ from .pipeline_folder import (
     write_json,
 )
 from .scheduling_tbcm import TBCMScheduler
+from .standalone import standalone_pipeline_source
 
 
 def save_student_pipeline(
@@ -43,6 +44,8 @@ def save_student_pipeline(
 ) -> Path:
     """Save a student as a folder that plain `DiffusionPipeline.from_pretrained` loads, with card and training record.
 
+    Its `pipeline.py` is `SanaTBCMPipeline` in one file, for `custom_pipeline` where this package is not installed.
+
     The folder is written beside `output_dir` and moved into it, `model_index.json` last: a half-written export is
     never a pipeline. Whatever else `output_dir` holds, such as checkpoints, stays.
 
@@ -53,7 +56,7 @@ def save_student_pipeline(
         prompt: what the card's examples draw.
         training: the card's training table, JSON values by name.
         resolution: what the student was distilled at, in pixels a side; by default its own size.
-        scheduler: carries the checkpoint's own timesteps; `TBCMScheduler()` by default.
+        scheduler: carries the checkpoint's own timesteps and guidance scales; `TBCMScheduler()` by default.
         model_id: what the card's examples load; the folder's name by default.
 
     Returns:
@@ -85,8 +88,8 @@ def save_student_pipeline(
     student_config = read_json(partial / TRANSFORMER / "config.json")
     student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
     write_json(partial / TRANSFORMER / "config.json", student_config)
-    scheduler_config = {**json.loads(scheduler.to_json_string()), "_class_name": SCMScheduler.__name__}
-    write_json(partial / "scheduler" / "scheduler_config.json", scheduler_config)
+    scheduler.to_stock().save_pretrained(partial / "scheduler")
+    (partial / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
 
     teacher_classes = read_json(teacher_folder / MODEL_INDEX)
     model_index = {

@@ -6,19 +6,27 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import PipelineImageInput
 from diffusers.models import AutoencoderDC, SanaTransformer2DModel
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
+from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from diffusers.pipelines.sana.pipeline_sana_sprint import SanaSprintPipeline
 from diffusers.schedulers.scheduling_scm import SCMScheduler
+from diffusers.utils import logging
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
+from .images import fit_image, load_image, resolution_bins
 from .lora import GUIDANCE_EMBEDDER_FILE, load_guidance_embedder
-from .scheduling_tbcm import TBCMScheduler
+from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler
+from .standalone import standalone_pipeline_source
 
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_NUM_INFERENCE_STEPS = 2
 COMPLEX_HUMAN_INSTRUCTION: list[str] = (
@@ -28,12 +36,16 @@ COMPLEX_HUMAN_INSTRUCTION: list[str] = (
 
 class SanaTBCMPipeline(SanaSprintPipeline):
     """
-    Text-to-image generation in few steps with a Sana student distilled by TBCM (https://arxiv.org/abs/2511.20410).
+    Text-to-image and image-to-image in few steps with a Sana student distilled by TBCM
+    (https://arxiv.org/abs/2511.20410).
 
     It loads and saves the files of a [`SanaSprintPipeline`], so that plain diffusers reads what it saves, and gives
     the same images bit for bit where timesteps and seed are the same. Beyond it, this pipeline takes any number of
-    steps, custom `timesteps`, every image size that autoencoder and transformer divide, and unequal prompts together
-    with `num_images_per_prompt`.
+    steps, custom `timesteps`, an `image` to start from, every image size that autoencoder and transformer divide, and
+    unequal prompts together with `num_images_per_prompt`.
+
+    `DiffusionPipeline.from_pretrained` gives the stock pipeline for the same files; `SanaTBCMPipeline.from_pipe(pipe)`
+    makes this one of it, without a copy.
 
     Args:
         tokenizer ([`GemmaTokenizer`]):
@@ -52,6 +64,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
     """
 
     scheduler: TBCMScheduler
+    _callback_tensor_inputs: list[str] = [*SanaSprintPipeline._callback_tensor_inputs, "denoised"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -69,13 +82,52 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         if scheduler is not None and not isinstance(scheduler, TBCMScheduler):
             scheduler = TBCMScheduler.from_config(scheduler.config)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        self._init_image: torch.Tensor | None = None
+        self._guidance_warned = False
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **components: Any,
+    ) -> SanaTBCMPipeline:
+        """
+        Make this pipeline of another Sana pipeline's components, without a copy.
+
+        The sampler of a teacher's [`SanaPipeline`], which cannot sample from a student, gives way to a
+        `TBCMScheduler()`.
+
+        Args:
+            pipeline ([`DiffusionPipeline`]):
+                The pipeline to take components from.
+            dtype (`torch.dtype`, *optional*), torch_dtype (`torch.dtype`, *optional*):
+                What to cast the shared weights to, in both pipelines. They stay in the precision that they are in by
+                default, where the stock method would cast them to float32.
+            components:
+                Components to take instead of the pipeline's, by name.
+
+        Returns:
+            [`SanaTBCMPipeline`]: the new pipeline.
+        """
+        if not isinstance(pipeline.scheduler, SCMScheduler):
+            components.setdefault("scheduler", TBCMScheduler())
+        names, _ = cls._get_signature_keys(cls)
+        shared = {name: component for name, component in pipeline.components.items() if name in names}
+        new_pipeline = cls(**{**shared, **components})
+        dtype = torch_dtype if dtype is None else dtype
+        return new_pipeline if dtype is None else new_pipeline.to(dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Save as a [`SanaSprintPipeline`] with an [`SCMScheduler`], which loads with and without this package.
 
-        The scheduler's config keeps `timesteps_by_steps`, so that `SanaTBCMPipeline.from_pretrained` gives back this
-        very pipeline. `push_to_hub` saves through here too.
+        The scheduler's config keeps what is TBCM's own, so that `SanaTBCMPipeline.from_pretrained` gives back this
+        very pipeline. The folder's `pipeline.py` is this class for where the package is not installed:
+        `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)` gives it back too.
+        `push_to_hub` saves through here.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -85,10 +137,10 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         """
         components = self.components
         if self.scheduler is not None:
-            config = self.scheduler.config
-            scheduler = SCMScheduler(config["num_train_timesteps"], config["prediction_type"], config["sigma_data"])
-            scheduler.register_to_config(timesteps_by_steps=config["timesteps_by_steps"])
-            components["scheduler"] = scheduler
+            components["scheduler"] = self.scheduler.to_stock()
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)  # the file is there before the stock method may push the folder
+        (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
         SanaSprintPipeline(**components).save_pretrained(save_directory, *args, **kwargs)
 
     def load_lora_weights(
@@ -219,7 +271,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
                 f"`transformer.config.timestep_scale` is {config.timestep_scale}, but Sana-Sprint sampling feeds times"
                 " in [0, 1]; distil a student from a teacher fine-tuned to such dense time."
             )
-        multiple = self.vae_scale_factor * config.patch_size
+        multiple = self._size_multiple
         for name, size in (("height", height), ("width", width)):
             if size < multiple or size % multiple:
                 raise ValueError(f"`{name}` is {size}, but has to be a positive multiple of {multiple} pixels.")
@@ -239,6 +291,68 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
         )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Give what sampling starts from: noise or, for image-to-image, the image noised to the first timestep.
+
+        Args:
+            batch_size (`int`), num_channels_latents (`int`), height (`int`), width (`int`), dtype (`torch.dtype`),
+            device (`torch.device`), generator (`torch.Generator` or `list[torch.Generator]`, *optional*), latents
+            (`torch.Tensor`, *optional*):
+                As in the stock method; sizes in pixels.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_channels_latents, latent height, latent width)`: the start, to be
+            multiplied by `sigma_data`.
+
+        Raises:
+            `ValueError`: if the images do not divide the batch.
+        """
+        noise = super().prepare_latents(
+            batch_size, num_channels_latents, height, width, dtype, device, generator, latents
+        )
+        start = self.scheduler.timesteps[:1]
+        if self._init_image is None or start >= MAX_TIMESTEP_FLOAT32:  # at pi/2 nothing of an image is left
+            return noise
+        if batch_size % len(self._init_image):
+            raise ValueError(
+                f"`image` holds {len(self._init_image)} images, but {batch_size} are to be made: give one image, or"
+                " one for each prompt."
+            )
+        pixels = fit_image(self._init_image, height, width).to(device, self.vae.dtype)
+        clean = self.vae.encode(pixels).latent.to(dtype) * self.vae.config.scaling_factor
+        clean = clean.repeat_interleave(batch_size // len(clean), dim=0)
+        sigma_data = self.scheduler.config.sigma_data
+        return self.scheduler.add_noise(clean * sigma_data, noise, start) / sigma_data
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """
+        Look at clean latents, such as the `denoised` that a step's callback gets.
+
+        Args:
+            latents (`torch.Tensor` of shape `(images, channels, latent height, latent width)`):
+                Clean latents of standard deviation `sigma_data`, as they are during sampling.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` or `"pt"`.
+
+        Returns:
+            `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`: the images.
+        """
+        latents = (latents / self.scheduler.config.sigma_data).to(self.vae.dtype)
+        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return self.image_processor.postprocess(images, output_type=output_type)
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
         """
@@ -278,9 +392,11 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' default)
         max_sequence_length: int = 300,
         complex_human_instruction: list[str] = COMPLEX_HUMAN_INSTRUCTION,
+        image: PipelineImageInput | None = None,
+        strength: float = 0.6,
     ) -> SanaPipelineOutput | tuple:
         """
-        Generate images from prompts.
+        Generate images from prompts or, where `image` is given, from prompts and images.
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
@@ -295,7 +411,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             intermediate_timesteps (`float`, *optional*):
                 The angle in the middle, for two steps only.
             guidance_scale (`float`, defaults to 4.5):
-                The classifier-free guidance scale to imitate; the student knows those that it was distilled at.
+                The classifier-free guidance scale to imitate; the student knows those that it was distilled at, and
+                where its scheduler's config names them, one beyond them is warned of once.
             num_images_per_prompt (`int`, defaults to 1):
                 Number of images per prompt.
             height (`int`, *optional*), width (`int`, *optional*):
@@ -324,11 +441,20 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             callback_on_step_end (`Callable`, *optional*):
                 Called after each step as `callback(pipeline, step, timestep, callback_kwargs)`; returns a `dict`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                The tensors to hand to the callback: `"latents"`, `"prompt_embeds"`.
+                The tensors to hand to the callback: `"latents"`, `"prompt_embeds"`, and `"denoised"`, the clean
+                latents that the step has predicted, which `decode_latents` turns into pictures.
             max_sequence_length (`int`, defaults to 300):
                 Number of tokens to pad or cut each prompt to.
             complex_human_instruction (`list[str]`, *optional*):
                 Lines to put before each prompt. Defaults to those that Sana was trained with.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a `list` of one kind, *optional*):
+                What to start from instead of noise: one image, or one for each prompt. Arrays and tensors hold floats
+                in [0, 1]. It is resized to `height` x `width`, and has to have their proportions.
+            strength (`float`, defaults to 0.6):
+                How much of `image` to replace, in (0, 1]: it multiplies every timestep, so that sampling starts at
+                `strength * pi / 2`, where the latents are `cos(t) image + sin(t) noise`; 1 is text-to-image. A
+                consistency model may start at any angle, so that all `num_inference_steps` are taken from there, where
+                other pipelines take a share of them.
 
         Examples:
             ```py
@@ -337,6 +463,23 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             >>> pipe = SanaTBCMPipeline.from_pretrained("path/to/student")
             >>> image = pipe("a tiny astronaut hatching from an egg on the moon", num_inference_steps=1).images[0]
             >>> image.save("moon.png")
+
+            >>> # image-to-image, in two steps that start at 0.5 * pi / 2
+            >>> image = pipe("a watercolour of an astronaut", image=image, strength=0.5).images[0]
+
+
+            >>> # what each step expects the picture to be
+            >>> def preview(pipe, step, timestep, tensors):
+            ...     pipe.decode_latents(tensors["denoised"])[0].save(f"step_{step}.png")
+            ...     return {}
+
+
+            >>> image = pipe(
+            ...     "a tiny astronaut hatching from an egg on the moon",
+            ...     num_inference_steps=4,
+            ...     callback_on_step_end=preview,
+            ...     callback_on_step_end_tensor_inputs=["denoised"],
+            ... ).images[0]
             ```
 
         Returns:
@@ -362,8 +505,19 @@ class SanaTBCMPipeline(SanaSprintPipeline):
 
         image_height, image_width = height, width
         if own_binning:
-            bins = self._resolution_bins(native_size)
+            bins = resolution_bins(native_size, self._size_multiple)
             height, width = self.image_processor.classify_height_width_bin(height, width, ratios=bins)
+
+        self._warn_of_guidance(guidance_scale)
+        self._init_image = None
+        if image is not None:
+            if latents is not None:
+                raise ValueError("`latents` and `image` are both given, but sampling starts from one; leave one out.")
+            if not 0 < strength <= 1:
+                raise ValueError(f"`strength` is {strength}, but has to lie in (0, 1].")
+            self._init_image = load_image(image, image_height, image_width, self._size_multiple)
+            self.scheduler.set_timesteps(num_inference_steps, timesteps, None, max_timesteps, intermediate_timesteps)
+            timesteps, max_timesteps, intermediate_timesteps = self.scheduler.timesteps * strength, None, None
 
         images = super().__call__(
             prompt=prompt,
@@ -396,11 +550,16 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
         return SanaPipelineOutput(images=images) if return_dict else (images,)
 
-    def _resolution_bins(self, native_size: int) -> dict[str, list[int]]:
-        """The 1024-pixel sizes of Sana's training, scaled to `native_size` pixels."""
-        multiple = self.vae_scale_factor * self.transformer.config.patch_size
-        scale = native_size / 1024 / multiple
-        return {
-            ratio: [max(1, round(size * scale)) * multiple for size in sizes]
-            for ratio, sizes in ASPECT_RATIO_1024_BIN.items()
-        }
+    @property
+    def _size_multiple(self) -> int:
+        """What height and width have to be multiples of, in pixels."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def _warn_of_guidance(self, guidance_scale: float) -> None:
+        scales = self.scheduler.config.guidance_scales
+        if scales and not min(scales) <= guidance_scale <= max(scales) and not self._guidance_warned:
+            self._guidance_warned = True
+            logger.warning(
+                f"`guidance_scale` is {guidance_scale}, but this student was distilled at {min(scales)} to"
+                f" {max(scales)} and has not learnt what lies beyond; pass a `guidance_scale` from there."
+            )

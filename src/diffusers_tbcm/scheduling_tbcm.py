@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -21,6 +22,7 @@ TIMESTEPS_BY_STEPS = {
     "2": [MAX_TIMESTEP, 1.0, 0.0],
     "4": [MAX_TIMESTEP, 3 * math.pi / 8, math.pi / 4, math.pi / 8, 0.0],
 }
+OWN_CONFIG_ENTRIES = ("timesteps_by_steps", "guidance_scales")  # what an SCMScheduler does not know
 
 
 class TBCMScheduler(SCMScheduler):
@@ -42,10 +44,13 @@ class TBCMScheduler(SCMScheduler):
         timesteps_by_steps (`dict[str, list[float]]`, *optional*):
             The timesteps that `set_timesteps(n)` gives, in radians, by the decimal `n` (a string, as JSON keys are).
             Defaults to `TIMESTEPS_BY_STEPS`; saved in the config, so that a checkpoint carries its own.
+        guidance_scales (`list[float]`, *optional*):
+            The guidance scales that the student was distilled at. Sampling does not depend on them: a checkpoint
+            carries them so that its pipeline can warn of a scale beyond them.
 
     Raises:
-        `ValueError`: for another `prediction_type`, a `sigma_data` that is not positive, or timesteps that
-            `set_timesteps` would refuse.
+        `ValueError`: for another `prediction_type`, a `sigma_data` that is not positive, timesteps that
+            `set_timesteps` would refuse, or guidance scales that are not positive.
     """
 
     @register_to_config
@@ -55,6 +60,7 @@ class TBCMScheduler(SCMScheduler):
         prediction_type: str = "trigflow",
         sigma_data: float = 0.5,
         timesteps_by_steps: dict[str, list[float]] | None = None,
+        guidance_scales: list[float] | None = None,
     ):
         if prediction_type != "trigflow":
             raise ValueError(f"`prediction_type` is {prediction_type!r}, but TBCM students predict 'trigflow' only.")
@@ -69,9 +75,36 @@ class TBCMScheduler(SCMScheduler):
                     f"`timesteps_by_steps[{steps!r}]` has {len(checked)} timesteps; its key has to be the string"
                     f" {str(len(checked) - 1)!r}, one less, because the last timestep is the 0 where sampling ends."
                 )
+        if guidance_scales is not None and not (guidance_scales and min(guidance_scales) > 0):
+            raise ValueError(f"`guidance_scales` is {guidance_scales}, but has to hold positive scales, or be None.")
 
         super().__init__(num_train_timesteps, prediction_type, sigma_data)
         self.register_to_config(timesteps_by_steps=timesteps_by_steps)
+
+    def to_stock(self) -> SCMScheduler:
+        """
+        Make the [`SCMScheduler`] that stands for this scheduler in a checkpoint which loads without this package.
+
+        It carries the config entries that it does not know under names with a leading underscore: those it keeps and
+        saves, but does not warn of.
+
+        Returns:
+            [`SCMScheduler`]: of the same `sigma_data`; `TBCMScheduler.from_config(stock.config)` is this scheduler.
+        """
+        stock = SCMScheduler(
+            self.config["num_train_timesteps"], self.config["prediction_type"], self.config["sigma_data"]
+        )
+        stock.register_to_config(**{f"_{name}": self.config[name] for name in OWN_CONFIG_ENTRIES})
+        return stock
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Read a config as the stock method does, together with the entries that `to_stock` has hidden in it."""
+        entries = dict(config_dict)
+        for name in OWN_CONFIG_ENTRIES:
+            if f"_{name}" in entries:
+                entries[name] = entries.pop(f"_{name}")
+        return super().extract_init_dict(entries, **kwargs)
 
     def set_timesteps(
         self,

@@ -1,0 +1,165 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SanaSprintImg2ImgPipeline, SCMScheduler
+from PIL import Image
+from tiny import generate, tiny_tbcm_pipeline
+
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+from diffusers_tbcm.images import fit_image, load_image
+
+
+HALF_PI = math.pi / 2
+PROMPTS = ["a red fox", "the long and winding road to the northern harbour"]
+
+
+def picture(height: int = 64, width: int = 64, seed: int = 0) -> Image.Image:
+    """Colours that change slowly, so that resizing keeps them."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def shared_pipeline():
+    return tiny_tbcm_pipeline()
+
+
+@pytest.fixture
+def pipeline(shared_pipeline):
+    pipeline = SanaTBCMPipeline(**{**shared_pipeline.components, "scheduler": TBCMScheduler()})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# pixels
+
+
+def test_every_kind_of_image_is_the_same_pixels():
+    image = picture(24, 40)
+    array = np.asarray(image, dtype=np.float32) / 255
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    pixels = load_image(image, 24, 40, multiple=8)
+    assert pixels.shape == (1, 3, 24, 40)
+    torch.testing.assert_close(pixels[0], 2 * tensor - 1)
+    translucent = image.copy()
+    translucent.putalpha(128)
+    for other in (array, tensor, [image], [array], [tensor], array[None], tensor[None], translucent):
+        assert torch.equal(load_image(other, 24, 40, multiple=8), pixels)
+    assert load_image([image, image], 24, 40, multiple=8).shape == (2, 3, 24, 40)
+    assert load_image(image.convert("L"), 24, 40, multiple=8).shape == (1, 3, 24, 40)
+
+
+def test_an_image_is_resized_and_never_distorted():
+    pixels = load_image(picture(128, 256), 32, 64, multiple=8)
+    small = load_image(picture(32, 64), 32, 64, multiple=8)
+    assert (fit_image(pixels, 32, 64) - small).abs().mean() < 0.02
+    assert torch.equal(fit_image(small, 32, 64), small)
+    middle = torch.arange(8.0).expand(1, 3, 4, 8)
+    assert torch.equal(fit_image(middle, 4, 4), middle[..., 2:6])  # nothing to resize, the sides cut off
+    for height, width in [(49, 49), (49, 64), (101, 53)]:  # scales that floats do not hold exactly
+        assert fit_image(torch.ones(1, 3, height, width), 64, 64).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((64, 64, 3), dtype=np.uint8), r"`image` holds uint8, but has to hold floats in \[0, 1\]"),
+        ([torch.zeros(3, 64, 64, dtype=torch.uint8)], r"`image` holds torch\.uint8"),
+        (torch.zeros(1, 4, 64, 64), r"`image` has the shape \(1, 4, 64, 64\)"),
+        (picture(64, 96), "`image` is 96 x 64 pixels .* 64 x 64 of the picture to make: crop it, or pass"),
+        (picture(640, 722), "`image` is 722 x 640 pixels"),
+        ("fox.png", "incorrect format"),
+    ],
+)
+def test_images_that_cannot_be_used_are_named(pipeline, image, message):
+    with pytest.raises(ValueError, match=message):
+        generate(pipeline, image=image)
+
+
+# image-to-image
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_full_strength_is_text_to_image(pipeline, steps):
+    expected = generate(pipeline, num_inference_steps=steps)
+    assert torch.equal(generate(pipeline, num_inference_steps=steps, image=picture(), strength=1.0), expected)
+
+
+@pytest.mark.parametrize(("steps", "stock_steps", "strength"), [(1, 2, 0.5), (2, 4, 0.5), (1, 4, 0.25), (3, 4, 0.75)])
+def test_images_are_those_of_the_stock_image_to_image_pipeline(pipeline, steps, stock_steps, strength):
+    # which takes a share of even steps, where ours takes all of them from the same angle
+    stock = SanaSprintImg2ImgPipeline(**{**pipeline.components, "scheduler": SCMScheduler()})
+    stock.set_progress_bar_config(disable=True)
+    time = {"num_inference_steps": stock_steps, "max_timesteps": HALF_PI, "intermediate_timesteps": None}
+    size = {"height": 64, "width": 64, "use_resolution_binning": False}
+    image = picture()
+    expected = generate(stock, image=image, strength=strength, **time, **size)
+    ours = generate(pipeline, image=image, strength=strength, num_inference_steps=steps, max_timesteps=HALF_PI)
+    assert pipeline.num_timesteps == steps
+    # the angles are rounded otherwise in the last bit
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_strength_multiplies_the_schedule(pipeline):
+    generate(pipeline, image=picture(), strength=0.6)
+    torch.testing.assert_close(pipeline.scheduler.timesteps, torch.tensor([0.6 * HALF_PI, 0.6, 0.0]))
+    generate(pipeline, image=picture(), strength=0.5, timesteps=[1.2, 0.8, 0.0])
+    torch.testing.assert_close(pipeline.scheduler.timesteps, torch.tensor([0.6, 0.4, 0.0]))
+
+
+def test_the_less_strength_the_more_of_the_image_is_left(pipeline):
+    image = picture()
+    with torch.no_grad():
+        latent = pipeline.vae.encode(load_image(image, 64, 64, multiple=8)).latent
+        reconstruction = (pipeline.vae.decode(latent).sample / 2 + 0.5).clamp(0, 1)
+    distances = [
+        (generate(pipeline, image=image, strength=strength, num_inference_steps=1) - reconstruction).abs().mean()
+        for strength in (1e-4, 0.2, 0.5, 1.0)
+    ]
+    assert distances[0] < 1e-3  # at no strength, what the autoencoder makes of the image
+    assert distances == sorted(distances)
+
+
+def test_each_prompt_has_its_image(pipeline):
+    images = [picture(seed=1), picture(seed=2)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5, 6)]
+    together = generate(pipeline, PROMPTS, image=images, strength=0.4, num_images_per_prompt=2, generator=generators)
+    for index, owner in enumerate([0, 0, 1, 1]):
+        alone = generate(pipeline, PROMPTS[owner], image=images[owner], strength=0.4, seed=3 + index)
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-5, rtol=0)  # batched matmuls differ
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    one_image = generate(pipeline, PROMPTS, image=images[0], strength=0.4, generator=generators)
+    torch.testing.assert_close(one_image[:1], together[:1], atol=1e-5, rtol=0)
+
+
+def test_an_image_is_binned_as_the_picture_is(pipeline):
+    image = picture(50, 101)
+    arguments = {"image": image, "height": 50, "width": 101, "use_resolution_binning": True, "strength": 1e-4}
+    drawn = generate(pipeline, num_inference_steps=1, **arguments)
+    assert drawn.shape == (1, 3, 50, 101)
+    assert generate(pipeline, output_type="latent", **arguments).shape == (1, 4, 6, 11)  # the bin of 48 x 88
+
+
+def test_an_image_is_forgotten_after_its_call(pipeline):
+    expected = generate(pipeline)
+    generate(pipeline, image=picture(), strength=0.3)
+    assert torch.equal(generate(pipeline), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": 0.0}, "`strength` is 0.0, but has to lie in"),
+        ({"strength": 1.1}, "`strength` is 1.1"),
+        ({"strength": float("nan")}, "`strength` is nan"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "`latents` and `image` are both given"),
+        ({"image": [picture(), picture()]}, "`image` holds 2 images, but 1 are to be made"),
+        ({"height": 60, "width": 60}, "`height` is 60, but has to be a positive multiple of 8"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
+    ],
+)
+def test_bad_calls_are_named(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate(pipeline, **{"image": picture(), **arguments})
