@@ -153,7 +153,8 @@ class ReplayBuffer:
             The rows.
         """
         numbers = torch.randperm(len(self), generator=generator)[:num_rows].sort().values
-        parts, start = [], 0
+        parts: list[TrainingRows] = []
+        start = 0
         for recording in self.recordings:
             own = numbers[(numbers >= start) & (numbers < start + len(recording))] - start
             start += len(recording)
