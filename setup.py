@@ -52,6 +52,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"diffusers_tbcm": ["py.typed"]},
+    entry_points={"console_scripts": ["diffusers-tbcm=diffusers_tbcm.__main__:main"]},
     python_requires=">=3.11",
     install_requires=install_requires,
     extras_require=extras,
