@@ -121,7 +121,8 @@ def build_page(pipeline: SanaTBCMPipeline, name: str):
                 report = gr.Markdown(elem_id="report")
         gr.Examples([[example] for example in EXAMPLES], prompt, label="For example")
         inputs = [prompt, steps, seed, randomize, guidance_scale, num_pictures]
-        gr.on([button.click, prompt.submit], press, inputs, [pictures, seed, report], api_name="draw")
+        outputs = [pictures, seed, report]
+        gr.on([button.click, prompt.submit], press, inputs, outputs, api_name="draw", show_progress_on=pictures)
     return page
 
 
@@ -129,7 +130,8 @@ def launch_options() -> dict:
     """How the page looks and is served; errors go to the page."""
     from gradio.themes import Soft
 
-    return {"theme": Soft(font=FONTS, font_mono=("ui-monospace", "monospace")), "css": CSS, "show_error": True}
+    theme = Soft(font=FONTS, font_mono=("ui-monospace", "monospace"))
+    return {"theme": theme, "css": CSS, "show_error": True, "footer_links": ["api", "gradio"]}
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def draw(
             for seed in seeds:
                 start = time.perf_counter()
                 generator = torch.Generator().manual_seed(seed)
-                image = pipeline(
-                    prompt, num_inference_steps=num_inference_steps, generator=generator, **options
-                ).images[0]
-                yield Drawing(prompt, num_inference_steps, seed, image, time.perf_counter() - start)
+                images = pipeline(
+                    prompt, num_inference_steps=num_inference_steps, generator=generator, return_dict=False, **options
+                )[0]
+                yield Drawing(prompt, num_inference_steps, seed, images[0], time.perf_counter() - start)
