@@ -88,6 +88,16 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     keep.add_argument("--logging_steps", type=int, default=10)
     keep.add_argument("--dry_run", action="store_true", help="everything once, in a folder beside output_dir; report")
 
+    hub = parser.add_argument_group("Hub")
+    hub.add_argument("--push_to_hub", action="store_true", help="publish the student; access is checked at the start")
+    hub.add_argument("--hub_model_id", help="owner/name; default: the name of output_dir, under the token's user")
+    hub.add_argument(
+        "--hub_token", help="with write access; default: HF_TOKEN or `hf auth login`. Never saved or logged"
+    )
+    hub.add_argument("--hub_private_repo", action="store_true", default=None, help="if the repository is created")
+    hub.add_argument("--hub_strategy", choices=("end", "checkpoint"), default="end", help="also at every checkpoint")
+    hub.add_argument("--hub_license", help="such as apache-2.0, where the teacher's card names none")
+
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -137,7 +147,16 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{name} is {value}: it has to be positive")
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error(f"--use_8bit_adam is AdamW's, --optimizer is {args.optimizer}")
+    for name in ("hub_model_id", "hub_token", "hub_private_repo", "hub_license"):
+        if not args.push_to_hub and getattr(args, name):
+            parser.error(f"--{name} needs --push_to_hub")
+    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
+        parser.error("--hub_strategy checkpoint needs --push_to_hub")
+    if args.hub_token and args.report_to == "wandb":
+        parser.error("--hub_token would be sent to wandb with the command line: use HF_TOKEN or `hf auth login`")
     output_dir = Path(args.output_dir)
+    if args.hub_model_id is None:
+        args.hub_model_id = output_dir.resolve().name
     if output_dir.exists() and not output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file")
     holds_run = (output_dir / MODEL_INDEX).exists() or list_checkpoints(output_dir)
@@ -146,6 +165,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             f"--output_dir {args.output_dir} holds another run: continue it with --resume_from_checkpoint latest, or"
             " choose another folder"
         )
+
+
+def run_config(args: argparse.Namespace) -> dict[str, object]:
+    """The flags as they are saved and sent to trackers: without the token."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
 
 def training_table(args: argparse.Namespace, steps: int, prompts_per_step: int, precision: str) -> dict[str, object]:

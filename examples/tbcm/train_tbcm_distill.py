@@ -31,7 +31,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from diffusers.optimization import get_scheduler
-from distill_args import parse_args, training_table
+from distill_args import parse_args, run_config, training_table
 from PIL import Image
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -43,11 +43,12 @@ from diffusers_tbcm.checkpoints import find_checkpoint, save_checkpoint
 from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from diffusers_tbcm.evaluation import image_grid
 from diffusers_tbcm.export import save_student_pipeline
+from diffusers_tbcm.hub import choose_license, prepare_repo, push_or_warn
 from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
 from diffusers_tbcm.lora import drop_frozen_weights, make_lora_student, merge_lora, save_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error, consistency_loss
 from diffusers_tbcm.memory import memory_plan, peak_memory
-from diffusers_tbcm.pipeline_folder import latent_size, resolve_teacher, vae_scale_factor
+from diffusers_tbcm.pipeline_folder import CARD, latent_size, resolve_teacher, vae_scale_factor
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.prompts import draw_generator, load_prompts, prompt_at
 from diffusers_tbcm.tangent import consistency_tangent, tangent_ratio
@@ -190,9 +191,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         teacher_folder, subfolder="transformer", dtype=torch.float32
     )
     size = latent_size(teacher_folder, teacher_transformer, args.resolution)
+    hub_repo = hub_license = None
+    if args.push_to_hub and accelerator.is_main_process:
+        hub_license = choose_license(teacher_folder / CARD, args.hub_license)
+        hub_repo = prepare_repo(args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "training_config.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
+        config = json.dumps(run_config(args), indent=2)
+        (output_dir / "training_config.json").write_text(config + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
 
     # The teacher and the text encoder are frozen and run in the training precision; the student trains in float32.
@@ -291,7 +297,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     if ema is not None:
         ema.to(device)
     if report_to is not None:
-        accelerator.init_trackers("tbcm", config={name: str(value) for name, value in vars(args).items()})
+        accelerator.init_trackers("tbcm", config={name: str(value) for name, value in run_config(args).items()})
     log = MetricsLog(accelerator, output_dir / "metrics.jsonl", first_step=first_step)
 
     guidance_choices = torch.tensor(args.guidance_scales)
@@ -304,6 +310,31 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     micro_step = step * args.gradient_accumulation_steps
+
+    def export() -> bool:
+        """Step 7; every process calls it. False where a push was wanted and failed."""
+        weights = whole_weights(accelerator, model, ema, trained)
+        pushed = True
+        if accelerator.is_main_process:
+            exported = load_student(args, teacher.float(), weights)
+            if args.rank is not None:
+                folder = save_lora(exported, output_dir / "lora")
+            if args.rank is None or args.merge_lora:
+                folder = save_student_pipeline(
+                    exported if args.rank is None else merge_lora(exported),
+                    args.pretrained_model_name_or_path,
+                    output_dir,
+                    resolution=args.resolution,
+                    prompt=(args.validation_prompts or prompts)[0],
+                    training=training_table(args, step, prompts_per_step, accelerator.mixed_precision),
+                    scheduler=TBCMScheduler(sigma_data=SIGMA_DATA),
+                )
+            teacher.to(weight_dtype)
+            if hub_repo is not None:
+                tag = f"step-{step}"
+                pushed = push_or_warn(folder, hub_repo, token=args.hub_token, license=hub_license, tag=tag)
+        accelerator.wait_for_everyone()
+        return pushed
 
     while step < args.max_train_steps:
         # 1. Prompts. Draw k of the whole run is the same prompt and the same noise however many processes share it.
@@ -465,33 +496,32 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
                 grid.save(grid_file)
                 log.image("validation", grid, step)
             accelerator.wait_for_everyone()
+        if args.hub_strategy == "checkpoint" and step % args.checkpointing_steps == 0 and step < args.max_train_steps:
+            export()
     progress.close()
 
     # 7. Export
-    weights = whole_weights(accelerator, model, ema, trained)
-    if accelerator.is_main_process:
-        exported = load_student(args, teacher.float(), weights)
-        if args.rank is not None:
-            print(f"Adapters for SanaTBCMPipeline.load_lora_weights: {save_lora(exported, output_dir / 'lora')}")
-        if args.rank is None or args.merge_lora:
-            save_student_pipeline(
-                exported if args.rank is None else merge_lora(exported),
-                args.pretrained_model_name_or_path,
-                output_dir,
-                resolution=args.resolution,
-                prompt=(args.validation_prompts or prompts)[0],
-                training=training_table(args, step, prompts_per_step, accelerator.mixed_precision),
-                scheduler=TBCMScheduler(sigma_data=SIGMA_DATA),
-            )
-            print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
-    accelerator.wait_for_everyone()
+    pushed = export()
+    if accelerator.is_main_process and args.rank is not None:
+        print(f"Adapters for SanaTBCMPipeline.load_lora_weights: {output_dir / 'lora'}")
+    if accelerator.is_main_process and (args.rank is None or args.merge_lora):
+        print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
+    if not pushed:
+        accelerator.end_training()
+        sys.exit(1)  # push_or_warn has said what to do
     return accelerator
 
 
 def dry_run(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     """One step, checkpoint, validation and export, then resume for another; gives time and memory of a step."""
     folder = Path(args.output_dir).with_name(Path(args.output_dir).name + ".dry_run")
-    once = {"checkpointing_steps": 1, "validation_steps": 1, "logging_steps": 1, "output_dir": str(folder)}
+    once = {
+        "checkpointing_steps": 1,
+        "validation_steps": 1,
+        "logging_steps": 1,
+        "output_dir": str(folder),
+        "push_to_hub": False,
+    }
     for steps, resume in ((1, None), (2, "latest")):
         changes = once | {"max_train_steps": steps, "resume_from_checkpoint": resume}
         accelerator = train(argparse.Namespace(**(vars(args) | changes)), stop)
