@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers.optimization import SchedulerType
 
 from diffusers_tbcm.checkpoints import list_checkpoints
-from diffusers_tbcm.pipeline_folder import MODEL_INDEX
+from diffusers_tbcm.pipeline_folder import MODEL_INDEX, VARIANTS
 from diffusers_tbcm.tangent import tangent_ratio
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES
 
@@ -84,6 +84,13 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     keep.add_argument("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
     keep.add_argument("--validation_prompts", nargs="+", help="drawn at 1, 2 and 4 steps")
     keep.add_argument("--validation_steps", type=int, default=500)
+    keep.add_argument(
+        "--export_variants",
+        nargs="+",
+        default=[],
+        choices=tuple(VARIANTS),
+        help="half-precision copies of the weights",
+    )
     keep.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or 'none'")
     keep.add_argument("--logging_steps", type=int, default=10)
     keep.add_argument("--dry_run", action="store_true", help="everything once, in a folder beside output_dir; report")
@@ -129,6 +136,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("lora_alpha", "lora_target_modules", "merge_lora"):
         if args.rank is None and getattr(args, name):
             parser.error(f"--{name} needs --rank")
+    if args.export_variants and args.rank is not None and not args.merge_lora:
+        parser.error("--export_variants are of a pipeline: with --rank they need --merge_lora")
     if args.streaming and args.dataset_name is None:
         parser.error("--streaming is for --dataset_name")
     for name in ("max_prompts", "rank", "lora_alpha"):
