@@ -17,13 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from .checkpoints import list_checkpoints
-from .lora import GUIDANCE_EMBEDDER_FILE
+from .lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
 from .pipeline_folder import CARD, LEGAL_FILES, MODEL_INDEX, TRAINING_RECORD, WEIGHTS_COMPONENTS, license_of, read_json
 
 
 logger = logging.get_logger(__name__)
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TOP_LEVEL_SUFFIXES = (".json", ".md", ".py")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -103,7 +102,7 @@ def push_pipeline_to_hub(
     """
     folder = Path(folder)
     files = _files_to_push(folder, include_training_state)
-    license = choose_license(folder / CARD, license)
+    license = choose_license(folder, license)
     repo_id = prepare_repo(repo_id, token=token, private=private)
     old_id = folder.resolve().name
     if TRAINING_RECORD in files:
@@ -133,33 +132,32 @@ def push_pipeline_to_hub(
     return f"{api.endpoint}/{repo_id}/commit/{head}"
 
 
-def push_or_warn(folder: Path, repo_id: str, *, token: str | None, license: str | None, tag: str) -> bool:
+def push_or_warn(folder: str | PathLike[str], repo_id: str, *, token: str | None, license: str | None) -> bool:
     """Push as `push_pipeline_to_hub` does; a push that fails becomes a warning that says how to do it later.
 
     Args:
-        folder, repo_id, token, license, tag: as there.
+        folder, repo_id, token, license: as there.
 
     Returns:
         Whether it was pushed.
     """
     try:
-        url = push_pipeline_to_hub(folder, repo_id, token=token, license=license, tag=tag)
+        print(f"Pushed: {push_pipeline_to_hub(folder, repo_id, token=token, license=license)}")
     except Exception as error:  # whatever the Hub does, the run outlives it
-        arguments = f"{str(folder)!r}, {repo_id!r}, license={license!r}, tag={tag!r}"
+        arguments = f"{str(folder)!r}, {repo_id!r}, license={license!r}"
         logger.warning(
             f"{folder} was not pushed: {error}\nIt is whole on disk. Push it later, in Python:\n"
             f"  from diffusers_tbcm.hub import push_pipeline_to_hub\n  push_pipeline_to_hub({arguments})"
         )
         return False
-    logger.info(f"Pushed {folder}: {url}")
     return True
 
 
-def choose_license(card: Path, license: str | None) -> str:
-    """Give the licence to publish under: the one that a model card names, else the one that the user names.
+def choose_license(folder: Path, license: str | None) -> str:
+    """Choose the licence to publish under: the one that a model's card names, else the one that the user names.
 
     Args:
-        card: of the student, or of its teacher.
+        folder: of the student or of its teacher, with a card or without.
         license: the Hub's identifier of the licence, or None.
 
     Returns:
@@ -168,14 +166,14 @@ def choose_license(card: Path, license: str | None) -> str:
     Raises:
         ValueError: where neither names one, or they differ.
     """
-    named = license_of(card).get("license")
+    named = license_of(folder / CARD).get("license")
     if named is None and license is None:
         raise ValueError(
-            f"license is None, and {str(card)!r} names none: give the one that the teacher's terms allow, such as"
-            ' license="apache-2.0" (--hub_license apache-2.0)'
+            f"license is None, and {str(folder / CARD)!r} names none: give the one that the teacher's terms allow,"
+            ' such as license="apache-2.0" (--hub_license apache-2.0)'
         )
     if named is not None and license not in (None, named):
-        raise ValueError(f"license is {license!r}, but {str(card)!r} says {named!r}: change the card")
+        raise ValueError(f"license is {license!r}, but {str(folder / CARD)!r} says {named!r}: change the card")
     return named or str(license)
 
 
@@ -186,12 +184,12 @@ def _files_to_push(folder: Path, include_training_state: bool) -> dict[str, Path
         for name in set(components) & set(WEIGHTS_COMPONENTS):
             if not any((folder / name).glob("*.safetensors")):
                 raise ValueError(f"folder {str(folder)!r} has no safetensors weights of its {name}: save it with them")
-    elif (folder / LORA_WEIGHTS).is_file():
+    elif (folder / LORA_FILE).is_file():
         components = []
     else:
         raise ValueError(
             f"folder {str(folder)!r} is neither a pipeline nor LoRA adapters: it has no {MODEL_INDEX} and no"
-            f" {LORA_WEIGHTS}; save_student_pipeline and save_lora write such folders"
+            f" {LORA_FILE}; save_student_pipeline and save_lora write such folders"
         )
     if not (folder / CARD).is_file():
         raise ValueError(f"folder {str(folder)!r} has no {CARD}: write its card, which every published model carries")
@@ -200,7 +198,7 @@ def _files_to_push(folder: Path, include_training_state: bool) -> dict[str, Path
     kept = [
         path
         for path in folder.iterdir()
-        if path.suffix in TOP_LEVEL_SUFFIXES or path.name in (*LEGAL_FILES, LORA_WEIGHTS, GUIDANCE_EMBEDDER_FILE)
+        if path.suffix in TOP_LEVEL_SUFFIXES or path.name in (*LEGAL_FILES, LORA_FILE, GUIDANCE_EMBEDDER_FILE)
     ]
     for name in components:
         kept += [path for path in (folder / name).rglob("*") if path.suffix not in PICKLE_SUFFIXES]
