@@ -73,6 +73,12 @@ class LoopbackHub:
             "NO_PROXY": "127.0.0.1",
         }
 
+    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
+        return {path: file.content for path, file in self.repos[repo].at(revision).files.items()}
+
+    def titles(self, repo: str) -> list[str]:
+        return [commit.title for commit in self.repos[repo].commits]
+
     def happens(self, fault: dict[str, float], repo: str) -> bool:
         fault[repo] = fault.get(repo, 0) - 1
         return fault[repo] >= 0

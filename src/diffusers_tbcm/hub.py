@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -84,7 +84,7 @@ def push_pipeline_to_hub(
     `repo_id`; the folder stays as it is.
 
     Args:
-        folder: a pipeline saved by `save_student_pipeline` or adapters saved by `save_lora`, with a card.
+        folder: saved by `save_student_pipeline` or `save_student_lora`.
         repo_id: `"owner/name"`, or `"name"` for the token's own user; created where it is missing.
         token: with write access; by default the one of `HF_TOKEN` or `hf auth login`.
         private: visibility of a repository that is created; None for the owner's default.
@@ -125,8 +125,8 @@ def push_pipeline_to_hub(
             head = _commit(api, repo_id, [card], head, "Model card")
         components = {path.split("/")[0] for path in files if "/" in path}
         gone = [path for path in there if path.split("/")[0] in components and path not in files]
-        operations = [*additions, *map(CommitOperationDelete, gone)]
-        head = _commit(api, repo_id, operations, head, "Student" if tag is None else f"Student, {tag}")
+        message = "Student" if tag is None else f"Student, {tag}"
+        head = _commit(api, repo_id, [*additions, *map(CommitOperationDelete, gone)], head, message)
         if tag is not None:
             _tag(api, repo_id, tag, head)
     return f"{api.endpoint}/{repo_id}/commit/{head}"
@@ -189,7 +189,7 @@ def _files_to_push(folder: Path, include_training_state: bool) -> dict[str, Path
     else:
         raise ValueError(
             f"folder {str(folder)!r} is neither a pipeline nor LoRA adapters: it has no {MODEL_INDEX} and no"
-            f" {LORA_FILE}; save_student_pipeline and save_lora write such folders"
+            f" {LORA_FILE}; save_student_pipeline and save_student_lora write such folders"
         )
     if not (folder / CARD).is_file():
         raise ValueError(f"folder {str(folder)!r} has no {CARD}: write its card, which every published model carries")
@@ -224,7 +224,13 @@ def _card_for_repo(path: Path, old_id: str, repo_id: str, license: str) -> str:
     return str(card)
 
 
-def _commit(api: HfApi, repo_id: str, operations: list, parent: str, message: str) -> str:
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    operations: Sequence[CommitOperationAdd | CommitOperationDelete],
+    parent: str,
+    message: str,
+) -> str:
     """Commit on top of `parent` and no other, whatever the connection does in between; gives the commit's id."""
     interrupted = False
 
