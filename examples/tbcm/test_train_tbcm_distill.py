@@ -158,6 +158,9 @@ def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_pat
         ({"max_prompts": 0}, "--max_prompts is 0"),
         ({"streaming": True}, "--streaming is for --dataset_name"),
         ({"use_8bit_adam": True, "optimizer": "came"}, "--use_8bit_adam is AdamW's"),
+        ({"hub_model_id": "me/student"}, "--hub_model_id needs --push_to_hub"),
+        ({"hub_strategy": "checkpoint"}, "--hub_strategy checkpoint needs --push_to_hub"),
+        ({"push_to_hub": True, "hub_token": "hf_x", "report_to": "wandb"}, "--hub_token would be sent to wandb"),
     ],
 )
 def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
@@ -165,6 +168,24 @@ def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
         parse_args(flags(**changes))
     captured = capsys.readouterr().err
     assert re.search(message, captured), captured
+
+
+def test_a_run_that_cannot_be_pushed_ends_before_training(flags, tmp_path):
+    with pytest.raises(ValueError, match=r"license is None.*--hub_license"):
+        main(parse_args(flags(push_to_hub=True, hub_token="hf_x")))
+    with pytest.raises(ValueError, match="repo_id 'a/b/c' is not of the form"):
+        main(parse_args(flags(push_to_hub=True, hub_token="hf_x", hub_license="mit", hub_model_id="a/b/c")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_push_that_fails_at_the_end_leaves_the_student_and_exit_code_1(flags, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(train_tbcm_distill, "prepare_repo", lambda repo_id, **access: repo_id)
+    with pytest.raises(SystemExit) as ended:  # the token cannot even be sent
+        main(parse_args(flags(push_to_hub=True, hub_token="hf_with space", hub_license="mit")))
+    assert ended.value.code == 1
+    assert "was not pushed: token is empty, or has a space" in caplog.text
+    assert f"push_pipeline_to_hub('{tmp_path / 'run'}', 'run', license='mit')" in caplog.text
+    SanaTBCMPipeline.from_pretrained(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

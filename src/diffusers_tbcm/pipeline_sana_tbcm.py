@@ -16,7 +16,7 @@ from diffusers.pipelines.sana.pipeline_sana_sprint import SanaSprintPipeline
 from diffusers.schedulers.scheduling_scm import SCMScheduler
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
-from .lora import GUIDANCE_EMBEDDER_FILE, load_guidance_embedder
+from .lora import GUIDANCE_EMBEDDER_FILE, drop_guidance_bias, load_guidance_embedder
 from .scheduling_tbcm import TBCMScheduler
 
 
@@ -90,6 +90,23 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             scheduler.register_to_config(timesteps_by_steps=config["timesteps_by_steps"])
             components["scheduler"] = scheduler
         SanaSprintPipeline(**components).save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """
+        Read LoRA layers, without the fixed guidance that a student distilled as LoRA holds for stock pipelines.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`), kwargs:
+                As in [`~loaders.SanaLoraLoaderMixin.lora_state_dict`].
+
+        Returns:
+            `dict[str, torch.Tensor]`, or with `return_lora_metadata=True` a `tuple` of it and the adapter's config.
+        """
+        found = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        if kwargs.get("return_lora_metadata"):
+            return drop_guidance_bias(*found)
+        return drop_guidance_bias(found, None)[0]
 
     def load_lora_weights(
         self,
