@@ -24,14 +24,14 @@ STEPS = (1, 2, 4)
 MAX_PICTURES = 8
 MAX_SEED = 2**31 - 1
 EXAMPLES = (  # of the embedded teacher's world; another student draws what its own teacher does
+    "an owl",
     "a fluent 3d emoji of a strawberry",
-    "a noto emoji of a hamburger",
     "fluent 3d rocket",
-    "noto sunflower",
-    "a fluent 3d emoji of an owl",
+    "a noto emoji of a hamburger",
+    "a dolphin",
 )
 FONTS = ("system-ui", "sans-serif")  # the reader's own: nothing is fetched from elsewhere
-CSS = ".gradio-container { max-width: 1100px !important; margin: 0 auto !important; }"
+CSS = ".gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }"
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def build_page(pipeline: SanaTBCMPipeline, name: str):
                 button = gr.Button("Draw", variant="primary", size="lg")
             with gr.Column(scale=3):
                 pictures = gr.Gallery(
-                    label="Pictures", format="png", columns=2, height=520, object_fit="contain", elem_id="pictures"
+                    show_label=False, format="png", columns=2, height=572, object_fit="contain", elem_id="pictures"
                 )
-                report = gr.Markdown(elem_id="report")
+                report = gr.Markdown()
         gr.Examples([[example] for example in EXAMPLES], prompt, label="For example")
         inputs = [prompt, steps, seed, randomize, guidance_scale, num_pictures]
         outputs = [pictures, seed, report]
@@ -131,7 +131,7 @@ def launch_options() -> dict:
     from gradio.themes import Soft
 
     theme = Soft(font=FONTS, font_mono=("ui-monospace", "monospace"))
-    return {"theme": theme, "css": CSS, "show_error": True, "footer_links": ["api", "gradio"]}
+    return {"theme": theme, "css": CSS, "show_error": True, "footer_links": ["api", "gradio", "settings"]}
 
 
 def main() -> None:
