@@ -222,8 +222,8 @@ def test_loaded_adapters_draw_what_the_merged_export_draws_and_the_teacher_stays
     np.testing.assert_array_equal(draw(teacher_pipeline, **SIZES), teacher_before)
 
 
-@pytest.mark.parametrize("guidance_scale", [4.5, 40.0])
-def test_the_stock_pipeline_of_the_teacher_draws_the_students_pictures(guidance_scale, tmp_path, caplog):
+def test_the_stock_pipeline_of_the_teacher_draws_the_students_pictures(tmp_path, caplog):
+    guidance_scale = 40.0  # far from the default
     student = disturb(make_lora_student(tiny_transformer(**DENSE), rank=RANK, alpha=ALPHA))
     folder = save_lora(student, tmp_path, guidance_scale)
     ours = SanaTBCMPipeline.from_pipe(tiny_sana_pipeline(**DENSE), scheduler=TBCMScheduler())
@@ -241,9 +241,7 @@ def test_the_stock_pipeline_of_the_teacher_draws_the_students_pictures(guidance_
         np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5)
     for steps, images in teacher.items():
         assert np.abs(draw(ours, steps, guidance_scale=guidance_scale) - images).max() > 1e-2
-    assert (
-        np.abs(draw(ours, guidance_scale=45 - guidance_scale) - draw(ours, guidance_scale=guidance_scale)).max() > 1e-2
-    )
+    assert np.abs(draw(ours, guidance_scale=4.5) - draw(ours, guidance_scale=guidance_scale)).max() > 1e-2
 
 
 def test_adapters_load_with_their_scale_and_ours_merge_without_the_stock_pipelines_bias(student, tmp_path):
