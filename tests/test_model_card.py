@@ -78,9 +78,7 @@ def test_a_full_card_has_what_the_hub_reads_and_every_picture_it_shows(export):
     folder = export(samples=SAMPLES, variants=("bf16",), license="apache-2.0")
     (folder / "pipeline.py").touch()
     SAMPLES[0].image.save(folder / "grid.png")
-    save_metrics(
-        folder, [Measurement("student", 1, {"FD": 2.0})], dataset="12 prompts", command="python measure.py"
-    )
+    save_metrics(folder, [Measurement("student", 1, {"FD": 2.0})], dataset="12 prompts", command="python measure.py")
     record = json.loads((folder / "training.json").read_text())
     (folder / "training.json").write_text(json.dumps({**record, "base_model": "someone/teacher"}))
     render_model_card(folder, license="other", model_id="me/student").save(folder / "README.md")

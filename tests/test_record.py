@@ -51,7 +51,11 @@ def test_metrics_come_back_and_none_are_none(tmp_path):
 
 @pytest.mark.parametrize("missing", ["measurements", "dataset", "command"])
 def test_metrics_without_their_circumstances_are_refused(missing, tmp_path):
-    given = {"measurements": [Measurement("student", 1, {"FD": 2.0})], "dataset": "12 prompts", "command": "python m.py"}
+    given = {
+        "measurements": [Measurement("student", 1, {"FD": 2.0})],
+        "dataset": "12 prompts",
+        "command": "python m.py",
+    }
     empty = {**given, missing: type(given[missing])()}
     with pytest.raises(ValueError, match=f"{missing} is "):
         save_metrics(tmp_path, **empty)

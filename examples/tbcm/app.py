@@ -103,7 +103,9 @@ def build_page(pipeline: SanaTBCMPipeline, name: str):
         return result.pictures, result.seed, result.report
 
     with gr.Blocks(title="TBCM", analytics_enabled=False) as page:
-        gr.Markdown(f"# Pictures in {', '.join(map(str, STEPS[:-1]))} or {STEPS[-1]} steps\n`{name}`, distilled by TBCM")
+        gr.Markdown(
+            f"# Pictures in {', '.join(map(str, STEPS[:-1]))} or {STEPS[-1]} steps\n`{name}`, distilled by TBCM"
+        )
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(label="Prompt", placeholder="What to draw", lines=2, autofocus=True)

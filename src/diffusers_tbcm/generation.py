@@ -59,9 +59,7 @@ def load_pipeline(
     try:
         config = SanaTBCMPipeline.load_config(str(model))
     except OSError as error:
-        raise ValueError(
-            f"model {str(model)!r} is neither a pipeline folder nor a model on the Hub"
-        ) from error
+        raise ValueError(f"model {str(model)!r} is neither a pipeline folder nor a model on the Hub") from error
     is_student = config.get("scheduler") == ["diffusers", SCMScheduler.__name__]
     if not is_student and lora is None:
         raise ValueError(f"model {str(model)!r} is no few-step student: give one, or the LoRA that makes it one")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from diffusers.utils import logging
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -259,11 +259,9 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
 
 
 def _checked_token(token: str | None) -> str | None:
-    """The token, without the end of line that a file adds; HTTP libraries quote one that cannot be sent."""
-    if token is None:
-        return None
-    token = token.strip()
-    if not re.fullmatch(r"[!-~]+", token):
+    """The token, or else the stored one, without a file's end of line; HTTP libraries quote one that cannot be sent."""
+    token = get_token() if token is None else token.strip()
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("token is empty, or has a space or a character that no token has: copy it again")
     return token
 
