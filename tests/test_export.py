@@ -8,11 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
 from tiny import tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, export, pipeline_folder
-from diffusers_tbcm.export import save_student_pipeline
+from diffusers_tbcm.export import Sample, save_student_pipeline
+from diffusers_tbcm.pipeline_folder import VARIANTS
+from diffusers_tbcm.record import Measurement, save_metrics
 
 
 PROMPT = 'a "small" dolphin'
@@ -113,6 +118,51 @@ def test_export_holds_no_pickles_no_lower_precision_copies_and_no_local_paths(st
             assert str(tmp_path) not in path.read_text(), path
 
 
+def test_variants_lie_beside_the_float32_weights_and_load_in_their_dtype(student, teacher, exported, tmp_path):
+    folder = save_student_pipeline(
+        student, teacher, tmp_path / "both", prompt=PROMPT, training=TRAINING, variants=("fp16", "bf16")
+    )
+    before = {path.relative_to(exported): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    after = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    described = {Path("README.md"), Path("training.json")}
+    assert all(after[path] == content for path, content in before.items() if path not in described)
+    added = {f"{path.parent}/{path.name}" for path in after.keys() - before.keys()}
+    assert added == {
+        f"{component}/{stem}.{variant}.safetensors"
+        for variant in VARIANTS
+        for component, stem in (
+            ("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")
+        )
+    }  # fmt: skip
+
+    for variant, dtype in {None: torch.float32, **VARIANTS}.items():
+        pipeline = DiffusionPipeline.from_pretrained(folder, variant=variant, torch_dtype=dtype)
+        for component in ("transformer", "vae", "text_encoder"):
+            model = getattr(pipeline, component)
+            assert {weight.dtype for weight in model.parameters()} == {dtype}, (variant, component)
+            whole = next((folder / component).glob("*model.safetensors"))
+            if variant is not None:
+                copy = load_file(whole.with_suffix(f".{variant}.safetensors"))
+                for name, weight in load_file(whole).items():
+                    assert torch.equal(copy[name], weight.to(dtype)), name
+    assert {weight.dtype for weight in DiffusionPipeline.from_pretrained(folder).vae.parameters()} == {torch.float32}
+
+
+def test_an_export_over_an_earlier_students_leaves_none_of_its_figures_and_pictures(student, teacher, tmp_path):
+    folder, picture = tmp_path / "student", Image.new("RGB", (8, 8))
+    samples = [Sample("a dog", steps, picture) for steps in (1, 2)]
+    config = {"flags": {"seed": 1}}
+    arguments = {"prompt": PROMPT, "training": TRAINING, "config": config}
+    save_student_pipeline(student, teacher, folder, samples=samples, **arguments)
+    assert json.loads((folder / "training_config.json").read_text()) == config
+    save_metrics(folder, [Measurement("student", 1, {"FD": 1.0})], dataset="12 prompts", command="python measure.py")
+    picture.save(folder / "grid.png")
+    save_student_pipeline(student, teacher, folder, samples=samples[:1], **arguments)
+    assert [path.name for path in (folder / "images").iterdir()] == ["00.png"]
+    save_student_pipeline(student, teacher, folder, **arguments)
+    assert not {"images", "grid.png", "metrics.json"} & {path.name for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("moment", ["writing", "moving"])
 def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
     moment, student, teacher, tmp_path, monkeypatch
@@ -148,6 +198,9 @@ def test_licence_is_never_invented(prefix, student, damaged_teacher, tmp_path):
         (damaged_teacher / "README.md").write_text(prefix)
     folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
     assert "license" not in (folder / "README.md").read_text().split("---")[1]
+    said = {"prompt": PROMPT, "training": TRAINING, "license": "mit"}
+    save_student_pipeline(student, damaged_teacher, folder, **said)
+    assert ModelCard.load(folder / "README.md").data.license == "mit"
 
 
 def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(student, teacher, tmp_path, monkeypatch):
@@ -167,7 +220,7 @@ def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(stud
     assert (folder / "NOTICE").read_text() == "made of"
     card = ModelCard.load(folder / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "nsclv2")
-    assert card.data.base_model == "someone/teacher"
+    assert (card.data.base_model, card.data.base_model_relation) == ("someone/teacher", "finetune")
     assert len(re.findall(r'from_pretrained\("me/student"\)', card.text)) == 2
     assert "height=128, width=128" in card.text
 
@@ -175,6 +228,10 @@ def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(stud
 def test_wrong_arguments_are_refused_before_anything_is_written(student, teacher, tmp_path):
     with pytest.raises(ValueError, match="guidance_embeds=False"):
         save_student_pipeline(tiny_transformer(), teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+    with pytest.raises(ValueError, match="variants has 'int8': choose from fp16, bf16"):
+        save_student_pipeline(
+            student, teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING, variants=("fp16", "int8")
+        )
     with pytest.raises(ValueError, match="the teacher's own folder"):
         save_student_pipeline(student, teacher, teacher, prompt=PROMPT, training=TRAINING)
     assert not list(tmp_path.iterdir())

@@ -1,26 +1,31 @@
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import SanaPipeline, SanaTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from huggingface_hub import ModelCard
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import LATENT_CHANNELS, TEXT_HIDDEN_SIZE, tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.export import save_student_pipeline
-from diffusers_tbcm.lora import drop_frozen_weights, make_lora_student, merge_lora, save_lora
+from diffusers_tbcm.export import save_student_lora, save_student_pipeline
+from diffusers_tbcm.lora import LORA_FILE, drop_frozen_weights, make_lora_student, merge_lora, save_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
 from diffusers_tbcm.tangent import consistency_tangent
-from diffusers_tbcm.trigflow import TrigFlowTransformer
+from diffusers_tbcm.trigflow import TrigFlowTransformer, trig_to_flow_timestep
 
 
 RANK, ALPHA = 4, 6
 PROMPT = "a small dolphin"
-LORA_FILE = "pytorch_lora_weights.safetensors"
+SIZES = {"height": 64, "width": 64, "use_resolution_binning": False}  # what the stock pipeline needs to be told
+DENSE = {"timestep_scale": 0.001}  # SanaPipeline multiplies it by 1000 s
 
 
 def network_inputs():
@@ -180,16 +185,15 @@ def test_merged_student_is_plain_float32_and_leaves_student_and_teacher_alone(dt
     assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
 
 
-def draw(pipeline, **arguments):
+def draw(pipeline, steps=2, **arguments):
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
-    return pipeline(PROMPT, num_inference_steps=2, generator=generator, output_type="np", **arguments).images
+    return pipeline(PROMPT, num_inference_steps=steps, generator=generator, output_type="np", **arguments).images
 
 
 def test_loaded_adapters_draw_what_the_merged_export_draws_and_the_teacher_stays(tmp_path):
     teacher_pipeline = tiny_sana_pipeline()
-    sizes = {"height": 64, "width": 64, "use_resolution_binning": False}  # what the stock pipeline needs to be told
-    teacher_before = draw(teacher_pipeline, **sizes)
+    teacher_before = draw(teacher_pipeline, **SIZES)
     student = disturb(make_lora_student(tiny_transformer(), rank=RANK, alpha=ALPHA))
     student.register_to_config(guidance_embeds_scale=0.3, timestep_scale=0.001)
     folder = save_lora(student, tmp_path / "lora")
@@ -215,17 +219,115 @@ def test_loaded_adapters_draw_what_the_merged_export_draws_and_the_teacher_stays
     pipeline.set_adapters("again")
     np.testing.assert_allclose(draw(pipeline), expected[4.5], rtol=0, atol=1e-4)
 
-    np.testing.assert_array_equal(draw(teacher_pipeline, **sizes), teacher_before)
+    np.testing.assert_array_equal(draw(teacher_pipeline, **SIZES), teacher_before)
 
 
-def test_diffusers_own_pipeline_loads_the_adapters_with_their_scale(student, tmp_path):
+def test_the_stock_pipeline_of_the_teacher_draws_the_students_pictures(tmp_path, caplog):
+    guidance_scale = 40.0  # far from the default
+    student = disturb(make_lora_student(tiny_transformer(**DENSE), rank=RANK, alpha=ALPHA))
+    folder = save_lora(student, tmp_path, guidance_scale)
+    ours = SanaTBCMPipeline.from_pipe(tiny_sana_pipeline(**DENSE), scheduler=TBCMScheduler())
+    ours.load_lora_weights(folder)
+    stock = tiny_sana_pipeline(**DENSE)
+    stock.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    teacher = {steps: draw(stock, steps, guidance_scale=1.0, **SIZES) for steps in (1, 4)}
+    stock.load_lora_weights(folder)
+    assert not [message for message in caplog.messages if "keys" in message]  # unexpected or missing ones
+    for steps in (1, 2, 4):
+        expected = draw(ours, steps, guidance_scale=guidance_scale)
+        sigmas = trig_to_flow_timestep(ours.scheduler.timesteps[:-1]).tolist()
+        images = draw(stock, steps, guidance_scale=1.0, sigmas=sigmas, **SIZES)
+        # float32 rounding of the TrigFlow maps, which the stock pipeline goes without; images in [0, 1]
+        np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5)
+    for steps, images in teacher.items():
+        assert np.abs(draw(ours, steps, guidance_scale=guidance_scale) - images).max() > 1e-2
+    assert np.abs(draw(ours, guidance_scale=4.5) - draw(ours, guidance_scale=guidance_scale)).max() > 1e-2
+
+
+def test_adapters_load_with_their_scale_and_ours_merge_without_the_stock_pipelines_bias(student, tmp_path):
     folder = save_lora(disturb(student), tmp_path)
-    pipeline = tiny_sana_pipeline()
-    pipeline.load_lora_weights(folder)
-    loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0")
     saved = get_peft_model_state_dict(student)
+    stock, ours = tiny_sana_pipeline(), SanaTBCMPipeline.from_pipe(tiny_sana_pipeline(), scheduler=TBCMScheduler())
+    for pipeline in (stock, ours):
+        pipeline.load_lora_weights(folder)
+        assert pipeline.transformer.time_embed.linear.scaling == {"default_0": ALPHA / RANK}
+    loaded = get_peft_model_state_dict(ours.transformer, adapter_name="default_0")
     assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
-    assert pipeline.transformer.time_embed.linear.scaling == {"default_0": ALPHA / RANK}
+    expected = draw(ours)
+    ours.fuse_lora()
+    np.testing.assert_allclose(draw(ours), expected, rtol=0, atol=1e-4)
+    with pytest.raises(RuntimeError, match="lora_bias=True"):  # as the card says
+        stock.fuse_lora()
+
+
+# Runs the card's example for stock diffusers, then draws with its arguments and a fixed seed.
+PLAIN_DIFFUSERS = """
+import re, sys
+sys.modules["diffusers_tbcm"] = None  # importing it is an error
+import numpy as np, torch
+
+card = open("run/lora/README.md", encoding="utf-8").read()
+exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
+assert image.size == (64, 64), image.size
+all_sigmas = [eval(sigmas) for sigmas in re.findall(r"sigmas=(\\[.*?\\])", card)]
+pictures = {
+    str(len(sigmas)): pipe(
+        prompt, sigmas=sigmas, generator=torch.Generator().manual_seed(3), output_type="np", **options
+    ).images
+    for sigmas in all_sigmas
+}
+np.savez("pictures.npz", **pictures)
+"""
+
+
+def test_plain_diffusers_runs_the_lora_cards_example_and_draws_what_ours_draws(tmp_path, monkeypatch):
+    tiny_sana_pipeline(**DENSE).save_pretrained(tmp_path / "teacher")
+    student = disturb(make_lora_student(tiny_transformer(**DENSE), rank=RANK, alpha=ALPHA))
+    student.register_to_config(timestep_scale=1.0)  # as the training script names the same time
+    folder = save_student_lora(
+        student,
+        tmp_path / "teacher",
+        tmp_path / "run" / "lora",
+        prompt=PROMPT,
+        training={"steps": 7},
+        config={"flags": {"seed": 0}},
+        model_id="run/lora",
+        guidance_scale=5.0,
+    )
+    assert {path.name for path in folder.iterdir()} == {
+        LORA_FILE, "guidance_embedder.safetensors", "README.md", "training.json", "training_config.json",
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS], cwd=tmp_path, check=True, timeout=600)
+
+    card = ModelCard.load(folder / "README.md")
+    ours = {}
+    monkeypatch.chdir(tmp_path)
+    exec(card.text.split("```python")[2].split("```")[0], ours)
+    assert type(ours["pipe"]) is SanaTBCMPipeline and ours["image"].size == (64, 64)
+    with np.load("pictures.npz") as theirs:
+        assert theirs.files == ["1", "2", "4"]
+        for steps in (1, 2, 4):
+            expected = draw(ours["pipe"], steps, guidance_scale=5.0)
+            np.testing.assert_allclose(theirs[str(steps)], expected, rtol=0, atol=1e-3)  # the card's 4 digits of sigma
+
+
+@pytest.mark.parametrize(
+    ("config", "stock"),
+    [
+        ({"timestep_scale": 0.001}, True),
+        ({"timestep_scale": 1.0}, False),  # SanaPipeline would feed 1000 s to a network trained on s
+        ({"timestep_scale": 0.001, "guidance_embeds": True}, False),  # SanaPipeline gives it no guidance
+    ],
+)
+def test_a_lora_card_shows_the_stock_pipeline_only_where_that_draws(config, stock, tmp_path):
+    tiny_sana_pipeline(**config).save_pretrained(tmp_path / "teacher")
+    student = make_lora_student(tiny_transformer(**config), rank=RANK)
+    folder = save_student_lora(student, tmp_path / "teacher", tmp_path / "lora", prompt=PROMPT, training={})
+    record = json.loads((folder / "training.json").read_text())
+    card = ModelCard.load(folder / "README.md")
+    assert record["adapter"]["stock_pipeline"] == ("sigmas=" in card.text) == stock
+    assert any(name.endswith("lora_B.bias") for name in load_file(folder / LORA_FILE)) == stock
+    assert "lora" in card.data.tags and "SanaTBCMPipeline" in card.text
 
 
 def test_a_file_with_the_guidance_embedder_in_it_is_none_for_diffusers(student):
@@ -291,3 +393,7 @@ def test_every_saved_file_is_one_that_the_stock_loader_tells_apart(student, tmp_
     state_dict, metadata = SanaPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
     assert all(".lora_" in name for name in state_dict)
     assert metadata["transformer.r"] == RANK and metadata["transformer.lora_alpha"] == ALPHA
+    assert metadata["transformer.lora_bias"] is True
+    state_dict, metadata = SanaTBCMPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
+    assert not any(name.endswith(".bias") for name in state_dict) and metadata["transformer.lora_bias"] is False
+    assert SanaTBCMPipeline.lora_state_dict(tmp_path).keys() == state_dict.keys()

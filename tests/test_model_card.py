@@ -1,40 +1,106 @@
+import json
+import re
+
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
 from tiny import tiny_transformer, write_tiny_pipeline
 
-from diffusers_tbcm.export import save_student_pipeline
-from diffusers_tbcm.model_card import Measurement, render_model_card
+from diffusers_tbcm.export import Sample, save_student_pipeline
+from diffusers_tbcm.model_card import render_model_card
+from diffusers_tbcm.record import Measurement, save_metrics
+
+
+SAMPLES = [
+    Sample(prompt, steps, Image.new("RGB", (8, 8), color))
+    for prompt, color in (("a dog | a cat", "red"), ('a "violin": \n one', "blue"))
+    for steps in (1, 4)
+]
+# The Hub's model card specification: the keys that it reads, of those that these cards have.
+HUB_KEYS = {
+    "base_model", "base_model_relation", "library_name", "license", "license_link", "license_name", "model-index",
+    "pipeline_tag", "tags", "widget",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_tiny_pipeline(tmp_path_factory.mktemp("teachers") / "tiny_teacher")
 
 
 @pytest.fixture
-def exported(tmp_path):
-    teacher = write_tiny_pipeline(tmp_path / "tiny_teacher")
-    student = tiny_transformer(guidance_embeds=True)
-    training = {"steps": 7, "learning rate": 1e-5}
-    return save_student_pipeline(student, teacher, tmp_path / "student", prompt="a dolphin", training=training)
+def export(teacher, tmp_path):
+    def save(**changes):
+        arguments = {"prompt": "a dolphin", "training": {"steps": 7, "learning rate": 1e-5}, **changes}
+        return save_student_pipeline(
+            tiny_transformer(guidance_embeds=True), teacher, tmp_path / "student", **arguments
+        )
+
+    return save
 
 
-def test_card_without_measurements_claims_none(exported):
-    card = ModelCard.load(exported / "README.md")
+def test_card_without_measurements_and_samples_claims_none(export):
+    card = ModelCard.load(export() / "README.md")
     assert "## Results" not in card.text and "![" not in card.text
-    assert card.data.eval_results is None
-    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
+    assert "trust_remote_code" not in card.text and "variant" not in card.text
+    metadata = card.data.to_dict()
+    assert metadata.keys() == {"library_name", "pipeline_tag", "tags"}  # a folder of one's own is no base_model
+    assert metadata["library_name"] == "diffusers" and metadata["pipeline_tag"] == "text-to-image"
+    assert {"tbcm", "image-free-distillation"} <= set(metadata["tags"]) and "lora" not in metadata["tags"]
     assert "| learning rate | 1e-05 |" in card.text and "| teacher | `tiny_teacher` |" in card.text
 
 
-def test_card_with_measurements_has_a_table_and_the_students_rows_as_metadata(exported):
+def test_metrics_in_the_folder_are_the_cards_table_and_the_students_rows_its_metadata(export):
+    folder = export()
     measurements = [
         Measurement("teacher", 20, {"MobileNet-FD": 1.5, "retrieval@5": 0.9}),
-        Measurement("student", 1, {"MobileNet-FD": 2.25004, "retrieval@5": 0.75}),
+        Measurement("student", 1, {"MobileNet-FD": 2.25004, "gap closed": 0.75}),
     ]
-    card = render_model_card(exported, measurements=measurements, dataset="Some Emoji", sample_grid="grid.png")
-    card.save(exported / "README.md")
-    card = ModelCard.load(exported / "README.md")
+    save_metrics(folder, measurements, dataset="Some Emoji", command="python measure.py --n 5")
+    render_model_card(folder).save(folder / "README.md")
+    card = ModelCard.load(folder / "README.md")
+    assert "Measured on Some Emoji with `python measure.py --n 5`:" in card.text
     assert (
-        "| model | steps | MobileNet-FD | retrieval@5 |\n|---|---|---|---|\n| teacher | 20 | 1.5 | 0.9 |" in card.text
-    )
-    assert "| student | 1 | 2.25 | 0.75 |" in card.text and "](grid.png)" in card.text
+        "| model | steps | MobileNet-FD | retrieval@5 | gap closed |\n|---|---|---|---|---|\n"
+        "| teacher | 20 | 1.5 | 0.9 |  |\n| student | 1 | 2.25 |  | 0.75 |\n"
+    ) in card.text
+    assert card.data.model_name == "student"
     results = [(result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results]
-    assert results == [("Some Emoji", "MobileNet-FD", 2.25004), ("Some Emoji", "retrieval@5", 0.75)]
-    with pytest.raises(ValueError, match="dataset is None"):
-        render_model_card(exported, measurements=measurements)
+    assert results == [("Some Emoji", "MobileNet-FD", 2.25004), ("Some Emoji", "gap closed", 0.75)]
+
+    save_metrics(folder, measurements[:1], dataset="Some Emoji", command="python measure.py")
+    card = render_model_card(folder)
+    assert card.data.eval_results is None and "## Results" in card.text
+
+
+def test_a_full_card_has_what_the_hub_reads_and_every_picture_it_shows(export):
+    folder = export(samples=SAMPLES, variants=("bf16",), license="apache-2.0")
+    (folder / "pipeline.py").touch()
+    SAMPLES[0].image.save(folder / "grid.png")
+    save_metrics(folder, [Measurement("student", 1, {"FD": 2.0})], dataset="12 prompts", command="python measure.py")
+    record = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps({**record, "base_model": "someone/teacher"}))
+    render_model_card(folder, license="other", model_id="me/student").save(folder / "README.md")
+
+    card = ModelCard.load(folder / "README.md")
+    metadata = card.data.to_dict()
+    assert metadata.keys() == HUB_KEYS - {"license_link", "license_name"}
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("someone/teacher", "finetune")
+    assert metadata["license"] == "other" and card.data.model_name == "me/student"
+    assert [(example["text"], example["parameters"]) for example in metadata["widget"]] == [
+        (sample.prompt, {"num_inference_steps": sample.num_inference_steps}) for sample in SAMPLES
+    ]
+    for example, sample in zip(metadata["widget"], SAMPLES, strict=True):
+        with Image.open(folder / example["output"]["url"]) as image:
+            assert image.tobytes() == sample.image.tobytes()
+
+    html = MarkdownIt().enable("table").render(card.text)
+    pictures = re.findall(r'<img src="([^"]*)"', html)
+    assert len(pictures) == 1 + len(SAMPLES) and all((folder / picture).is_file() for picture in pictures)
+    assert "<td>a dog | a cat</td>" in html and "<td>a &quot;violin&quot;:   one</td>" in html
+    assert html.count("<table>") == 3 and "{{" not in html and "{%" not in html
+    assert 'custom_pipeline="me/student", trust_remote_code=True' in card.text
+    assert 'variant="bf16", torch_dtype=torch.bfloat16' in card.text and "fp16" not in card.text
+    for snippet in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        compile(snippet, "README.md", "exec")

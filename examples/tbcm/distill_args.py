@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers.optimization import SchedulerType
 
 from diffusers_tbcm.checkpoints import list_checkpoints
-from diffusers_tbcm.pipeline_folder import MODEL_INDEX
+from diffusers_tbcm.pipeline_folder import MODEL_INDEX, VARIANTS
 from diffusers_tbcm.tangent import tangent_ratio
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES
 
@@ -98,9 +98,24 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     keep.add_argument("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
     keep.add_argument("--validation_prompts", nargs="+", help="drawn at 1, 2 and 4 steps")
     keep.add_argument("--validation_steps", type=int, default=500)
+    keep.add_argument(
+        "--export_variants",
+        nargs="+",
+        default=[],
+        choices=tuple(VARIANTS),
+        help="half-precision copies of the weights",
+    )
     keep.add_argument("--report_to", default="tensorboard", help="an accelerate tracker, or 'none'")
     keep.add_argument("--logging_steps", type=int, default=10)
     keep.add_argument("--dry_run", action="store_true", help="everything once, in a folder beside output_dir; report")
+
+    hub = parser.add_argument_group("Hub")
+    hub.add_argument("--push_to_hub", action="store_true", help="publish the student; access is checked at the start")
+    hub.add_argument("--hub_model_id", help="owner/name; default: the name of output_dir, under the token's user")
+    hub.add_argument("--hub_token", help="with write access; default: HF_TOKEN or `hf auth login`")
+    hub.add_argument("--hub_private_repo", action="store_true", default=None, help="if the repository is created")
+    hub.add_argument("--hub_strategy", choices=("end", "checkpoint"), default="end", help="also at every checkpoint")
+    hub.add_argument("--hub_license", help="such as apache-2.0, where the teacher's card names none")
 
     args = parser.parse_args(argv)
     check_args(parser, args)
@@ -154,6 +169,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("lora_alpha", "lora_target_modules", "merge_lora"):
         if args.rank is None and getattr(args, name):
             parser.error(f"--{name} needs --rank")
+    if args.export_variants and args.rank is not None and not args.merge_lora:
+        parser.error("--export_variants are of a pipeline: with --rank they need --merge_lora")
     if args.streaming and args.dataset_name is None:
         parser.error("--streaming is for --dataset_name")
     for name in ("max_prompts", "rank", "lora_alpha"):
@@ -162,7 +179,16 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{name} is {value}: it has to be positive")
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error(f"--use_8bit_adam is AdamW's, --optimizer is {args.optimizer}")
+    for name in ("hub_model_id", "hub_token", "hub_private_repo", "hub_license"):
+        if not args.push_to_hub and getattr(args, name):
+            parser.error(f"--{name} needs --push_to_hub")
+    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
+        parser.error("--hub_strategy checkpoint needs --push_to_hub")
+    if args.hub_token and args.report_to == "wandb":
+        parser.error("--hub_token would be sent to wandb with the command line: use HF_TOKEN or `hf auth login`")
     output_dir = Path(args.output_dir)
+    if args.hub_model_id is None:
+        args.hub_model_id = output_dir.resolve().name
     if output_dir.exists() and not output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file")
     holds_run = (output_dir / MODEL_INDEX).exists() or list_checkpoints(output_dir)

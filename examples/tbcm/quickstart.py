@@ -8,7 +8,6 @@
 """
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -33,7 +32,8 @@ from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.evaluation import image_grid, pictures_to_tensor, seconds_per_image
-from diffusers_tbcm.model_card import Measurement, render_model_card
+from diffusers_tbcm.model_card import render_model_card
+from diffusers_tbcm.record import Measurement, save_metrics
 from diffusers_tbcm.trigflow import make_student
 
 
@@ -117,47 +117,40 @@ def main() -> None:
     prompts, concepts = [item.prompt for item in evaluation], [item.concept for item in evaluation]
     meter = Meter()
     drawn: dict[tuple[str, int], list[Image.Image]] = {}
-    measurements = []
+    figures: dict[tuple[str, int], dict[str, float]] = {}
     for model, all_steps in MEASURED_STEPS.items():
         for steps in all_steps:
             drawn[model, steps] = draw(pipelines[model], prompts, steps)
-            metrics = meter(drawn[model, steps], concepts)
             one = seconds_per_image(partial(draw, pipelines[model], prompts[:1], steps), repeats=3)
-            measurements.append(Measurement(model, steps, {**metrics, "s / image": round(one, 3)}))
-    by_model = {(m.model, m.num_inference_steps): m.metrics for m in measurements}
-    worst, best = (by_model["teacher", steps]["MobileNet-FD"] for steps in (1, 20))
-    few_step = {
-        (model, steps): {
-            "gap closed": round((worst - by_model[model, steps]["MobileNet-FD"]) / (worst - best), 3),
-            "PSNR to the teacher's 20 steps (dB)": likeness(drawn[model, steps], drawn["teacher", 20]),
-        }
-        for model in ("untrained student", "student")
-        for steps in STUDENT_STEPS
-    }
+            figures[model, steps] = {**meter(drawn[model, steps], concepts), "s / image": round(one, 3)}
+    worst, best = (figures["teacher", steps]["MobileNet-FD"] for steps in (1, 20))
+    for model in ("untrained student", "student"):
+        for steps in STUDENT_STEPS:
+            metrics = figures[model, steps]
+            metrics["gap closed"] = round((worst - metrics["MobileNet-FD"]) / (worst - best), 3)
+            metrics["PSNR to the teacher's 20 steps (dB)"] = likeness(drawn[model, steps], drawn["teacher", 20])
 
     # 3. Show
     columns = [draw(pipelines[model], list(GRID_PROMPTS), steps) for model, steps in GRID_COLUMNS]
     labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
     image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(args.output_dir / "grid.png")
-    record = {
-        "results": [
-            {"model": m.model, "steps": m.num_inference_steps, **m.metrics}
-            | few_step.get((m.model, m.num_inference_steps), {})
-            for m in measurements
-        ],
-        "evaluation_prompts": len(prompts),
-        "evaluation_seed": SEED,
-        "training_command": " ".join(command[command.index(str(TRAINING_SCRIPT)) + 1 :]),
-        "training_seconds": round(training_seconds),
-        "hardware": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
-        "torch": torch.__version__,
-    }
-    (args.output_dir / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    dataset = f"{len(prompts)} prompts of the embedded emoji teacher"
-    card = render_model_card(args.output_dir, measurements=measurements, dataset=dataset, sample_grid="grid.png")
-    card.save(args.output_dir / "README.md")
+    script = "examples/tbcm/quickstart.py"
+    save_metrics(
+        args.output_dir,
+        [Measurement(model, steps, metrics) for (model, steps), metrics in figures.items()],
+        dataset=f"{len(prompts)} prompts of the embedded emoji teacher",
+        command=f"python {script} --max_train_steps {args.max_train_steps} --prompts {args.prompts}",
+        details={
+            "seed": SEED,
+            "training_seconds": round(training_seconds),
+            "hardware": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
+            "torch": str(torch.__version__),
+        },
+    )
+    render_model_card(args.output_dir).save(args.output_dir / "README.md")
 
-    print("\n" + pandas.DataFrame(record["results"]).to_string(index=False, na_rep=""))
+    rows = [{"model": model, "steps": steps, **metrics} for (model, steps), metrics in figures.items()]
+    print("\n" + pandas.DataFrame(rows).to_string(index=False, na_rep=""))
     print(f"{time.perf_counter() - start:.0f} s in all. Look at {args.output_dir / 'grid.png'}, then:\n")
     print("    from diffusers_tbcm import SanaTBCMPipeline")
     print(f'    pipe = SanaTBCMPipeline.from_pretrained("{args.output_dir}")')

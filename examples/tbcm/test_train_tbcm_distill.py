@@ -8,17 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import distill_setup
+import numpy as np
 import pytest
 import torch
 import train_tbcm_distill
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 from distill_args import parse_args
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_sana_pipeline, write_tiny_pipeline
 from train_tbcm_distill import check_accelerator, main
 
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.prompts import draw_generator
 from diffusers_tbcm.trigflow import make_student
 
 
@@ -39,7 +43,16 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
     assert after.keys() == before.keys()
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert (run / "validation" / "step-2.png").exists() and list((run / "logs").rglob("events.*"))
-    assert json.loads((run / "training_config.json").read_text())["route_steps"] == 3
+    config = json.loads((run / "training_config.json").read_text())
+    assert config["flags"]["route_steps"] == 3 and str(tmp_path) not in json.dumps(config)
+    card = ModelCard.load(run / "README.md")
+    assert [example["text"] for example in card.data.widget] == ["a dog"] * 3 + ["a cat"] * 3
+    with Image.open(run / card.data.widget[0]["output"]["url"]) as picture:  # drawn with the weights that were saved
+        generator = draw_generator(0, 0)
+        drawn = SanaTBCMPipeline.from_pretrained(run)(
+            "a dog", num_inference_steps=1, max_sequence_length=16, complex_human_instruction=None, generator=generator
+        ).images[0]
+        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(drawn)).max() <= 1  # in a batch of two, and alone
 
 
 def test_accumulation_is_a_larger_batch(flags, tmp_path):
@@ -138,9 +151,15 @@ def test_precomputed_embeddings_give_the_same_weights_and_the_text_encoder_is_no
 
 
 def test_lora_adapters_draw_what_the_merged_pipeline_draws_and_resume(flags, teacher, tmp_path):
-    arguments = flags(rank=2, merge_lora=True, use_ema=True, ema_decay=0.5, learning_rate=1e-2, checkpointing_steps=1)
+    lora = {"rank": 2, "merge_lora": True, "export_variants": ["bf16"], "validation_prompts": ["a dog"]}
+    arguments = flags(**lora, use_ema=True, ema_decay=0.5, learning_rate=1e-2, checkpointing_steps=1)
     main(parse_args(arguments))
     run = tmp_path / "run"
+    assert (run / "transformer" / "diffusion_pytorch_model.bf16.safetensors").exists()
+    cards = [ModelCard.load(folder / "README.md") for folder in (run, run / "lora")]
+    assert ["lora" in card.data.tags for card in cards] == [False, True]
+    assert [len(card.data.widget) for card in cards] == [3, 3] and 'load_lora_weights("run/lora")' in cards[1].text
+    assert (run / "lora" / "training_config.json").read_bytes() == (run / "training_config.json").read_bytes()
     merged = SanaTBCMPipeline.from_pretrained(run)
     stock = SanaPipeline.from_pretrained(teacher)
     adapted = SanaTBCMPipeline(stock.tokenizer, stock.text_encoder, stock.vae, stock.transformer, merged.scheduler)
@@ -199,12 +218,16 @@ def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_pat
         ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit is 0"),
         ({"rank": 0}, "--rank is 0"),
         ({"merge_lora": True}, "--merge_lora needs --rank"),
+        ({"rank": 4, "export_variants": ["fp16"]}, "they need --merge_lora"),
         ({"max_prompts": 0}, "--max_prompts is 0"),
         ({"streaming": True}, "--streaming is for --dataset_name"),
         ({"replay_buffer_size": 3, "train_batch_size": 2}, "--replay_buffer_size is 3: it has to be a multiple"),
         ({"replay_steps": 2}, "--replay_steps is 2, which trains on the same rows 2 times in a row"),
         ({"endpoint_warmup_steps": -1}, "--endpoint_warmup_steps is -1"),
         ({"use_8bit_adam": True, "optimizer": "came"}, "--use_8bit_adam is AdamW's"),
+        ({"hub_model_id": "me/student"}, "--hub_model_id needs --push_to_hub"),
+        ({"hub_strategy": "checkpoint"}, "--hub_strategy checkpoint needs --push_to_hub"),
+        ({"push_to_hub": True, "hub_token": "hf_x", "report_to": "wandb"}, "--hub_token would be sent to wandb"),
     ],
 )
 def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
@@ -212,6 +235,24 @@ def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
         parse_args(flags(**changes))
     captured = capsys.readouterr().err
     assert re.search(message, captured), captured
+
+
+def test_a_run_that_cannot_be_pushed_ends_before_training(flags, tmp_path):
+    with pytest.raises(ValueError, match=r"license is None.*--hub_license"):
+        main(parse_args(flags(push_to_hub=True, hub_token="hf_x")))
+    with pytest.raises(ValueError, match="repo_id 'a/b/c' is not of the form"):
+        main(parse_args(flags(push_to_hub=True, hub_token="hf_x", hub_license="mit", hub_model_id="a/b/c")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_push_that_fails_at_the_end_leaves_the_student_and_exit_code_1(flags, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(train_tbcm_distill, "prepare_repo", lambda repo_id, **access: repo_id)
+    with pytest.raises(SystemExit) as ended:  # the token cannot even be sent
+        main(parse_args(flags(push_to_hub=True, hub_token="hf_with space", hub_license="mit")))
+    assert ended.value.code == 1
+    assert "was not pushed: token is empty, or has a space" in caplog.text
+    assert f"push_pipeline_to_hub('{tmp_path / 'run'}', 'run', license='mit')" in caplog.text
+    SanaTBCMPipeline.from_pretrained(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

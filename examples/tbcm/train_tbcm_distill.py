@@ -17,18 +17,19 @@ B prompts and N route steps give B (N - 1) training rows. The loop's steps:
 """
 
 import argparse
-import json
 import math
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from statistics import median_low
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+from diffusers import SanaPipeline, SanaTransformer2DModel
 from diffusers.optimization import get_scheduler
 from distill_args import parse_args, training_table
 from distill_setup import (
@@ -39,24 +40,25 @@ from distill_setup import (
     check_accelerator,
     load_student,
 )
-from PIL import Image
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
+from validation import validate
 
-from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.averaging import ShardedEMA
 from diffusers_tbcm.brightness import cached_black_latent, keep_mask
 from diffusers_tbcm.checkpoints import find_checkpoint, save_checkpoint
 from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
-from diffusers_tbcm.evaluation import image_grid
-from diffusers_tbcm.export import save_student_pipeline
+from diffusers_tbcm.export import save_student_lora, save_student_pipeline
+from diffusers_tbcm.hub import choose_license, prepare_repo, push_or_warn
 from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
-from diffusers_tbcm.lora import drop_frozen_weights, merge_lora, save_lora
+from diffusers_tbcm.lora import drop_frozen_weights, merge_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error, consistency_loss, endpoint_loss
 from diffusers_tbcm.memory import memory_plan, peak_memory
-from diffusers_tbcm.pipeline_folder import latent_size, resolve_teacher, vae_scale_factor
+from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, latent_size, resolve_teacher, vae_scale_factor, write_json
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.prompts import draw_generator, load_prompts, prompt_at
+from diffusers_tbcm.record import training_config
 from diffusers_tbcm.replay import Recording, ReplayBuffer
 from diffusers_tbcm.tangent import consistency_tangent, tangent_ratio
 from diffusers_tbcm.tracking import MetricsLog
@@ -67,34 +69,6 @@ from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale
 logger = get_logger(__name__)
 
 SIGMA_DATA = 0.5
-VALIDATION_STEPS_GRID = (1, 2, 4)
-
-
-@torch.no_grad()
-def draw_validation(
-    student: SanaTransformer2DModel,
-    encoder: PromptEncoder | EmbeddingCache,
-    teacher_folder: Path,
-    args: argparse.Namespace,
-) -> Image.Image:
-    """Draw the validation prompts, with noise fixed by --seed, into a labelled grid."""
-    vae = AutoencoderDC.from_pretrained(teacher_folder, subfolder="vae").to(student.device)
-    pipeline = SanaTBCMPipeline(None, None, vae, student, TBCMScheduler(sigma_data=SIGMA_DATA))
-    pipeline.set_progress_bar_config(disable=True)
-    prompt_embeds, prompt_attention_mask = encoder(args.validation_prompts)
-    columns = [
-        pipeline(
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            num_inference_steps=steps,
-            generator=[draw_generator(index, args.seed) for index in range(len(args.validation_prompts))],
-            height=args.resolution,
-            width=args.resolution,
-        ).images
-        for steps in VALIDATION_STEPS_GRID
-    ]
-    labels = [f"{steps} step{'s' * (steps > 1)}" for steps in VALIDATION_STEPS_GRID]
-    return image_grid(list(zip(*columns, strict=True)), labels, args.validation_prompts)
 
 
 def whole_weights(
@@ -144,9 +118,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         teacher_folder, subfolder="transformer", dtype=torch.float32
     )
     size = latent_size(teacher_folder, teacher_transformer, args.resolution)
+    push = None
+    if args.push_to_hub and accelerator.is_main_process:
+        terms = choose_license(teacher_folder, args.hub_license)
+        repo_id = prepare_repo(args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
+        push = partial(push_or_warn, repo_id=repo_id, token=args.hub_token, license=terms)
+    config = training_config(vars(args), __file__)
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "training_config.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
+        write_json(output_dir / TRAINING_CONFIG, config)
     accelerator.wait_for_everyone()
 
     # The teacher and the text encoder are frozen and run in the training precision; the student trains in float32.
@@ -217,7 +196,13 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         )
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
         print(f"Memory plan: {sum(plan.values()) / 2**30:.2f} GiB a process, before any sharding = {parts}")
-    optimizer = build_optimizer(args, [p for p in model.parameters() if p.requires_grad])
+    optimizer = build_optimizer(
+        args.optimizer,
+        [p for p in model.parameters() if p.requires_grad],
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        use_8bit=args.use_8bit_adam,
+    )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -244,8 +229,20 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     if ema is not None:
         ema.to(device)
     if report_to is not None:
-        accelerator.init_trackers("tbcm", config={name: str(value) for name, value in vars(args).items()})
+        accelerator.init_trackers("tbcm", config={name: str(value) for name, value in config["flags"].items()})
     log = MetricsLog(accelerator, output_dir / "metrics.jsonl", first_step=first_step)
+    scheduler = TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=args.guidance_scales)
+    draw_validation = partial(
+        validate,
+        prompts=args.validation_prompts,
+        encoder=encoder,
+        teacher_folder=teacher_folder,
+        scheduler=scheduler,
+        resolution=args.resolution,
+        seed=args.seed,
+        folder=output_dir / "validation",
+        log=log,
+    )
 
     guidance_choices = torch.tensor(args.guidance_scales)
     prompts_per_recording = args.train_batch_size * accelerator.num_processes
@@ -257,6 +254,44 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
+
+    def export() -> bool:
+        """Step 7; every process calls it. False where the export was not pushed that was to be."""
+        weights = whole_weights(accelerator, model, ema, trained)
+        pushed = True
+        if accelerator.is_main_process:
+            exported = load_student(args, teacher.float(), weights)
+            description = {
+                "prompt": (args.validation_prompts or prompts)[0],
+                "training": training_table(args, step, number * prompts_per_recording, accelerator.mixed_precision),
+                "config": config,
+                "samples": draw_validation(exported, step=step) if args.validation_prompts else (),
+                "resolution": args.resolution,
+            }
+            if args.rank is not None:
+                folder = save_student_lora(
+                    exported,
+                    args.pretrained_model_name_or_path,
+                    output_dir / "lora",
+                    guidance_scale=median_low(args.guidance_scales),
+                    model_id=f"{output_dir.name}/lora",
+                    **description,
+                )
+                print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
+            if args.rank is None or args.merge_lora:
+                folder = save_student_pipeline(
+                    exported if args.rank is None else merge_lora(exported),
+                    args.pretrained_model_name_or_path,
+                    output_dir,
+                    scheduler=scheduler,
+                    variants=args.export_variants,
+                    **description,
+                )
+                print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
+            teacher.to(weight_dtype)
+            pushed = push is None or push(folder)
+        accelerator.wait_for_everyone()
+        return pushed
 
     def record(number: int) -> tuple[Recording, torch.Tensor]:
         """Steps 1 to 4: a recording, and which of its prompts the brightness filter keeps."""
@@ -436,37 +471,20 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         if stopping and step < args.max_train_steps:
             progress.close()
             return accelerator
-        if args.validation_prompts and (step % args.validation_steps == 0 or step == args.max_train_steps):
+        if args.validation_prompts and step % args.validation_steps == 0 and step < args.max_train_steps:
             weights = whole_weights(accelerator, model, ema, trained)
             if accelerator.is_main_process:
                 exported = load_student(args, teacher, weights)
-                plain = exported if args.rank is None else merge_lora(exported)
-                grid = draw_validation(plain, encoder, teacher_folder, args)
-                grid_file = output_dir / "validation" / f"step-{step}.png"
-                grid_file.parent.mkdir(exist_ok=True)
-                grid.save(grid_file)
-                log.image("validation", grid, step)
+                draw_validation(exported if args.rank is None else merge_lora(exported), step=step)
             accelerator.wait_for_everyone()
+        if args.hub_strategy == "checkpoint" and step % args.checkpointing_steps == 0 and step < args.max_train_steps:
+            export()
     progress.close()
 
     # 7. Export
-    weights = whole_weights(accelerator, model, ema, trained)
-    if accelerator.is_main_process:
-        exported = load_student(args, teacher.float(), weights)
-        if args.rank is not None:
-            print(f"Adapters for SanaTBCMPipeline.load_lora_weights: {save_lora(exported, output_dir / 'lora')}")
-        if args.rank is None or args.merge_lora:
-            save_student_pipeline(
-                exported if args.rank is None else merge_lora(exported),
-                args.pretrained_model_name_or_path,
-                output_dir,
-                resolution=args.resolution,
-                prompt=(args.validation_prompts or prompts)[0],
-                training=training_table(args, step, number * prompts_per_recording, accelerator.mixed_precision),
-                scheduler=TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=args.guidance_scales),
-            )
-            print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
-    accelerator.wait_for_everyone()
+    if not export():
+        accelerator.end_training()
+        sys.exit(1)  # the warning has said what to do
     return accelerator
 
 
@@ -474,6 +492,7 @@ def dry_run(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     """One step, checkpoint, validation and export, then resume for another; gives time and memory of a step."""
     folder = Path(args.output_dir).with_name(Path(args.output_dir).name + ".dry_run")
     once = {"checkpointing_steps": 1, "validation_steps": 1, "logging_steps": 1, "output_dir": str(folder)}
+    args.push_to_hub = False
     for steps, resume in ((1, None), (2, "latest")):
         changes = once | {"max_train_steps": steps, "resume_from_checkpoint": resume}
         accelerator = train(argparse.Namespace(**(vars(args) | changes)), stop)

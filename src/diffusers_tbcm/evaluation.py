@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -239,7 +239,7 @@ def image_grid(
     """Lay pictures out as a table with labels above its columns and to the left of its rows.
 
     Args:
-        rows: the pictures, row by row; each is scaled to a cell.
+        rows: the pictures, row by row; each is scaled to fit a cell, in its own proportions.
         column_labels: one a column.
         row_labels: one a row.
         cell_size: pixels a side of a cell.
@@ -269,6 +269,8 @@ def image_grid(
         y = top + index * (cell_size + gap)
         draw.text((left - gap, y + cell_size // 2), label, "black", font, anchor="rm")
         for column, picture in enumerate(row):
-            cell = picture.convert("RGB").resize((cell_size, cell_size), Image.Resampling.LANCZOS)
+            cell = ImageOps.pad(
+                picture.convert("RGB"), (cell_size, cell_size), Image.Resampling.LANCZOS, color="white"
+            )
             grid.paste(cell, (left + column * (cell_size + gap), y))
     return grid

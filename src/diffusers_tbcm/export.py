@@ -1,26 +1,35 @@
-"""A student on disk: a pipeline folder of stock diffusers classes that loads anywhere, with its card and record."""
+"""A student on disk: a folder that plain diffusers loads, pipeline or LoRA, with its card and records."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
+from PIL import Image
 
+from .lora import LORA_FILE, save_lora
 from .model_card import render_model_card
 from .pipeline_folder import (
     CARD,
     COPIED_COMPONENTS,
     LEGAL_FILES,
+    METRICS,
     MODEL_INDEX,
+    SAMPLE_GRID,
+    SAMPLES,
     SKIPPED_FILES,
+    TRAINING_CONFIG,
     TRAINING_RECORD,
     TRANSFORMER,
+    VARIANTS,
     license_of,
     read_json,
     resolve_teacher,
@@ -29,6 +38,25 @@ from .pipeline_folder import (
 )
 from .scheduling_tbcm import TBCMScheduler
 from .standalone import standalone_pipeline_source
+from .trigflow import DENSE_TIME_CONFIG_SCALE
+
+
+SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that a student drew, for its card.
+
+    Args:
+        prompt: what was asked for.
+        num_inference_steps: steps taken.
+        image: the picture.
+    """
+
+    prompt: str
+    num_inference_steps: int
+    image: Image.Image
 
 
 def save_student_pipeline(
@@ -38,16 +66,21 @@ def save_student_pipeline(
     *,
     prompt: str,
     training: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    samples: Sequence[Sample] = (),
     resolution: int | None = None,
     scheduler: TBCMScheduler | None = None,
+    variants: Sequence[str] = (),
+    license: str | None = None,
     model_id: str | None = None,
 ) -> Path:
-    """Save a student as a folder that plain `DiffusionPipeline.from_pretrained` loads, with card and training record.
+    """Save a student as a folder that plain `DiffusionPipeline.from_pretrained` loads, with card and records.
 
     Its `pipeline.py` is `SanaTBCMPipeline` in one file, for `custom_pipeline` where this package is not installed.
 
     The folder is written beside `output_dir` and moved into it, `model_index.json` last: a half-written export is
-    never a pipeline. Whatever else `output_dir` holds, such as checkpoints, stays.
+    never a pipeline. Samples and metrics of an earlier student go; whatever else `output_dir` holds, such as
+    checkpoints, stays.
 
     Args:
         student: the distilled transformer in flow-matching form, with a guidance embedder.
@@ -55,35 +88,38 @@ def save_student_pipeline(
         output_dir: where the pipeline is to be.
         prompt: what the card's examples draw.
         training: the card's training table, JSON values by name.
+        config: `training_config.json`, as `record.training_config` makes it; None writes none.
+        samples: what the student drew, for the card.
         resolution: what the student was distilled at, in pixels a side; by default its own size.
         scheduler: carries the checkpoint's own timesteps and guidance scales; `TBCMScheduler()` by default.
+        variants: `"fp16"`, `"bf16"` or both: copies of all weights in half precision beside the ordinary ones, for
+            `from_pretrained(..., variant=..., torch_dtype=...)`.
+        license: the student's; by default what the teacher's card says, and none where that says nothing.
         model_id: what the card's examples load; the folder's name by default.
 
     Returns:
         `output_dir`.
 
     Raises:
-        ValueError: where the student has no guidance embedder, or the teacher is no complete Sana pipeline or lies in
-            `output_dir`.
+        ValueError: where the student has no guidance embedder, a variant is unknown, or the teacher is no complete
+            Sana pipeline or lies in `output_dir`.
     """
     if not student.config.guidance_embeds:
         raise ValueError(
             "student has guidance_embeds=False, but Sana-Sprint pipelines give guidance to the transformer"
         )
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"variants has {variant!r}: choose from {', '.join(VARIANTS)}")
     teacher_folder = resolve_teacher(teacher)
     output_dir = Path(output_dir)
     if output_dir.resolve() == teacher_folder.resolve():
         raise ValueError(f"output_dir {str(output_dir)!r} is the teacher's own folder: the export would replace it")
     scheduler = TBCMScheduler() if scheduler is None else scheduler
 
-    partial = output_dir.resolve().with_name(f"{output_dir.resolve().name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of an export that was interrupted
+    partial = _start(output_dir)
     for component in COPIED_COMPONENTS:
         shutil.copytree(teacher_folder / component, partial / component, ignore=shutil.ignore_patterns(*SKIPPED_FILES))
-    for name in LEGAL_FILES:
-        if (teacher_folder / name).is_file():
-            shutil.copy(teacher_folder / name, partial / name)
     student.save_pretrained(partial / TRANSFORMER)
     student_config = read_json(partial / TRANSFORMER / "config.json")
     student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
@@ -100,31 +136,140 @@ def save_student_pipeline(
         "scheduler": ["diffusers", SCMScheduler.__name__],
     }
     write_json(partial / MODEL_INDEX, model_index)
+    for variant in variants:
+        _save_variant(partial, variant)
 
+    record = _record(student, teacher, teacher_folder, prompt, training, resolution, license)
+    record = {"model_id": model_id or output_dir.resolve().name, **record}
+    _describe(partial, teacher_folder, record, config, samples)
+    _move(partial, output_dir, last=MODEL_INDEX)
+    return output_dir
+
+
+def save_student_lora(
+    student: SanaTransformer2DModel,
+    teacher: str | PathLike[str],
+    output_dir: str | PathLike[str],
+    *,
+    prompt: str,
+    training: Mapping[str, Any],
+    guidance_scale: float = 4.5,
+    config: Mapping[str, Any] | None = None,
+    samples: Sequence[Sample] = (),
+    resolution: int | None = None,
+    license: str | None = None,
+    model_id: str | None = None,
+) -> Path:
+    """Save a LoRA student as a folder that its teacher's pipeline loads, ours or a stock one, with card and records.
+
+    Like `save_student_pipeline` it is written beside `output_dir` and moved into it, the adapters last.
+
+    Args:
+        student: made by `lora.make_lora_student`.
+        teacher: pipeline folder or Hub id of its teacher.
+        output_dir: where the folder is to be.
+        prompt, training, config, samples, resolution, license, model_id: as in `save_student_pipeline`.
+        guidance_scale: the one that the stock `SanaPipeline` will draw with.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: where the teacher is no complete Sana pipeline.
+    """
+    teacher_folder = resolve_teacher(teacher)
+    output_dir = Path(output_dir)
+    partial = _start(output_dir)
+    stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
+    save_lora(student, partial, guidance_scale if stock else None)
+
+    record = _record(student, teacher, teacher_folder, prompt, training, resolution, license)
+    adapter = {"guidance_scale": guidance_scale, "stock_pipeline": stock}
+    record = {"model_id": model_id or output_dir.resolve().name, **record, "adapter": adapter}
+    _describe(partial, teacher_folder, record, config, samples)
+    _move(partial, output_dir, last=LORA_FILE)
+    return output_dir
+
+
+def _save_variant(folder: Path, variant: str) -> None:
+    """Put half-precision copies of all weights beside the ordinary ones, under the names that diffusers looks for."""
+    pipeline = SanaSprintPipeline.from_pretrained(folder, dtype=VARIANTS[variant])
+    with TemporaryDirectory(dir=folder) as written:
+        pipeline.save_pretrained(written, variant=variant)
+        for file in Path(written).glob(f"*/*.{variant}*"):  # and not the configs, which would name the lower dtype
+            file.replace(folder / file.relative_to(written))
+
+
+def _draws_in_sana_pipeline(student: SanaTransformer2DModel, teacher_config: Mapping[str, Any]) -> bool:
+    """Whether a stock `SanaPipeline` of the teacher feeds the adapted network the times that the student knows."""
+    time_scale = student.config["timestep_scale"]
+    time_scale = 1.0 if time_scale == DENSE_TIME_CONFIG_SCALE else time_scale
+    fed = SANA_PIPELINE_TIME * teacher_config.get("timestep_scale", 1.0)
+    return not teacher_config.get("guidance_embeds", False) and fed == time_scale
+
+
+def _record(
+    student: SanaTransformer2DModel,
+    teacher: str | PathLike[str],
+    teacher_folder: Path,
+    prompt: str,
+    training: Mapping[str, Any],
+    resolution: int | None,
+    license: str | None,
+) -> dict[str, Any]:
+    """What the card says of either kind of student."""
     if resolution is None:
-        resolution = student.config.sample_size * vae_scale_factor(teacher_folder)
+        resolution = student.config["sample_size"] * vae_scale_factor(teacher_folder)
     is_local = Path(teacher).is_dir()
-    record = {
-        "model_id": model_id or output_dir.resolve().name,
+    return {
         "teacher": Path(teacher).resolve().name if is_local else str(teacher),
         "base_model": None if is_local else str(teacher),
-        "license": license_of(teacher_folder / CARD),
+        "license": license_of(teacher_folder / CARD) if license is None else {"license": license},
         "resolution": resolution,
         "prompt": prompt,
         "training": dict(training),
     }
-    write_json(partial / TRAINING_RECORD, record)
-    render_model_card(partial).save(partial / CARD)
-
-    _move_pipeline(partial, output_dir)
-    return output_dir
 
 
-def _move_pipeline(partial: Path, output_dir: Path) -> None:
-    """Put a written pipeline into its place; until `model_index.json`, which goes last, there is no pipeline there."""
+def _describe(
+    folder: Path,
+    teacher_folder: Path,
+    record: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    samples: Sequence[Sample],
+) -> None:
+    """Write what a folder holds beside its weights: records, samples, the teacher's terms, the card."""
+    for name in LEGAL_FILES:
+        if (teacher_folder / name).is_file():
+            shutil.copy(teacher_folder / name, folder / name)
+    pictures = []
+    for index, sample in enumerate(samples):
+        file = f"{SAMPLES}/{index:02}.png"
+        (folder / SAMPLES).mkdir(exist_ok=True)
+        sample.image.save(folder / file)
+        pictures.append({"prompt": sample.prompt, "num_inference_steps": sample.num_inference_steps, "file": file})
+    write_json(folder / TRAINING_RECORD, {**record, "samples": pictures})
+    if config is not None:
+        write_json(folder / TRAINING_CONFIG, config)
+    render_model_card(folder).save(folder / CARD)
+
+
+def _start(output_dir: Path) -> Path:
+    """An empty folder beside `output_dir`, on its disk."""
+    partial = output_dir.resolve().with_name(f"{output_dir.resolve().name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # of an export that was interrupted
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _move(partial: Path, output_dir: Path, last: str) -> None:
+    """Put a written folder into its place; until `last`, which makes it one to diffusers, there is none there."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / MODEL_INDEX).unlink(missing_ok=True)
-    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == MODEL_INDEX):
+    for name in (last, METRICS, SAMPLE_GRID):  # of an earlier student
+        (output_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(output_dir / SAMPLES, ignore_errors=True)
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == last):
         target = output_dir / entry.name
         if target.is_dir():
             shutil.rmtree(target)

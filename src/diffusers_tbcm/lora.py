@@ -1,13 +1,15 @@
 """A student as low-rank adapters (LoRA, arXiv 2106.09685) on its teacher's own weights: memory holds them once.
 
 What trains is the adapters and the guidance embedder. The teacher lacks the latter, so it is no low-rank change of
-anything: it trains, and travels, in full.
+anything: it trains, and travels, in full. For a stock pipeline, which cannot take it, one guidance scale of it
+travels as a bias.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SanaPipeline, SanaTransformer2DModel
@@ -24,8 +26,11 @@ from .trigflow import embed_guidance
 # modulation layer. The depthwise convolution is small and has no low rank.
 DEFAULT_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "time_embed.linear")
 GUIDANCE_EMBEDDER = "time_embed.guidance_embedder"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 # Beside diffusers' file and not in it: diffusers takes no file with a weight that is not LoRA's.
 GUIDANCE_EMBEDDER_FILE = "guidance_embedder.safetensors"
+# The last layer of the time embedding, as a network without a guidance embedder calls it.
+TEACHER_TIME_LAYER = "time_embed.emb.timestep_embedder.linear_2"
 CONFIG_ENTRIES = ("guidance_embeds_scale", "timestep_scale")  # what a student's config adds to its teacher's
 
 
@@ -80,15 +85,20 @@ def merge_lora(student: SanaTransformer2DModel) -> SanaTransformer2DModel:
     return merged
 
 
-def save_lora(student: SanaTransformer2DModel, folder: str | PathLike[str]) -> Path:
-    """Save the adapters and the guidance embedder for `SanaTBCMPipeline.load_lora_weights`.
+def save_lora(
+    student: SanaTransformer2DModel, folder: str | PathLike[str], guidance_scale: float | None = 4.5
+) -> Path:
+    """Save the adapters and the guidance embedder for `load_lora_weights` of a pipeline of the teacher.
 
-    `pytorch_lora_weights.safetensors` is diffusers' own, which every Sana pipeline loads; the guidance embedder lies
-    beside it.
+    `pytorch_lora_weights.safetensors` is diffusers' own and makes the student of a stock `SanaPipeline`, at one
+    guidance scale: there the guidance embedding is a constant, which a bias adds to the time embedding. peft cannot
+    merge it into the weights. `SanaTBCMPipeline` takes the guidance embedder beside it, and not the bias.
 
     Args:
         student: made by `make_lora_student`.
         folder: where to write; created where it does not exist.
+        guidance_scale: the one that the stock pipeline will draw with; None leaves the bias out, as a teacher with a
+            guidance embedder has no use for it.
 
     Returns:
         `folder`.
@@ -99,17 +109,62 @@ def save_lora(student: SanaTransformer2DModel, folder: str | PathLike[str]) -> P
     config = {name: torch.tensor(student.config[name], dtype=torch.float64) for name in CONFIG_ENTRIES}
     save_file({**weights, **config}, folder / GUIDANCE_EMBEDDER_FILE)
     lora = student.peft_config["default"]
+    layers = get_peft_model_state_dict(student)
+    # Not all of the config: other versions of peft refuse the entries that they do not know.
+    metadata = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules)}
+    if guidance_scale is not None:
+        layers |= _guidance_bias(student, layers, guidance_scale)
+        metadata |= {"target_modules": [*metadata["target_modules"], TEACHER_TIME_LAYER], "lora_bias": True}
     SanaPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(student),
-        # Not all of the config: other versions of peft refuse the entries that they do not know.
-        transformer_lora_adapter_metadata={
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "target_modules": sorted(lora.target_modules),
-        },
+        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata, weight_name=LORA_FILE
     )
     return folder
+
+
+def _guidance_bias(
+    student: SanaTransformer2DModel, layers: Mapping[str, torch.Tensor], guidance_scale: float
+) -> dict[str, torch.Tensor]:
+    """Adapter layers that add the embedding of one guidance scale to the teacher's embedding of time."""
+    lora, time_embed = student.peft_config["default"], student.time_embed
+    guidance = torch.tensor([guidance_scale * student.config["guidance_embeds_scale"]], device=student.device)
+    with torch.no_grad():
+        embedding = time_embed.guidance_embedder(time_embed.guidance_condition_proj(guidance))[0]
+    # peft gives biases to all adapters or to none, and multiplies them by alpha / r as it does the product.
+    biases = {
+        name.removesuffix("weight") + "bias": layer.new_zeros(len(layer))
+        for name, layer in layers.items()
+        if name.endswith(".lora_B.weight")
+    }
+    return biases | {
+        f"{TEACHER_TIME_LAYER}.lora_A.weight": embedding.new_zeros(lora.r, len(embedding)),
+        f"{TEACHER_TIME_LAYER}.lora_B.weight": embedding.new_zeros(len(embedding), lora.r),
+        f"{TEACHER_TIME_LAYER}.lora_B.bias": embedding * (lora.r / lora.lora_alpha),
+    }
+
+
+def drop_guidance_bias(
+    layers: dict[str, torch.Tensor], metadata: dict[str, Any] | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Leave out what `save_lora` added for stock pipelines: a student embeds guidance itself.
+
+    Args:
+        layers: what `pytorch_lora_weights.safetensors` holds; anything else is given back as it is.
+        metadata: the adapter's config in that file's header.
+
+    Returns:
+        The adapters without biases, and their config.
+    """
+    if f"transformer.{TEACHER_TIME_LAYER}.lora_B.bias" not in layers:
+        return layers, metadata
+    layers = {
+        name: layer
+        for name, layer in layers.items()
+        if TEACHER_TIME_LAYER not in name and not name.endswith(".lora_B.bias")
+    }
+    if metadata is not None:
+        targets = [name for name in metadata["transformer.target_modules"] if name != TEACHER_TIME_LAYER]
+        metadata = {**metadata, "transformer.target_modules": targets, "transformer.lora_bias": False}
+    return layers, metadata
 
 
 def load_guidance_embedder(

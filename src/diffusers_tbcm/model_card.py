@@ -4,102 +4,119 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .pipeline_folder import TRAINING_RECORD, read_json
+from .pipeline_folder import SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS, read_json
+from .record import Metrics, load_metrics
 from .scheduling_tbcm import TBCMScheduler
+from .trigflow import trig_to_flow_timestep
 
 
-TAGS = ["text-to-image", "diffusers", "sana", "tbcm", "distillation"]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One row of a card's result table.
-
-    Args:
-        model: `"student"` or `"teacher"`; only the student's rows become metadata of the card.
-        num_inference_steps: steps taken.
-        metrics: value by metric name, such as `{"MobileNet-FD": 12.3}`.
-    """
-
-    model: str
-    num_inference_steps: int
-    metrics: Mapping[str, float]
+TAGS = ("text-to-image", "diffusers", "sana", "tbcm", "distillation", "image-free-distillation", "few-step")
+TASK = "text-to-image"
+SHOWN_STEPS = (1, 2, 4)  # by the examples
 
 
 def render_model_card(
-    folder: str | PathLike[str],
-    *,
-    measurements: Sequence[Measurement] = (),
-    dataset: str | None = None,
-    sample_grid: str | None = None,
+    folder: str | PathLike[str], *, license: str | None = None, model_id: str | None = None
 ) -> ModelCard:
-    """Render the card of a saved student from its folder and from what was measured since.
+    """Render the card of a saved student from what its folder holds: records, metrics, samples, variants.
+
+    What is not in the folder is not in the card: without `metrics.json` there are no results, without a licence in the
+    record there is none.
 
     Args:
-        folder: a pipeline saved by `save_student_pipeline`.
-        measurements: rows of the result table, all with the same metrics; without any there is no table.
-        dataset: what the measurements were taken on, in words; needed with them.
-        sample_grid: file name of a picture in the folder to show on top.
+        folder: a pipeline or LoRA that `export` saved.
+        license: the student's, where the record has none or another; a Hub identifier such as `"apache-2.0"`.
+        model_id: what the examples load; the record's by default.
 
     Returns:
         The card; `card.save(folder / "README.md")` puts it into place.
-
-    Raises:
-        ValueError: where there are measurements and no `dataset`.
     """
-    if measurements and not dataset:
-        raise ValueError(f"dataset is {dataset!r}: say what the measurements were taken on")
     folder = Path(folder)
     record = read_json(folder / TRAINING_RECORD)
-    scheduler = TBCMScheduler.from_pretrained(folder / "scheduler")
-    scheduler.set_timesteps(2)
-
+    model_id = model_id or record["model_id"]
+    metrics = load_metrics(folder)
+    adapter = record.get("adapter")
+    relation = "finetune" if adapter is None else "adapter"
     card_data = ModelCardData(
         base_model=record["base_model"],
+        base_model_relation=record["base_model"] and relation,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=list(TAGS),
-        model_name=record["model_id"],
-        eval_results=_eval_results(measurements, dataset) if dataset else None,
-        **record["license"],
+        pipeline_tag=TASK,
+        tags=[*TAGS, *([] if adapter is None else ["lora"])],
+        widget=_widget(record["samples"]),
+        **(record["license"] if license is None else {"license": license}),
+        **({} if metrics is None else _eval_results(metrics, model_id)),
     )
+    scheduler = TBCMScheduler() if adapter is not None else TBCMScheduler.from_pretrained(folder / "scheduler")
+    angles = {}
+    for steps in SHOWN_STEPS:
+        scheduler.set_timesteps(steps)
+        angles[steps] = scheduler.timesteps[:-1]
     return ModelCard.from_template(
         card_data,
         template_path=str(_template_path()),
-        model_id=record["model_id"],
-        teacher=record["teacher"],
-        training=record["training"],
+        **{name: record[name] for name in ("teacher", "training", "resolution")},
+        model_id=model_id,
         prompt=json.dumps(record["prompt"], ensure_ascii=False),
-        resolution=record["resolution"],
-        intermediate=round(float(scheduler.timesteps[1]), 4),
-        sample_grid=sample_grid,
-        dataset=dataset,
-        rows=measurements,
-        metric_names=list(measurements[0].metrics) if measurements else [],
+        adapter=adapter,
+        intermediate=_rounded(angles[2])[1],
+        sigmas={steps: _rounded(trig_to_flow_timestep(angle)) for steps, angle in angles.items()},
+        samples=_samples_by_prompt(record["samples"]),
+        sample_steps=sorted({sample["num_inference_steps"] for sample in record["samples"]}),
+        sample_grid=SAMPLE_GRID if (folder / SAMPLE_GRID).is_file() else None,
+        variants={name: dtype for name, dtype in VARIANTS.items() if [*folder.glob(f"{TRANSFORMER}/*.{name}*")]},
+        metrics=metrics,
+        metric_names=dict.fromkeys(name for row in (metrics.measurements if metrics else ()) for name in row.metrics),
     )
 
 
-def _eval_results(measurements: Sequence[Measurement], dataset: str) -> list[EvalResult]:
-    """The student's measurements as the Hub's metadata."""
+def _widget(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """The gallery of a model's page on the Hub."""
     return [
+        {
+            "text": sample["prompt"],
+            "parameters": {"num_inference_steps": sample["num_inference_steps"]},
+            "output": {"url": sample["file"]},
+        }
+        for sample in samples
+    ] or None
+
+
+def _eval_results(metrics: Metrics, model_id: str) -> dict[str, Any]:
+    """The student's measurements as the Hub's metadata."""
+    results = [
         EvalResult(
-            task_type="text-to-image",
-            dataset_type="-".join(dataset.lower().split()),
-            dataset_name=dataset,
+            task_type=TASK,
+            dataset_type="-".join(metrics.dataset.lower().split()),
+            dataset_name=metrics.dataset,
             metric_type=metric,
             metric_name=f"{metric} ({row.num_inference_steps}-step)",
             metric_value=value,
         )
-        for row in measurements
+        for row in metrics.measurements
         if row.model == "student"
         for metric, value in row.metrics.items()
     ]
+    return {"model_name": model_id, "eval_results": results} if results else {}
+
+
+def _rounded(times: torch.Tensor) -> list[float]:
+    return [round(time, 4) for time in times.tolist()]
+
+
+def _samples_by_prompt(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, str]]:
+    """The sample pictures' files by prompt and number of steps."""
+    table: dict[str, dict[int, str]] = {}
+    for sample in samples:
+        table.setdefault(sample["prompt"], {})[sample["num_inference_steps"]] = sample["file"]
+    return table
 
 
 def _template_path() -> Path:

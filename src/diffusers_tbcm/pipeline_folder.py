@@ -9,20 +9,26 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import SanaTransformer2DModel
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 
 MODEL_INDEX = "model_index.json"  # what makes a folder a pipeline to diffusers
-TRAINING_RECORD = "training.json"
-LEGAL_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")  # the teacher's terms hold for its student
 CARD = "README.md"
+TRAINING_RECORD = "training.json"  # what the card says about the training
+TRAINING_CONFIG = "training_config.json"  # every flag, the versions, the revision
+METRICS = "metrics.json"
+SAMPLES = "images"
+SAMPLE_GRID = "grid.png"  # shown on top of the card where it is there
+LEGAL_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")  # the teacher's terms hold for its student
 
 TRANSFORMER = "transformer"
 COPIED_COMPONENTS = ("text_encoder", "tokenizer", "vae")  # the student's are its teacher's, byte for byte
 WEIGHTS_COMPONENTS = (TRANSFORMER, "text_encoder", "vae")
-SKIPPED_FILES = ("*.bin", "*.fp16*", "*.bf16*")  # pickles, and second copies in lower precision
+VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # second copies of weights, by diffusers' name
+SKIPPED_FILES = ("*.bin", *(f"*.{variant}*" for variant in VARIANTS))  # pickles are none of ours
 
 
 def resolve_teacher(teacher: str | PathLike[str]) -> Path:

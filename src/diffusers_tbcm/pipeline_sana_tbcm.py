@@ -21,7 +21,7 @@ from diffusers.utils import logging
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from .images import fit_image, load_image, resolution_bins
-from .lora import GUIDANCE_EMBEDDER_FILE, load_guidance_embedder
+from .lora import GUIDANCE_EMBEDDER_FILE, drop_guidance_bias, load_guidance_embedder
 from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler
 from .standalone import standalone_pipeline_source
 
@@ -142,6 +142,23 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         folder.mkdir(parents=True, exist_ok=True)  # the file is there before the stock method may push the folder
         (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
         SanaSprintPipeline(**components).save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """
+        Read LoRA layers, without the fixed guidance that a student distilled as LoRA holds for stock pipelines.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`), kwargs:
+                As in [`~loaders.SanaLoraLoaderMixin.lora_state_dict`].
+
+        Returns:
+            `dict[str, torch.Tensor]`, or with `return_lora_metadata=True` a `tuple` of it and the adapter's config.
+        """
+        found = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        if kwargs.get("return_lora_metadata"):
+            return drop_guidance_bias(*found)
+        return drop_guidance_bias(found, None)[0]
 
     def load_lora_weights(
         self,

@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""A page to draw with a few-step student, locally or as a Space of the Hub.
+
+    python app.py --model outputs/quickstart
+
+As a Space (SDK: gradio): this file, a requirements.txt that says `diffusers_tbcm[demo]`, and the variable MODEL_ID.
+"""
+
+import argparse
+import os
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.generation import draw, load_pipeline
+
+
+DEFAULT_MODEL = "outputs/quickstart"
+STEPS = (1, 2, 4)
+MAX_PICTURES = 8
+MAX_SEED = 2**31 - 1
+EXAMPLES = (  # of the embedded teacher's world; another student draws what its own teacher does
+    "an owl",
+    "a fluent 3d emoji of a strawberry",
+    "fluent 3d rocket",
+    "a noto emoji of a hamburger",
+    "a dolphin",
+)
+FONTS = ("system-ui", "sans-serif")  # the reader's own: nothing is fetched from elsewhere
+CSS = ".gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the page shows after a press of the button.
+
+    Args:
+        pictures: each with its caption.
+        seed: of the first picture; the others' follow it.
+        report: numbers and time, in Markdown.
+    """
+
+    pictures: list[tuple[Image.Image, str]]
+    seed: int
+    report: str
+
+
+def draw_pictures(
+    pipeline: SanaTBCMPipeline,
+    prompt: str,
+    steps: int,
+    seed: int,
+    randomize: bool,
+    guidance_scale: float,
+    num_pictures: int,
+) -> Result:
+    """Draw a prompt several times.
+
+    Args:
+        pipeline: the student.
+        prompt: what to draw.
+        steps: inference steps.
+        seed: of the first picture.
+        randomize: take another seed than this.
+        guidance_scale: as in the pipeline's call.
+        num_pictures: how many, from consecutive seeds.
+
+    Returns:
+        The pictures, their seed and time.
+
+    Raises:
+        ValueError: where there is no prompt.
+    """
+    if not prompt.strip():
+        raise ValueError("Say what to draw first.")
+    seed = random.randint(0, MAX_SEED) if randomize else int(seed)
+    seeds = range(seed, seed + num_pictures)
+    drawings = list(draw(pipeline, [prompt], steps=[steps], seeds=seeds, guidance_scale=guidance_scale))
+    seconds = sum(drawing.seconds for drawing in drawings) / num_pictures
+    width, height = drawings[0].image.size
+    report = f"**{seconds:.2f} s** a picture · {steps} step{'s' * (steps > 1)} · {width} x {height} pixels"
+    return Result([(drawing.image, f"seed {drawing.seed}") for drawing in drawings], seed, report)
+
+
+def build_page(pipeline: SanaTBCMPipeline, name: str):
+    """Lay out the page.
+
+    Args:
+        pipeline: the student.
+        name: what to call it.
+
+    Returns:
+        The `gradio.Blocks`; `page.launch(**launch_options())` serves it.
+    """
+    import gradio as gr
+
+    def press(*values):
+        result = draw_pictures(pipeline, *values)
+        return result.pictures, result.seed, result.report
+
+    with gr.Blocks(title="TBCM", analytics_enabled=False) as page:
+        gr.Markdown(
+            f"# Pictures in {', '.join(map(str, STEPS[:-1]))} or {STEPS[-1]} steps\n`{name}`, distilled by TBCM"
+        )
+        with gr.Row():
+            with gr.Column(scale=2):
+                prompt = gr.Textbox(label="Prompt", placeholder="What to draw", lines=2, autofocus=True)
+                steps = gr.Radio(STEPS, value=2, label="Steps")
+                num_pictures = gr.Slider(1, MAX_PICTURES, value=4, step=1, label="Pictures")
+                guidance_scale = gr.Slider(1, 8, value=4.5, step=0.1, label="Guidance")
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                    randomize = gr.Checkbox(True, label="Another one each time", container=True)
+                button = gr.Button("Draw", variant="primary", size="lg")
+            with gr.Column(scale=3):
+                pictures = gr.Gallery(
+                    show_label=False, format="png", columns=2, height=572, object_fit="contain", elem_id="pictures"
+                )
+                report = gr.Markdown()
+        gr.Examples([[example] for example in EXAMPLES], prompt, label="For example")
+        inputs = [prompt, steps, seed, randomize, guidance_scale, num_pictures]
+        outputs = [pictures, seed, report]
+        gr.on([button.click, prompt.submit], press, inputs, outputs, api_name="draw", show_progress_on=pictures)
+    return page
+
+
+def launch_options() -> dict:
+    """How the page looks and is served; errors go to the page."""
+    from gradio.themes import Soft
+
+    theme = Soft(font=FONTS, font_mono=("ui-monospace", "monospace"))
+    return {"theme": theme, "css": CSS, "show_error": True, "footer_links": ["api", "gradio", "settings"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("MODEL_ID", DEFAULT_MODEL)
+    parser.add_argument("--model", default=default, help="pipeline folder or Hub id; by default $MODEL_ID")
+    parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
+    args = parser.parse_args()
+    if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
+        sys.exit(
+            f"{DEFAULT_MODEL} is not there yet: `make quickstart` distils it, in about 12 minutes on 2 CPU cores."
+            " Or give --model, or MODEL_ID, another student's folder or Hub id."
+        )
+    build_page(load_pipeline(args.model, lora=args.lora), args.model).launch(**launch_options())
+
+
+if __name__ == "__main__":
+    main()

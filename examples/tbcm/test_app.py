@@ -1,0 +1,107 @@
+"""The demo: what its button does, without gradio; and the page in a real browser, where there is one."""
+
+import shutil
+from io import BytesIO
+
+import app
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_tbcm_pipeline
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_tbcm_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn(pipeline, prompt, steps, seed, guidance_scale=4.5) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "generator": generator}
+    return np.asarray(pipeline(prompt, **options).images[0])
+
+
+def test_the_button_draws_the_pipeline_s_pictures_and_says_how_long_they_took(pipeline, monkeypatch):
+    clock = iter([0.0, 1.0, 5.0, 5.5])  # two pictures of 1 and 0.5 seconds
+    monkeypatch.setattr("diffusers_tbcm.generation.time.perf_counter", lambda: next(clock))
+    result = app.draw_pictures(pipeline, "a dog", 4, 7, False, 6.0, 2)
+    assert result.seed == 7
+    assert result.report == "**0.75 s** a picture · 4 steps · 64 x 64 pixels"
+    assert [caption for _, caption in result.pictures] == ["seed 7", "seed 8"]
+    for (picture, _), seed in zip(result.pictures, (7, 8), strict=True):
+        np.testing.assert_array_equal(np.asarray(picture), drawn(pipeline, "a dog", 4, seed, 6.0))
+
+
+def test_a_random_seed_is_shown_and_draws_the_same_again(pipeline):
+    first = app.draw_pictures(pipeline, "a dog", 1, 7, True, 4.5, 1)
+    assert first.seed != 7  # but once in 2^31 times
+    again = app.draw_pictures(pipeline, "a dog", 1, first.seed, False, 4.5, 1)
+    np.testing.assert_array_equal(np.asarray(first.pictures[0][0]), np.asarray(again.pictures[0][0]))
+
+
+def test_without_a_prompt_it_asks_for_one(pipeline):
+    with pytest.raises(ValueError, match="Say what to draw first"):
+        app.draw_pictures(pipeline, " ", 1, 0, False, 4.5, 1)
+
+
+def test_without_a_student_it_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MODEL_ID", raising=False)
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    with pytest.raises(SystemExit, match="outputs/quickstart is not there yet: `make quickstart` distils it"):
+        app.main()
+    monkeypatch.setenv("MODEL_ID", str(tmp_path / "another"))
+    with pytest.raises(ValueError, match="another' is neither a pipeline folder nor a model on the Hub"):
+        app.main()
+
+
+@pytest.fixture
+def page(pipeline):
+    """The demo in Chromium, and every address that it asked for."""
+    pytest.importorskip("gradio", reason="the page needs the demo extra: pip install -e '.[demo]'")
+    sync_playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
+    if CHROMIUM is None:
+        pytest.skip("the page is tested in Chromium: apt-get install chromium")
+    demo = app.build_page(pipeline, "tiny")
+    _, url, _ = demo.launch(**app.launch_options(), prevent_thread_lock=True, quiet=True)
+    try:
+        with sync_playwright.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1180, "height": 860})
+            page.set_default_timeout(60_000)
+            page.requested = []
+            page.on("request", lambda request: page.requested.append(request.url))
+            page.goto(url)
+            yield page
+            browser.close()
+    finally:
+        demo.close()
+
+
+def test_in_a_browser_a_prompt_becomes_pictures(page, pipeline):
+    page.get_by_label("Prompt").fill("three little birds")
+    page.get_by_label("1", exact=True).check()
+    page.get_by_label("Another one each time").uncheck()
+    page.get_by_label("Seed").fill("5")
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_text("s a picture").wait_for()
+
+    pictures = page.locator("#pictures .grid-container img")
+    pictures.last.wait_for()
+    assert pictures.count() == 4
+    for index, seed in enumerate((5, 6, 7, 8)):
+        shown = page.request.get(pictures.nth(index).get_attribute("src")).body()
+        expected = drawn(pipeline, "three little birds", 1, seed)
+        np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(shown)).convert("RGB")), expected)
+
+    page.get_by_label("Prompt").fill("")
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_text("Say what to draw first.").wait_for()
+    hosts = {url.split("/")[2].split(":")[0] for url in page.requested if not url.startswith(("data:", "blob:"))}
+    assert hosts == {"127.0.0.1"}  # no fonts, scripts or counters from elsewhere

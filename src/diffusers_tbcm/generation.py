@@ -1,0 +1,103 @@
+"""Drawing with a student from the outside: load it by name, draw every prompt at every number of steps and seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from diffusers import SCMScheduler
+from PIL import Image
+
+from .pipeline_sana_tbcm import SanaTBCMPipeline
+from .scheduling_tbcm import TBCMScheduler
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture, and what it takes to draw it again.
+
+    Args:
+        prompt: what was asked for.
+        num_inference_steps: steps taken.
+        seed: of the picture's own generator.
+        image: the picture.
+        seconds: that it took, the prompt's embedding included.
+    """
+
+    prompt: str
+    num_inference_steps: int
+    seed: int
+    image: Image.Image
+    seconds: float
+
+
+def load_pipeline(
+    model: str | PathLike[str],
+    *,
+    lora: str | PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> SanaTBCMPipeline:
+    """Load a student, or its teacher with the LoRA that makes it one.
+
+    Args:
+        model: pipeline folder or Hub id.
+        lora: folder, file or Hub id of LoRA weights to load into it.
+        dtype: of weights and computation.
+        device: by default the first GPU where there is one, else the CPU.
+
+    Returns:
+        The pipeline, without progress bars of its own.
+
+    Raises:
+        ValueError: where `model` or `lora` is not found, or `model` without `lora` is no student.
+    """
+    try:
+        config = SanaTBCMPipeline.load_config(str(model))
+    except OSError as error:
+        raise ValueError(f"model {str(model)!r} is neither a pipeline folder nor a model on the Hub") from error
+    is_student = config.get("scheduler") == ["diffusers", SCMScheduler.__name__]
+    if not is_student and lora is None:
+        raise ValueError(f"model {str(model)!r} is no few-step student: give one, or the LoRA that makes it one")
+    # A student brings its own timesteps; a teacher's scheduler belongs to the teacher's many steps.
+    scheduler = {} if is_student else {"scheduler": TBCMScheduler()}
+    pipeline = SanaTBCMPipeline.from_pretrained(str(model), dtype=dtype, **scheduler)
+    if lora is not None:
+        try:
+            pipeline.load_lora_weights(str(lora))
+        except OSError as error:
+            raise ValueError(f"lora {str(lora)!r} is neither LoRA weights nor a model on the Hub") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def draw(
+    pipeline: SanaTBCMPipeline, prompts: Sequence[str], *, steps: Sequence[int], seeds: Sequence[int], **options: Any
+) -> Iterator[Drawing]:
+    """Draw every prompt at every number of steps with every seed, one after the other.
+
+    Each picture has its own call and its own generator, on the CPU: it is the same whatever is drawn beside it.
+
+    Args:
+        pipeline: the student.
+        prompts: what to draw.
+        steps: numbers of inference steps.
+        seeds: one a picture.
+        options: further arguments of the pipeline's call, such as `guidance_scale`.
+
+    Yields:
+        The drawings, by prompt, then steps, then seed.
+    """
+    for prompt in prompts:
+        for num_inference_steps in steps:
+            for seed in seeds:
+                start = time.perf_counter()
+                generator = torch.Generator().manual_seed(seed)
+                images = pipeline(
+                    prompt, num_inference_steps=num_inference_steps, generator=generator, return_dict=False, **options
+                )[0]
+                yield Drawing(prompt, num_inference_steps, seed, images[0], time.perf_counter() - start)

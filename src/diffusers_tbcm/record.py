@@ -1,0 +1,137 @@
+"""What a checkpoint's folder says of its making: every flag of its run, and what was measured on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from diffusers_tbcm import __version__
+
+from .pipeline_folder import METRICS, read_json, write_json
+
+
+RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of a card's result table.
+
+    Args:
+        model: `"student"` or another, such as `"teacher"`; only the student's rows become metadata of the card.
+        num_inference_steps: steps taken.
+        metrics: value by metric name, such as `{"MobileNet-FD": 12.3}`.
+    """
+
+    model: str
+    num_inference_steps: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What was measured on a checkpoint, as its `metrics.json` holds it.
+
+    Args:
+        measurements: the rows; a row may lack a metric that others have.
+        dataset: what they were taken on, in words.
+        command: what measures them again.
+        details: whatever else belongs to them, JSON values by name: seed, hardware, seconds.
+    """
+
+    measurements: Sequence[Measurement]
+    dataset: str
+    command: str
+    details: Mapping[str, Any]
+
+
+def save_metrics(
+    folder: str | PathLike[str],
+    measurements: Sequence[Measurement],
+    *,
+    dataset: str,
+    command: str,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what was measured into a checkpoint's folder, where `render_model_card` finds it.
+
+    Args:
+        folder: the checkpoint's.
+        measurements: at least one row.
+        dataset: what they were taken on, in words.
+        command: what measures them again.
+        details: whatever else belongs to them, JSON values by name.
+
+    Raises:
+        ValueError: where there is no measurement, or `dataset` or `command` is empty.
+    """
+    for name, value in (("measurements", measurements), ("dataset", dataset), ("command", command)):
+        if not value:
+            raise ValueError(f"{name} is {value!r}: a result needs its figures, what they were taken on, and how")
+    write_json(Path(folder) / METRICS, asdict(Metrics(list(measurements), dataset, command, dict(details or {}))))
+
+
+def load_metrics(folder: str | PathLike[str]) -> Metrics | None:
+    """Read what `save_metrics` wrote.
+
+    Args:
+        folder: the checkpoint's.
+
+    Returns:
+        The metrics; None where nothing was measured.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    return Metrics(**{**found, "measurements": [Measurement(**row) for row in found["measurements"]]})
+
+
+def training_config(flags: Mapping[str, Any], script: str | PathLike[str]) -> dict[str, Any]:
+    """Describe a run so that it can be repeated, and so that the description can be published.
+
+    Tokens are left out, and of an absolute path its last part remains.
+
+    Args:
+        flags: every flag's value by name, the seed among them.
+        script: the training script.
+
+    Returns:
+        `flags`, `versions` and `git_revision`, all JSON values.
+    """
+    versions = {name: version(name) for name in RECORDED_PACKAGES}
+    return {
+        "flags": {
+            name: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+            for name, value in flags.items()
+            if not name.endswith("token")
+        },
+        "versions": {"python": platform.python_version(), "diffusers_tbcm": __version__, **versions},
+        "git_revision": git_revision(script),
+    }
+
+
+def git_revision(script: str | PathLike[str]) -> str | None:
+    """Find the revision of the checkout that a script belongs to.
+
+    Args:
+        script: a file.
+
+    Returns:
+        The commit, followed by `-dirty` where tracked files differ from it; None where git does not track the script.
+    """
+    script = Path(script).resolve()
+    git = ("git", "-C", str(script.parent))
+    try:  # a script may lie in a checkout that it is no part of, such as an environment in somebody's project
+        subprocess.run([*git, "ls-files", "--error-unmatch", script.name], check=True, capture_output=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,241 @@
+import subprocess
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SanaPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from tiny import tiny_tbcm_pipeline, write_tiny_pipeline
+
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+from diffusers_tbcm.__main__ import file_name, main
+from diffusers_tbcm.generation import Drawing, draw, load_pipeline
+from diffusers_tbcm.lora import make_lora_student, save_lora
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    tiny_tbcm_pipeline().save_pretrained(folder)
+    return folder
+
+
+def generate(model, out, *arguments, prompts=("a dog",)) -> None:
+    main(["generate", "--model", str(model), "--out", str(out), "--prompt", *prompts, *map(str, arguments)])
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image if isinstance(image, Image.Image) else Image.open(image))
+
+
+@pytest.fixture(scope="module")
+def drawn_in_python(student):
+    pipeline = SanaTBCMPipeline.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw_pixels(prompt, steps, seed, **options) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)
+        return pixels(pipeline(prompt, num_inference_steps=steps, generator=generator, **options).images[0])
+
+    return draw_pixels
+
+
+def test_a_prompt_becomes_the_picture_that_the_pipeline_draws(student, drawn_in_python, tmp_path, capsys):
+    out = tmp_path / "new" / "dog.png"
+    generate(student, out, "--steps", 4, "--seed", 7, "--guidance_scale", 6, "--height", 32, "--width", 96)
+    expected = drawn_in_python("a dog", 4, 7, guidance_scale=6, height=32, width=96)
+    assert expected.shape == (32, 96, 3)
+    np.testing.assert_array_equal(pixels(out), expected)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"1 picture in {out}"
+    assert printed[1].startswith("4 steps: ") and printed[1].endswith(" s a picture")
+
+
+def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(student, drawn_in_python, tmp_path):
+    prompts_file = tmp_path / "prompts.txt"
+    prompts_file.write_text("a dog\n\nthree little birds\na dog\n")
+    out = tmp_path / "many"
+    arguments = ["--steps", "1", "2", "--seed", "0", "5", "--out", str(out)]
+    main(["generate", "--model", str(student), "--prompts_file", str(prompts_file), *arguments])
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"{prompt}-{steps}-steps-seed-{seed}.png"
+        for prompt in ("000-a-dog", "001-three-little-birds")
+        for steps in (1, 2)
+        for seed in (0, 5)
+    ]
+    for prompt, steps, seed in (("a dog", 1, 0), ("three little birds", 2, 5)):
+        file = out / file_name(Drawing(prompt, steps, seed, None, 0.0), int(prompt != "a dog"))
+        np.testing.assert_array_equal(pixels(file), drawn_in_python(prompt, steps, seed))
+    pictures = {path.read_bytes() for path in out.iterdir()}
+    assert len(pictures) == 8  # prompt, steps and seed all matter
+
+
+def test_the_instruction_can_be_left_out(student, drawn_in_python, tmp_path):
+    generate(student, tmp_path / "bare.png", "--no-complex_human_instruction")
+    bare = drawn_in_python("a dog", 2, 0, complex_human_instruction=None)
+    np.testing.assert_array_equal(pixels(tmp_path / "bare.png"), bare)
+    assert (bare != drawn_in_python("a dog", 2, 0)).any()
+
+
+def test_a_grid_has_a_row_a_prompt_and_a_column_a_step_count_and_seed(student, drawn_in_python, tmp_path):
+    prompts = ("a dog", "a bird " * 20)
+    generate(student, tmp_path / "grid.png", "--grid", "--steps", 1, 2, "--seed", 3, 4, prompts=prompts)
+    grid = Image.open(tmp_path / "grid.png")
+    gap, cell = 8, 128
+    left, top = grid.width - 4 * (cell + gap), grid.height - 2 * (cell + gap)
+    assert top == 32 and left < 400  # a long prompt is shortened
+    for row, prompt in enumerate(prompts):
+        for column, (steps, seed) in enumerate(((1, 3), (1, 4), (2, 3), (2, 4))):
+            box = (left + column * (cell + gap), top + row * (cell + gap))
+            expected = Image.fromarray(drawn_in_python(prompt, steps, seed))
+            np.testing.assert_array_equal(
+                pixels(grid.crop((*box, box[0] + cell, box[1] + cell))),
+                pixels(expected.resize((cell, cell), Image.Resampling.LANCZOS)),
+            )
+
+
+def test_a_lora_makes_a_student_of_its_teacher(tmp_path):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    lora_student = make_lora_student(SanaPipeline.from_pretrained(teacher).transformer, rank=2)
+    with torch.no_grad():
+        for name, weight in lora_student.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    save_lora(lora_student, tmp_path / "lora")
+    generate(teacher, tmp_path / "dog.png", "--lora", tmp_path / "lora", "--steps", 1)
+
+    reference = SanaTBCMPipeline.from_pretrained(teacher, scheduler=TBCMScheduler())
+    reference.load_lora_weights(str(tmp_path / "lora"))
+    expected = next(draw(reference, ["a dog"], steps=[1], seeds=[0])).image
+    np.testing.assert_array_equal(pixels(tmp_path / "dog.png"), pixels(expected))
+
+
+def test_a_pipeline_is_loaded_as_asked(student):
+    pipeline = load_pipeline(student, dtype=torch.bfloat16, device="cpu")
+    assert {pipeline.transformer.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 0], "--steps is 0: it takes at least 1"),
+        (["--steps", 2, 2], "--steps has a value twice"),
+        (["--seed", -1], "--seed is -1: it takes 0 to"),
+        (["--width", 0], "--width is 0"),
+        (["--steps", 1, 2], "is one file for 2 pictures: name a folder, or add --grid"),
+        (["--prompt", "a dog", "a bird"], "is one file for 2 pictures"),
+        (["--prompt", "  "], "--prompt is empty"),
+        (["--out", "folder", "--grid"], "--grid is one picture, but --out 'folder' is a folder"),
+        (["--out", __file__], "is a file, and no picture's"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        generate("no-such-model", tmp_path / "x.png", *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_prompts_file_is_read_before_the_model(tmp_path, capsys):
+    prompts_file = tmp_path / "prompts.txt"
+    for content, message in ((None, "does not exist"), ("\n", "holds no prompt")):
+        if content is not None:
+            prompts_file.write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            main(["generate", "--model", "no-such-model", "--prompts_file", str(prompts_file), "--out", "x"])
+        assert message in capsys.readouterr().err
+
+
+def test_errors_in_words(student, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match=r"^diffusers-tbcm generate: error: model 'no/such' is neither a pipeline"):
+        generate("no/such", tmp_path / "x.png")
+    with pytest.raises(SystemExit, match="is no few-step student: give one, or the LoRA that makes it one"):
+        generate(write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "x.png")
+    with pytest.raises(SystemExit, match="lora 'no/such' is neither LoRA weights nor"):
+        generate(student, tmp_path / "x.png", "--lora", "no/such")
+    with pytest.raises(SystemExit, match="`height` is 30, but has to be a positive multiple of 8 pixels"):
+        generate(student, tmp_path / "x.png", "--height", 30)
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the module that pushes: its calls, and the error that the next one ends with."""
+    module = ModuleType("diffusers_tbcm.hub")
+    module.calls, module.error = [], None
+
+    def push_pipeline_to_hub(folder, repo_id, **options):
+        module.calls.append((folder, repo_id, options))
+        if module.error is not None:
+            raise module.error
+        return "the commit's address"
+
+    module.push_pipeline_to_hub = push_pipeline_to_hub
+    monkeypatch.setitem(sys.modules, "diffusers_tbcm.hub", module)
+    return module
+
+
+def test_push_passes_its_arguments_on_and_says_where_it_went(hub, tmp_path, capsys):
+    defaults = {"token": None, "private": None, "license": None, "tag": None, "include_training_state": False}
+    main(["push", str(tmp_path), "me/student"])
+    assert hub.calls[-1] == (tmp_path, "me/student", defaults)
+    main(["push", str(tmp_path), "me/student", "--private", "--license", "mit", "--tag", "v1", "--token", "hf_secret"])
+    given = {"token": "hf_secret", "private": True, "license": "mit", "tag": "v1", "include_training_state": False}
+    assert hub.calls[-1] == (tmp_path, "me/student", given)
+    main(["push", str(tmp_path), "me/student", "--include_training_state"])
+    assert hub.calls[-1] == (tmp_path, "me/student", {**defaults, "include_training_state": True})
+    printed = capsys.readouterr()
+    assert printed.out == "the commit's address\n" * 3 and printed.err == ""
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_push_that_fails_ends_in_words(hub, tmp_path, error):
+    hub.error = error("the Hub refused the push")
+    with pytest.raises(SystemExit, match=r"^diffusers-tbcm push: error: the Hub refused the push$"):
+        main(["push", str(tmp_path), "me/student"])
+
+
+def test_card_writes_the_readme_again(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def render_model_card(folder, **options):
+        asked.append((folder, options))
+        return ModelCard("---\nlicense: mit\n---\n# A student\n")
+
+    monkeypatch.setattr("diffusers_tbcm.model_card.render_model_card", render_model_card)
+    (tmp_path / "README.md").write_text("old")
+    main(["card", str(tmp_path), "--license", "mit", "--model_id", "me/student"])
+    main(["card", str(tmp_path)])
+    given = [{"license": "mit", "model_id": "me/student"}, {"license": None, "model_id": None}]
+    assert asked == [(tmp_path, options) for options in given]
+    assert "# A student" in (tmp_path / "README.md").read_text()
+    assert capsys.readouterr().out == f"{tmp_path / 'README.md'}\n" * 2
+
+
+@pytest.mark.parametrize("command", [["push", "no-such-folder", "me/student"], ["card", "no-such-folder"]])
+def test_a_folder_has_to_exist(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "folder 'no-such-folder' does not exist" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys\nfrom diffusers_tbcm.__main__ import main\n"
+        "try:\n    main(['generate', '--help'])\n"
+        "finally:\n    assert not {'torch', 'diffusers', 'transformers', 'PIL'} & {*sys.modules}"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "--prompts_file" in result.stdout, result.stderr
+
+
+def test_the_package_gives_what_it_lists_and_nothing_else():
+    import diffusers_tbcm
+
+    assert all(hasattr(diffusers_tbcm, name) for name in diffusers_tbcm.__all__)
+    assert diffusers_tbcm.TBCMScheduler is TBCMScheduler
+    with pytest.raises(AttributeError, match="has no attribute 'Scheduler'"):
+        _ = diffusers_tbcm.Scheduler
