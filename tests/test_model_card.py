@@ -43,7 +43,7 @@ def export(teacher, tmp_path):
 def test_card_without_measurements_and_samples_claims_none(export):
     card = ModelCard.load(export() / "README.md")
     assert "## Results" not in card.text and "![" not in card.text
-    assert "trust_remote_code" not in card.text and "variant" not in card.text
+    assert "variant" not in card.text
     metadata = card.data.to_dict()
     assert metadata.keys() == {"library_name", "pipeline_tag", "tags"}  # a folder of one's own is no base_model
     assert metadata["library_name"] == "diffusers" and metadata["pipeline_tag"] == "text-to-image"
@@ -76,7 +76,6 @@ def test_metrics_in_the_folder_are_the_cards_table_and_the_students_rows_its_met
 
 def test_a_full_card_has_what_the_hub_reads_and_every_picture_it_shows(export):
     folder = export(samples=SAMPLES, variants=("bf16",), license="apache-2.0")
-    (folder / "pipeline.py").touch()
     SAMPLES[0].image.save(folder / "grid.png")
     save_metrics(folder, [Measurement("student", 1, {"FD": 2.0})], dataset="12 prompts", command="python measure.py")
     record = json.loads((folder / "training.json").read_text())
