@@ -196,13 +196,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         )
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
         print(f"Memory plan: {sum(plan.values()) / 2**30:.2f} GiB a process, before any sharding = {parts}")
-    optimizer = build_optimizer(
-        args.optimizer,
-        [p for p in model.parameters() if p.requires_grad],
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        use_8bit=args.use_8bit_adam,
-    )
+    optimizer = build_optimizer(args, [p for p in model.parameters() if p.requires_grad])
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
