@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from types import ModuleType
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -8,11 +8,13 @@ import torch
 from diffusers import SanaPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import tiny_tbcm_pipeline, write_tiny_pipeline
+from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.__main__ import file_name, main
+from diffusers_tbcm.export import save_student_pipeline
 from diffusers_tbcm.generation import Drawing, draw, load_pipeline
+from diffusers_tbcm.hub import push_pipeline_to_hub
 from diffusers_tbcm.lora import make_lora_student, save_lora
 
 
@@ -162,57 +164,48 @@ def test_errors_in_words(student, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for the module that pushes: its calls, and the error that the next one ends with."""
-    module = ModuleType("diffusers_tbcm.hub")
-    module.calls, module.error = [], None
-
-    def push_pipeline_to_hub(folder, repo_id, **options):
-        module.calls.append((folder, repo_id, options))
-        if module.error is not None:
-            raise module.error
-        return "the commit's address"
-
-    module.push_pipeline_to_hub = push_pipeline_to_hub
-    monkeypatch.setitem(sys.modules, "diffusers_tbcm.hub", module)
-    return module
+def push(monkeypatch):
+    """A stand-in for the function that pushes, which takes its arguments and no others."""
+    stand_in = create_autospec(push_pipeline_to_hub, return_value="the commit's address")
+    monkeypatch.setattr("diffusers_tbcm.hub.push_pipeline_to_hub", stand_in)
+    return stand_in
 
 
-def test_push_passes_its_arguments_on_and_says_where_it_went(hub, tmp_path, capsys):
+def test_push_passes_its_arguments_on_and_says_where_it_went(push, tmp_path, capsys):
     defaults = {"token": None, "private": None, "license": None, "tag": None, "include_training_state": False}
     main(["push", str(tmp_path), "me/student"])
-    assert hub.calls[-1] == (tmp_path, "me/student", defaults)
+    push.assert_called_with(tmp_path, "me/student", **defaults)
     main(["push", str(tmp_path), "me/student", "--private", "--license", "mit", "--tag", "v1", "--token", "hf_secret"])
     given = {"token": "hf_secret", "private": True, "license": "mit", "tag": "v1", "include_training_state": False}
-    assert hub.calls[-1] == (tmp_path, "me/student", given)
+    push.assert_called_with(tmp_path, "me/student", **given)
     main(["push", str(tmp_path), "me/student", "--include_training_state"])
-    assert hub.calls[-1] == (tmp_path, "me/student", {**defaults, "include_training_state": True})
+    push.assert_called_with(tmp_path, "me/student", **{**defaults, "include_training_state": True})
     printed = capsys.readouterr()
     assert printed.out == "the commit's address\n" * 3 and printed.err == ""
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
-def test_a_push_that_fails_ends_in_words(hub, tmp_path, error):
-    hub.error = error("the Hub refused the push")
+def test_a_push_that_fails_ends_in_words(push, tmp_path, error):
+    push.side_effect = error("the Hub refused the push")
     with pytest.raises(SystemExit, match=r"^diffusers-tbcm push: error: the Hub refused the push$"):
         main(["push", str(tmp_path), "me/student"])
 
 
-def test_card_writes_the_readme_again(tmp_path, monkeypatch, capsys):
-    asked = []
+def test_card_writes_the_readme_again(tmp_path, capsys):
+    teacher, folder = write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "exported"
+    training = {"method": "TBCM", "steps": 3}
+    save_student_pipeline(tiny_transformer(guidance_embeds=True), teacher, folder, prompt="a dog", training=training)
+    card = folder / "README.md"
+    exported = card.read_text()
+    card.write_text("spoilt")
+    main(["card", str(folder)])
+    assert card.read_text() == exported
+    main(["card", str(folder), "--license", "mit", "--model_id", "me/student"])
+    assert ModelCard.load(card).data.license == "mit" and 'from_pretrained("me/student"' in card.read_text()
+    assert capsys.readouterr().out == f"{card}\n" * 2
 
-    def render_model_card(folder, **options):
-        asked.append((folder, options))
-        return ModelCard("---\nlicense: mit\n---\n# A student\n")
-
-    monkeypatch.setattr("diffusers_tbcm.model_card.render_model_card", render_model_card)
-    (tmp_path / "README.md").write_text("old")
-    main(["card", str(tmp_path), "--license", "mit", "--model_id", "me/student"])
-    main(["card", str(tmp_path)])
-    given = [{"license": "mit", "model_id": "me/student"}, {"license": None, "model_id": None}]
-    assert asked == [(tmp_path, options) for options in given]
-    assert "# A student" in (tmp_path / "README.md").read_text()
-    assert capsys.readouterr().out == f"{tmp_path / 'README.md'}\n" * 2
+    with pytest.raises(SystemExit, match=r"has no training\.json, which training writes for the card"):
+        main(["card", str(teacher)])
 
 
 @pytest.mark.parametrize("command", [["push", "no-such-folder", "me/student"], ["card", "no-such-folder"]])

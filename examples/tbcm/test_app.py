@@ -45,9 +45,11 @@ def test_a_random_seed_is_shown_and_draws_the_same_again(pipeline):
     np.testing.assert_array_equal(np.asarray(first.pictures[0][0]), np.asarray(again.pictures[0][0]))
 
 
-def test_without_a_prompt_it_asks_for_one(pipeline):
+def test_empty_fields_are_asked_for(pipeline):
     with pytest.raises(ValueError, match="Say what to draw first"):
         app.draw_pictures(pipeline, " ", 1, 0, False, 4.5, 1)
+    with pytest.raises(ValueError, match="Give a seed"):
+        app.draw_pictures(pipeline, "a dog", 1, None, False, 4.5, 1)
 
 
 def test_without_a_student_it_says_how_to_get_one(tmp_path, monkeypatch):

@@ -229,8 +229,10 @@ def run_push(args: argparse.Namespace) -> None:
 def run_card(args: argparse.Namespace) -> None:
     """Write a folder's card."""
     from .model_card import render_model_card
-    from .pipeline_folder import CARD
+    from .pipeline_folder import CARD, TRAINING_RECORD
 
+    if not (args.folder / TRAINING_RECORD).is_file():
+        raise ValueError(f"folder {str(args.folder)!r} has no {TRAINING_RECORD}, which training writes for the card")
     card = render_model_card(args.folder, license=args.license, model_id=args.model_id)
     card.save(args.folder / CARD)
     print(args.folder / CARD)
