@@ -141,7 +141,7 @@ def pushed(hub, student, adapters) -> dict[str, list[str]]:
 def published(folder: Path) -> dict[str, bytes]:
     """The files of the fixture's folder that are to be pushed unchanged."""
     paths = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")]
-    names = {path.relative_to(folder).as_posix() for path in paths} | {"grid.png"}
+    names = {path.relative_to(folder).as_posix() for path in paths} | {"grid.png", "pipeline.py"}
     own = {"training.json", "black_latent_64.safetensors", "checkpoint-7.partial/model.safetensors"}
     return {name: (folder / name).read_bytes() for name in names - own}
 
