@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from loopback_repo import File, Repo, card_errors
-from tiny import tiny_transformer, write_tiny_pipeline
+from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.export import save_student_lora, save_student_pipeline
 from diffusers_tbcm.hub import push_or_warn, push_pipeline_to_hub
@@ -88,10 +90,23 @@ def student(teacher, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapters(teacher, tmp_path_factory) -> Path:
-    lora = make_lora_student(tiny_transformer(), rank=2)
+def dense_teacher(tmp_path_factory) -> Path:
+    """A teacher that the stock SanaPipeline draws with: that feeds it the time 1000 s, times this scale."""
+    folder = tmp_path_factory.mktemp("teachers") / "dense_teacher"
+    tiny_sana_pipeline(timestep_scale=0.001).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(dense_teacher, tmp_path_factory) -> Path:
+    lora = make_lora_student(tiny_transformer(timestep_scale=0.001), rank=2)
+    lora.register_to_config(timestep_scale=1.0)  # as the training script names the same time
+    torch.manual_seed(1)
+    for parameter in lora.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)  # trained a long way from the teacher
     folder = tmp_path_factory.mktemp("loras") / "lora"
-    return save_student_lora(lora, teacher, folder, prompt="a dolphin", training={"steps": 8})
+    return save_student_lora(lora, dense_teacher, folder, prompt="a dolphin", training={"steps": 8})
 
 
 @pytest.fixture(scope="module")
@@ -313,11 +328,19 @@ ONLINE, OFFLINE = "online", "offline"
 
 
 @pytest.fixture(scope="module")
-def loaded(hub, trained) -> dict[str, dict[str, Any]]:
+def loaded(hub, pushed, trained, dense_teacher) -> dict[str, dict[str, Any]]:
     """The rows of `load_from_hub.py`, from the Hub and then from the cache alone."""
     script = Path(__file__).with_name("load_from_hub.py")
     return {
-        place: json.loads(run(script, "lab/trained", **hub.environment(xet=True, offline=place == OFFLINE)))
+        place: json.loads(
+            run(
+                script,
+                "lab/trained",
+                "me/adapters",
+                dense_teacher,
+                **hub.environment(xet=True, offline=place == OFFLINE),
+            ).splitlines()[-1]
+        )
         for place in (ONLINE, OFFLINE)
     }
 
@@ -327,6 +350,7 @@ def loaded(hub, trained) -> dict[str, dict[str, Any]]:
     ("row", "classes"),
     [
         ("diffusion_pipeline", ("SanaSprintPipeline", "SCMScheduler")),
+        ("custom_pipeline", ("SanaTBCMPipeline", "TBCMScheduler")),
         ("sana_tbcm_pipeline", ("SanaTBCMPipeline", "TBCMScheduler")),
         ("from_pipe", ("SanaTBCMPipeline", "TBCMScheduler")),
     ],
@@ -338,6 +362,15 @@ def test_every_way_to_load_draws_the_same_pictures(row, classes, place, loaded):
     assert result["pictures"] == loaded[ONLINE]["diffusion_pipeline"]["pictures"]
     assert len(set(result["pictures"].values())) == 3
     assert result.get("shared", True)
+
+
+@pytest.mark.parametrize("place", [ONLINE, OFFLINE])
+def test_a_lora_repository_makes_the_teachers_stock_pipeline_the_student(place, loaded):
+    teacher, stock, ours = (loaded[place][row] for row in ("teacher_alone", "lora_on_stock_pipeline", "lora_on_ours"))
+    assert "error" not in stock | ours, (stock, ours)
+    assert (stock["class"], ours["class"]) == ("SanaPipeline", "SanaTBCMPipeline")
+    np.testing.assert_allclose(stock["pixels"], ours["pixels"], atol=1e-5)  # sums in another order
+    assert np.abs(np.subtract(stock["pixels"], teacher["pixels"])).max() > 0.01
 
 
 @pytest.mark.parametrize("place", [ONLINE, OFFLINE])
