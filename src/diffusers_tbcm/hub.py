@@ -259,7 +259,7 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
 
 
 def _checked_token(token: str | None) -> str | None:
-    """The token, or else the stored one, without a file's end of line; HTTP libraries quote one that cannot be sent."""
+    """The token, or else the stored one, without a file's end of line; HTTP errors quote one that cannot be sent."""
     token = get_token() if token is None else token.strip()
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("token is empty, or has a space or a character that no token has: copy it again")
