@@ -280,7 +280,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(
         push_pipeline_to_hub(folder, **arguments)
     assert "hf_with" not in str(caught.value)
     assert push_or_warn(folder, **arguments) is False
-    assert re.search(message, caplog.text) and f"push_pipeline_to_hub({str(folder)!r}" in caplog.text
+    assert re.search(message, caplog.text) and f"python -m diffusers_tbcm push {folder} " in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -251,7 +251,7 @@ def test_a_push_that_fails_at_the_end_leaves_the_student_and_exit_code_1(flags, 
         main(parse_args(flags(push_to_hub=True, hub_token="hf_with space", hub_license="mit")))
     assert ended.value.code == 1
     assert "was not pushed: token is empty, or has a space" in caplog.text
-    assert f"push_pipeline_to_hub('{tmp_path / 'run'}', 'run', license='mit')" in caplog.text
+    assert f"python -m diffusers_tbcm push {tmp_path / 'run'} run --license mit" in caplog.text
     SanaTBCMPipeline.from_pretrained(tmp_path / "run")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,11 +145,11 @@ def push_or_warn(folder: str | PathLike[str], repo_id: str, *, token: str | None
     try:
         print(f"Pushed: {push_pipeline_to_hub(folder, repo_id, token=token, license=license)}")
     except Exception as error:  # whatever the Hub does, the run outlives it
-        arguments = f"{str(folder)!r}, {repo_id!r}, license={license!r}"
-        logger.warning(
-            f"{folder} was not pushed: {error}\nIt is whole on disk. Push it later, in Python:\n"
-            f"  from diffusers_tbcm.hub import push_pipeline_to_hub\n  push_pipeline_to_hub({arguments})"
+        command = shlex.join(
+            ["python", "-m", "diffusers_tbcm", "push", str(folder), repo_id]
+            + ([] if license is None else ["--license", license])
         )
+        logger.warning(f"{folder} was not pushed: {error}\nIt is whole on disk. Push it later:\n  {command}")
         return False
     return True
 
