@@ -53,8 +53,8 @@ MEASURED_STEPS = {"teacher": (1, 2, 4, 20), "untrained student": STUDENT_STEPS, 
 GRID_COLUMNS = (("teacher", 1), ("teacher", 20), ("student", 1), ("student", 2), ("student", 4))
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
-STEPS = 520
-LEARNING_RATE = 1e-4
+STEPS = 840
+LEARNING_RATE = 3e-4
 
 
 def training_command(output_dir: Path, steps: int) -> list[str]:
@@ -69,11 +69,15 @@ def training_command(output_dir: Path, steps: int) -> list[str]:
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 50,
         "max_grad_norm": 1.0,
-        "tangent_warmup_steps": steps // 5,
+        "replay_buffer_size": 64,
+        "replay_steps": 2,
+        "endpoint_warmup_steps": 3 * steps // 5,
+        "tangent_warmup_steps": 0,
         "tangent_cooldown_start_step": 4 * steps // 5,
         "tangent_cooldown_steps": steps // 10,
         "ema_decay": 0.99,
         "checkpointing_steps": steps,
+        "validation_steps": steps,
         "report_to": "tensorboard",
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
@@ -81,7 +85,8 @@ def training_command(output_dir: Path, steps: int) -> list[str]:
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--num_cpu_threads_per_process", str(os.cpu_count())]  # accelerate's own choice is one thread
     # The embedded teacher reads a prompt the same without the instruction, and on a CPU the instruction costs 100 ms.
-    return [*launcher, str(TRAINING_SCRIPT), *arguments, "--use_ema", "--no-complex_human_instruction"]
+    arguments += ["--use_ema", "--no-complex_human_instruction", "--validation_prompts", *GRID_PROMPTS]
+    return [*launcher, str(TRAINING_SCRIPT), *arguments]
 
 
 def likeness(pictures: list[Image.Image], references: list[Image.Image]) -> float:
