@@ -28,6 +28,7 @@ from .pipeline_folder import (
     write_json,
 )
 from .scheduling_tbcm import TBCMScheduler
+from .versions import tokenizer_class
 
 
 def save_student_pipeline(
@@ -96,6 +97,9 @@ def save_student_pipeline(
         TRANSFORMER: ["diffusers", SanaTransformer2DModel.__name__],
         "scheduler": ["diffusers", SCMScheduler.__name__],
     }
+    if (partial / "tokenizer" / "tokenizer.json").is_file():
+        library, name = model_index["tokenizer"]
+        model_index["tokenizer"] = [library, tokenizer_class(name)]
     write_json(partial / MODEL_INDEX, model_index)
 
     if resolution is None:

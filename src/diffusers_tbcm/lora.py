@@ -107,6 +107,7 @@ def save_lora(student: SanaTransformer2DModel, folder: str | PathLike[str]) -> P
             "r": lora.r,
             "lora_alpha": lora.lora_alpha,
             "target_modules": sorted(lora.target_modules),
+            "rank_pattern": {},  # diffusers before 0.40 loads none without
         },
     )
     return folder

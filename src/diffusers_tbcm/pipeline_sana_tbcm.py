@@ -18,6 +18,7 @@ from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from .lora import GUIDANCE_EMBEDDER_FILE, load_guidance_embedder
 from .scheduling_tbcm import TBCMScheduler
+from .versions import tokenizer_class
 
 
 DEFAULT_NUM_INFERENCE_STEPS = 2
@@ -70,6 +71,11 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             scheduler = TBCMScheduler.from_config(scheduler.config)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
 
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple]:
+        """The stock constructor's: diffusers before 0.37 cannot read annotations under `from __future__`."""
+        return SanaSprintPipeline._get_signature_types()
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Save as a [`SanaSprintPipeline`] with an [`SCMScheduler`], which loads with and without this package.
@@ -89,7 +95,10 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             scheduler = SCMScheduler(config["num_train_timesteps"], config["prediction_type"], config["sigma_data"])
             scheduler.register_to_config(timesteps_by_steps=config["timesteps_by_steps"])
             components["scheduler"] = scheduler
-        SanaSprintPipeline(**components).save_pretrained(save_directory, *args, **kwargs)
+        stock = SanaSprintPipeline(**components)
+        if self.tokenizer is not None and self.tokenizer.is_fast:
+            stock.register_to_config(tokenizer=("transformers", tokenizer_class(type(self.tokenizer).__name__)))
+        stock.save_pretrained(save_directory, *args, **kwargs)
 
     def load_lora_weights(
         self,
