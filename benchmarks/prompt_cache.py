@@ -29,6 +29,7 @@ from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fin
 from diffusers_tbcm.pipeline_folder import resolve_teacher
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.prompts import load_prompts
+from diffusers_tbcm.versions import dtype_argument
 
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def write_prompts(path: Path, count: int) -> None:
 
 def make_encoder(teacher: Path, settings: dict[str, Any], dtype: torch.dtype) -> PromptEncoder:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = SanaPipeline.from_pretrained(teacher, vae=None, transformer=None, dtype=dtype)
+    pipeline = SanaPipeline.from_pretrained(teacher, vae=None, transformer=None, **dtype_argument(dtype))
     pipeline.text_encoder.requires_grad_(False).to(device)
     return PromptEncoder(pipeline, **settings)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline
 from full_size_step import CONFIGS, random_transformer
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini" / "tokenizer"
@@ -31,7 +31,7 @@ def main() -> None:
     torch.manual_seed(0)
     transformer = random_transformer(args.model, args.resolution)
     width = transformer.config.caption_channels
-    tokenizer = GemmaTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = GemmaTokenizerFast.from_pretrained(TOKENIZER)
     text_encoder = Gemma2Model(
         Gemma2Config(
             vocab_size=len(tokenizer),

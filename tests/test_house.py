@@ -6,6 +6,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import diffusers_tbcm
 
@@ -17,7 +18,7 @@ SETUP = LOOP.with_name("distill_setup.py")
 MAX_LOOP_LINES = 520
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml"}
 TEXT_NAMES = {"Makefile", "NOTICE", "run", ".gitignore"}
-NOT_OURS = {".git", ".venv", "build", "dist", "outputs", "runs"}
+NOT_OURS = {".git", ".venv", ".venv-compat", "build", "dist", "outputs", "runs"}
 
 
 def text_files() -> list[Path]:
@@ -91,14 +92,32 @@ def test_the_version_is_the_same_everywhere():
     assert version in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_constraints_are_exact_and_satisfy_what_setup_asks_for():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    constraints = [Requirement(line) for line in lines if not line.startswith("#")]
-    assert all(str(constraint.specifier).startswith("==") for constraint in constraints)
-    versions = {canonicalize_name(item.name): str(item.specifier).removeprefix("==") for item in constraints}
-    assert len(versions) == len(constraints)
-    literals = setup_literals()
-    wanted = literals["install_requires"] + [item for extra in literals["extras"].values() for item in extra]
-    for requirement in map(Requirement, wanted):
-        assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+def exact_versions(constraints: str) -> dict[str, Version]:
+    """The versions that a constraints file pins, by canonical name."""
+    lines = (ROOT / constraints).read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(str(item.specifier).startswith("==") for item in pinned)
+    versions = {canonicalize_name(item.name): Version(str(item.specifier).removeprefix("==")) for item in pinned}
+    assert len(versions) == len(pinned)
     assert not {"torchvision", "torch-fidelity"} & {*versions}  # the first breaks a CPU torch, the second downloads
+    return versions
+
+
+def requirements(*skipped_extras: str) -> list[Requirement]:
+    """What setup.py asks for."""
+    literals = setup_literals()
+    extras = [items for extra, items in literals["extras"].items() if extra not in skipped_extras]
+    return [Requirement(item) for items in (literals["install_requires"], *extras) for item in items]
+
+
+def test_the_constraints_satisfy_what_setup_asks_for():
+    versions = exact_versions("constraints.txt")
+    for requirement in requirements():
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_every_lower_bound_is_the_version_that_the_oldest_constraints_test():
+    versions = exact_versions("constraints-oldest.txt")
+    for requirement in requirements("quality", "demo"):  # the first's tools are for one version of each only
+        bounds = [Version(item.version) for item in requirement.specifier if item.operator in (">=", "==")]
+        assert bounds == [versions[canonicalize_name(requirement.name)]], requirement

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from safetensors.torch import load_file
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 
 TEXT_HIDDEN_SIZE = 16
@@ -21,12 +22,13 @@ CHARACTERS = list("▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 MERGES = [("i", "n"), ("in", "g"), ("t", "h"), ("th", "e"), ("the", "▁"), ("a", "n"), ("e", "r"), ("o", "r")]
 
 
-def tiny_tokenizer() -> GemmaTokenizer:
+def tiny_tokenizer() -> GemmaTokenizerFast:
     """A byte-fallback BPE tokenizer with a few merges, so that unequal prompts have unequal token counts."""
-    vocab = SPECIAL_TOKENS + BYTE_TOKENS + CHARACTERS + [left + right for left, right in MERGES]
-    return GemmaTokenizer(
-        vocab={token: index for index, token in enumerate(vocab)}, merges=list(MERGES), add_bos_token=True
-    )
+    tokens = SPECIAL_TOKENS + BYTE_TOKENS + CHARACTERS + [left + right for left, right in MERGES]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=MERGES, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    return GemmaTokenizerFast(tokenizer_object=bpe, add_bos_token=True)
 
 
 def tiny_text_encoder() -> Gemma2Model:

@@ -54,7 +54,7 @@ from emoji_metrics import (
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 from diffusers_tbcm.evaluation import FeatureReference, MobileNetFeatures
 
@@ -162,7 +162,7 @@ def complex_human_instruction() -> str:
     return "\n".join(default)
 
 
-def train_tokenizer(captions: list[str]) -> GemmaTokenizer:
+def train_tokenizer(captions: list[str]) -> GemmaTokenizerFast:
     """Byte-fallback BPE, learnt on the captions and on the instruction so that neither falls apart into bytes."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -173,7 +173,9 @@ def train_tokenizer(captions: list[str]) -> GemmaTokenizer:
     bpe.train_from_iterator([*captions, complex_human_instruction()], trainer)
     state = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in state["merges"]]
-    return GemmaTokenizer(vocab=state["vocab"], merges=merges, add_bos_token=True)
+    gemma = Tokenizer(models.BPE(state["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    gemma.normalizer = bpe.normalizer
+    return GemmaTokenizerFast(tokenizer_object=gemma, add_bos_token=True)
 
 
 def build_text_encoder(vocab_size: int) -> Gemma2Model:
@@ -198,7 +200,7 @@ def build_text_encoder(vocab_size: int) -> Gemma2Model:
 
 
 def encode_captions(
-    captions: list[str], tokenizer: GemmaTokenizer, text_encoder: Gemma2Model, with_instruction: bool
+    captions: list[str], tokenizer: GemmaTokenizerFast, text_encoder: Gemma2Model, with_instruction: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, L, D) embeddings and (B, L) mask as `SanaPipeline.encode_prompt` selects them, without its padding.
 
@@ -258,7 +260,7 @@ def train_teacher(
     model: TextToLatent,
     latents: torch.Tensor,
     pictures: list[Emoji],
-    tokenizer: GemmaTokenizer,
+    tokenizer: GemmaTokenizerFast,
     steps: int,
     args: argparse.Namespace,
     device: torch.device,
@@ -354,7 +356,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
 # 5. The pipeline folder ----------------------------------------------------------------------------------------------
 
 
-def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaTokenizer, output_dir: Path):
+def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaTokenizerFast, output_dir: Path):
     pipeline = SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=model.text_encoder.float().cpu().eval(),
@@ -363,6 +365,8 @@ def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaToken
         transformer=model.transformer.half().cpu().eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=DIFFUSERS_TRAIN_TIMESTEPS, shift=2.5),
     )
+    # As transformers 4 calls it; transformers 5, which would write "GemmaTokenizer", understands it too.
+    pipeline.register_to_config(tokenizer=("transformers", "GemmaTokenizerFast"))
     pipeline.save_pretrained(output_dir, safe_serialization=True)
 
 

@@ -64,6 +64,7 @@ from diffusers_tbcm.tangent import consistency_tangent, tangent_ratio
 from diffusers_tbcm.tracking import MetricsLog
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale
+from diffusers_tbcm.versions import dtype_argument
 
 
 logger = get_logger(__name__)
@@ -114,9 +115,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     logger.info(str(prompt_list), main_process_only=True)
     prompts = prompt_list.prompts
     teacher_folder = resolve_teacher(args.pretrained_model_name_or_path)
-    teacher_transformer = SanaTransformer2DModel.from_pretrained(
-        teacher_folder, subfolder="transformer", dtype=torch.float32
-    )
+    teacher_transformer = SanaTransformer2DModel.from_pretrained(teacher_folder, subfolder="transformer").float()
     size = latent_size(teacher_folder, teacher_transformer, args.resolution)
     push = None
     if args.push_to_hub and accelerator.is_main_process:
@@ -136,7 +135,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     }
 
     def make_encoder() -> PromptEncoder:
-        text = SanaPipeline.from_pretrained(teacher_folder, vae=None, transformer=None, dtype=weight_dtype)
+        text = SanaPipeline.from_pretrained(teacher_folder, vae=None, transformer=None, **dtype_argument(weight_dtype))
         text.text_encoder.requires_grad_(False)
         return PromptEncoder(text, device=device, offload=args.offload_text_encoder, **reading)
 

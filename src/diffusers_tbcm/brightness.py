@@ -42,7 +42,7 @@ def cached_black_latent(teacher_folder: str | PathLike[str], pixels: int, cache:
     try:
         return load_file(cache)["black_latent"]
     except (FileNotFoundError, SafetensorError):
-        vae = AutoencoderDC.from_pretrained(teacher_folder, subfolder="vae", dtype=torch.float32)
+        vae = AutoencoderDC.from_pretrained(teacher_folder, subfolder="vae").float()
         partial = cache.with_suffix(".partial")
         save_file({"black_latent": black_latent(vae, pixels, pixels).contiguous()}, partial)
         partial.replace(cache)

@@ -39,6 +39,7 @@ from .pipeline_folder import (
 from .scheduling_tbcm import TBCMScheduler
 from .standalone import standalone_pipeline_source
 from .trigflow import DENSE_TIME_CONFIG_SCALE
+from .versions import dtype_argument, tokenizer_class
 
 
 SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale
@@ -135,6 +136,9 @@ def save_student_pipeline(
         TRANSFORMER: ["diffusers", SanaTransformer2DModel.__name__],
         "scheduler": ["diffusers", SCMScheduler.__name__],
     }
+    if (partial / "tokenizer" / "tokenizer.json").is_file():
+        library, name = model_index["tokenizer"]
+        model_index["tokenizer"] = [library, tokenizer_class(name)]
     write_json(partial / MODEL_INDEX, model_index)
     for variant in variants:
         _save_variant(partial, variant)
@@ -193,7 +197,7 @@ def save_student_lora(
 
 def _save_variant(folder: Path, variant: str) -> None:
     """Put half-precision copies of all weights beside the ordinary ones, under the names that diffusers looks for."""
-    pipeline = SanaSprintPipeline.from_pretrained(folder, dtype=VARIANTS[variant])
+    pipeline = SanaSprintPipeline.from_pretrained(folder, **dtype_argument(VARIANTS[variant]))
     with TemporaryDirectory(dir=folder) as written:
         pipeline.save_pretrained(written, variant=variant)
         for file in Path(written).glob(f"*/*.{variant}*"):  # and not the configs, which would name the lower dtype

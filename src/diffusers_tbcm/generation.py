@@ -14,6 +14,7 @@ from PIL import Image
 
 from .pipeline_sana_tbcm import SanaTBCMPipeline
 from .scheduling_tbcm import TBCMScheduler
+from .versions import dtype_argument
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def load_pipeline(
         raise ValueError(f"model {str(model)!r} is no few-step student: give one, or the LoRA that makes it one")
     # A student brings its own timesteps; a teacher's scheduler belongs to the teacher's many steps.
     scheduler = {} if is_student else {"scheduler": TBCMScheduler()}
-    pipeline = SanaTBCMPipeline.from_pretrained(str(model), dtype=dtype, **scheduler)
+    pipeline = SanaTBCMPipeline.from_pretrained(str(model), **dtype_argument(dtype), **scheduler)
     if lora is not None:
         try:
             pipeline.load_lora_weights(str(lora))

@@ -111,7 +111,12 @@ def save_lora(
     lora = student.peft_config["default"]
     layers = get_peft_model_state_dict(student)
     # Not all of the config: other versions of peft refuse the entries that they do not know.
-    metadata = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules)}
+    metadata = {
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "target_modules": sorted(lora.target_modules),
+        "rank_pattern": {},  # diffusers before 0.40 loads none without
+    }
     if guidance_scale is not None:
         layers |= _guidance_bias(student, layers, guidance_scale)
         metadata |= {"target_modules": [*metadata["target_modules"], TEACHER_TIME_LAYER], "lora_bias": True}

@@ -24,6 +24,7 @@ from .images import fit_image, load_image, resolution_bins
 from .lora import GUIDANCE_EMBEDDER_FILE, drop_guidance_bias, load_guidance_embedder
 from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler
 from .standalone import standalone_pipeline_source
+from .versions import tokenizer_class
 
 
 logger = logging.get_logger(__name__)
@@ -120,6 +121,11 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         dtype = torch_dtype if dtype is None else dtype
         return new_pipeline if dtype is None else new_pipeline.to(dtype)
 
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple]:
+        """The stock constructor's: diffusers before 0.37 cannot read annotations under `from __future__`."""
+        return SanaSprintPipeline._get_signature_types()
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Save as a [`SanaSprintPipeline`] with an [`SCMScheduler`], which loads with and without this package.
@@ -141,7 +147,10 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)  # the file is there before the stock method may push the folder
         (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
-        SanaSprintPipeline(**components).save_pretrained(save_directory, *args, **kwargs)
+        stock = SanaSprintPipeline(**components)
+        if self.tokenizer is not None and self.tokenizer.is_fast:
+            stock.register_to_config(tokenizer=("transformers", tokenizer_class(type(self.tokenizer).__name__)))
+        stock.save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:

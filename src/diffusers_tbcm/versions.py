@@ -1,0 +1,35 @@
+"""What diffusers and transformers call by another name from one version to the next; no other module has to know."""
+
+import torch
+from diffusers import __version__ as diffusers_version
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name the precision to load a diffusers model or pipeline in.
+
+    diffusers before 0.40 loads float32, without an error, where the argument is called `dtype`; later versions are
+    about to drop `torch_dtype`.
+
+    Args:
+        dtype: what `from_pretrained` is to load floating-point weights as.
+
+    Returns:
+        The keyword argument for `from_pretrained`.
+    """
+    major, minor = map(int, diffusers_version.split(".")[:2])
+    return {"dtype" if (major, minor) >= (0, 40) else "torch_dtype": dtype}
+
+
+def tokenizer_class(name: str) -> str:
+    """Name the class that reads a `tokenizer.json`, as every version of transformers knows it.
+
+    transformers 5 has one class of tokenizers for each model, named like those that read sentencepiece's files in
+    transformers 4. The names that the latter has for readers of `tokenizer.json` it still understands.
+
+    Args:
+        name: the class as transformers 4 or 5 calls it, such as `"GemmaTokenizer"`.
+
+    Returns:
+        The name to write into a `model_index.json`, such as `"GemmaTokenizerFast"`.
+    """
+    return name if name.endswith("Fast") else f"{name}Fast"
