@@ -15,7 +15,7 @@ install_requires = [
     "peft>=0.18",
     "pillow>=10.1",
     "safetensors>=0.7",
-    "torch>=2.11,<3",
+    "torch>=2.13,<3",
     "tqdm>=4.66.3",
     "transformers>=4.57.1,<6",
 ]

@@ -53,7 +53,7 @@ MEASURED_STEPS = {"teacher": (1, 2, 4, 20), "untrained student": STUDENT_STEPS, 
 GRID_COLUMNS = (("teacher", 1), ("teacher", 20), ("student", 1), ("student", 2), ("student", 4))
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
-STEPS = 1150
+STEPS = 900
 LEARNING_RATE = 3e-4
 
 
