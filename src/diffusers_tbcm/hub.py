@@ -12,10 +12,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TypeVar
 
+import huggingface_hub
 from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from packaging.version import Version
 
 from .checkpoints import list_checkpoints
 from .lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
@@ -24,6 +26,7 @@ from .pipeline_folder import CARD, LEGAL_FILES, MODEL_INDEX, TRAINING_RECORD, WE
 
 logger = logging.get_logger(__name__)
 
+MIN_HUB_VERSION = "1.32"  # the first whose `auth_check` was seen to ask for write access
 TOP_LEVEL_SUFFIXES = (".json", ".md", ".py")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -45,8 +48,11 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
 
     Raises:
         ValueError: where `repo_id` is none, or the token is missing, invalid or not allowed to write there.
-        RuntimeError: where the Hub cannot be reached.
+        RuntimeError: where the Hub cannot be reached, or huggingface_hub is too old to ask it.
     """
+    installed = huggingface_hub.__version__
+    if Version(installed) < Version(MIN_HUB_VERSION):
+        raise RuntimeError(f"pushing needs huggingface_hub {MIN_HUB_VERSION}; {installed} is installed: update it")
     api = HfApi(token=_checked_token(token))
     with _explained_errors(repo_id):
         validate_repo_id(repo_id)
