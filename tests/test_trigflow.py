@@ -32,6 +32,7 @@ class FlowFunction(nn.Module):
         self.dtype = dtype
         self.config = {"guidance_embeds": False, "guidance_embeds_scale": 0.1, "timestep_scale": 1.0, **config}
         self.calls = []
+        self.transformer_blocks = ()
 
     def forward(self, hidden_states, return_dict=True, **kwargs):
         self.calls.append({"hidden_states": hidden_states, **kwargs})

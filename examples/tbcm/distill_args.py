@@ -59,6 +59,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         default=0,
         help="prompts per process whose trajectories are kept, and rows drawn from at random; 0: one batch, used once",
     )
+    method.add_argument(
+        "--teacher_batch_size",
+        type=int,
+        help="prompts per process that the teacher generates from at once; default: --train_batch_size",
+    )
     method.add_argument("--replay_steps", type=int, default=1, help="backward passes per batch of trajectories")
     method.add_argument(
         "--endpoint_warmup_steps",
@@ -130,10 +135,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--route_steps is {args.route_steps}: it takes 2, as the step at pi/2 gives no training row")
     if min(args.guidance_scales) <= 0:
         parser.error(f"--guidance_scales is {args.guidance_scales}: every scale has to be positive")
+    if args.teacher_batch_size is None:
+        args.teacher_batch_size = args.train_batch_size
     for name in (
-        "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "logging_steps",
-        "validation_steps", "replay_steps", "max_sequence_length", "max_skipped_steps", "learning_rate",
-        "max_grad_norm", "flow_shift", "logit_std",
+        "train_batch_size", "teacher_batch_size", "gradient_accumulation_steps", "max_train_steps",
+        "checkpointing_steps", "logging_steps", "validation_steps", "replay_steps", "max_sequence_length",
+        "max_skipped_steps", "learning_rate", "max_grad_norm", "flow_shift", "logit_std",
     ):  # fmt: skip
         if not getattr(args, name) > 0:
             parser.error(f"--{name} is {getattr(args, name)}: it has to be positive")
@@ -142,11 +149,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("brightness_threshold", "endpoint_warmup_steps", "replay_buffer_size"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} is {getattr(args, name)}: it must not be negative")
-    if args.replay_buffer_size % args.train_batch_size:
-        parser.error(
-            f"--replay_buffer_size is {args.replay_buffer_size}: it has to be a multiple of --train_batch_size"
-            f" {args.train_batch_size}"
-        )
+    for name in ("replay_buffer_size", "teacher_batch_size"):
+        if getattr(args, name) % args.train_batch_size:
+            parser.error(
+                f"--{name} is {getattr(args, name)}: it has to be a multiple of --train_batch_size"
+                f" {args.train_batch_size}"
+            )
     if args.replay_steps > 1 and args.replay_buffer_size <= args.train_batch_size:
         parser.error(
             f"--replay_steps is {args.replay_steps}, which trains on the same rows {args.replay_steps} times in a row"

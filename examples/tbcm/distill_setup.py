@@ -19,10 +19,11 @@ STATE_BYTES_8BIT = 2
 def build_optimizer(args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if args.optimizer == "adamw":
         if args.use_8bit_adam:
-            from bitsandbytes.optim import AdamW8bit as AdamW
-        else:
-            from torch.optim import AdamW
-        return AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+        # Fused: one pass over the weights, and no temporary copies of them.
+        return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     from came_pytorch import CAME
 
     # Betas and epsilons of the reference.

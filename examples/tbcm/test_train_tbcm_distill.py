@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import distill_setup
 import numpy as np
 import pytest
+import teacher_rows
 import torch
 import train_tbcm_distill
 from accelerate.utils import DistributedType
@@ -65,9 +66,9 @@ def test_accumulation_is_a_larger_batch(flags, tmp_path):
 
 
 def test_replay_records_every_few_steps_and_a_resumed_run_fills_its_buffer_again(flags, tmp_path, monkeypatch):
-    recorded, record = [], train_tbcm_distill.record_trajectory
+    recorded, record = [], teacher_rows.record_trajectory
     monkeypatch.setattr(
-        train_tbcm_distill, "record_trajectory", lambda *args, **kwargs: recorded.append(1) or record(*args, **kwargs)
+        teacher_rows, "record_trajectory", lambda *args, **kwargs: recorded.append(1) or record(*args, **kwargs)
     )
     replay = {"train_batch_size": 2, "replay_buffer_size": 6, "replay_steps": 3, "max_train_steps": 14}
     arguments = flags(checkpointing_steps=5, endpoint_warmup_steps=4, logging_steps=1, **replay)
@@ -83,9 +84,29 @@ def test_replay_records_every_few_steps_and_a_resumed_run_fills_its_buffer_again
     assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
 
 
+def test_a_larger_teacher_batch_gives_the_same_rows_and_resumes_in_its_middle(flags, tmp_path, monkeypatch):
+    batches, record = [], teacher_rows.record_trajectory
+    monkeypatch.setattr(
+        teacher_rows, "record_trajectory", lambda *args, **kw: batches.append(len(args[1])) or record(*args, **kw)
+    )
+    main(parse_args(flags(output_dir=tmp_path / "one", max_train_steps=5)))
+    assert batches == [1] * 5
+    batches.clear()
+    arguments = flags(max_train_steps=5, teacher_batch_size=2, checkpointing_steps=3)
+    main(parse_args(arguments))
+    assert batches == [2] * 3
+    straight, one = student_weights(tmp_path / "run"), student_weights(tmp_path / "one")
+    for name in one:
+        torch.testing.assert_close(straight[name], one[name], rtol=1e-4, atol=2e-4)  # Adam enlarges rounding
+    (tmp_path / "run" / "checkpoint-5" / "checkpoint.json").unlink()
+    main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))
+    resumed = student_weights(tmp_path / "run")
+    assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
+
+
 def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_trajectories(flags, tmp_path, monkeypatch):
     ends, aims = [], []
-    record, loss = train_tbcm_distill.record_trajectory, train_tbcm_distill.endpoint_loss
+    record, loss = teacher_rows.record_trajectory, train_tbcm_distill.endpoint_loss
 
     def remember_end(*args, **kwargs):
         trajectory = record(*args, **kwargs)
@@ -96,7 +117,7 @@ def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_traje
         aims.append(pred_original_sample)
         return loss(trig_output, latents, pred_original_sample, *args)
 
-    monkeypatch.setattr(train_tbcm_distill, "record_trajectory", remember_end)
+    monkeypatch.setattr(teacher_rows, "record_trajectory", remember_end)
     monkeypatch.setattr(train_tbcm_distill, "endpoint_loss", remember_aim)
     main(parse_args(flags(max_train_steps=41, endpoint_warmup_steps=40, logging_steps=1, learning_rate=3e-3)))
     assert len(ends) == 41 and len(aims) == 40

@@ -11,7 +11,7 @@ B prompts and N route steps give B (N - 1) training rows. The loop's steps:
     2. sampling scheme -> timesteps (B, N), radians, descending from pi/2
     3. frozen teacher along its own denoising trajectory -> latents and velocity (B, N - 1, C, H, W)
     4. brightness filter on the trajectory's end -> rows kept, in a buffer that is trained on in random order
-    5. tangent of the student along the teacher's velocity, without gradient
+    5. the student with gradient and, in the same pass, its tangent along the teacher's velocity without
     6. loss, backward, clipping, optimiser, EMA
     7. the student, a plain SanaTransformer2DModel, inside a pipeline folder that any diffusers user can load
 """
@@ -21,7 +21,9 @@ import math
 import shutil
 import sys
 import time
+from collections import deque
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median_low
 
@@ -40,16 +42,19 @@ from distill_setup import (
     check_accelerator,
     load_student,
 )
+from teacher_rows import TeacherRows
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from validation import validate
 
 from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.averaging import ShardedEMA
-from diffusers_tbcm.brightness import cached_black_latent, keep_mask
+from diffusers_tbcm.brightness import cached_black_latent
 from diffusers_tbcm.checkpoints import find_checkpoint, save_checkpoint
+from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from diffusers_tbcm.export import save_student_lora, save_student_pipeline
+from diffusers_tbcm.host_copy import HostCopy
 from diffusers_tbcm.hub import choose_license, prepare_repo, push_or_warn
 from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
 from diffusers_tbcm.lora import drop_frozen_weights, merge_lora
@@ -57,12 +62,11 @@ from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error
 from diffusers_tbcm.memory import memory_plan, peak_memory
 from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, latent_size, resolve_teacher, vae_scale_factor, write_json
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_tbcm.prompts import draw_generator, load_prompts, prompt_at
+from diffusers_tbcm.prompts import draw_generator, load_prompts
 from diffusers_tbcm.record import training_config
 from diffusers_tbcm.replay import Recording, ReplayBuffer
-from diffusers_tbcm.tangent import consistency_tangent, tangent_ratio
+from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
 from diffusers_tbcm.tracking import MetricsLog
-from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale
 from diffusers_tbcm.versions import dtype_argument
 
@@ -165,7 +169,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
 
     student_transformer = build_student(args, teacher_transformer, timestep_scale)
     if args.gradient_checkpointing:
-        student_transformer.enable_gradient_checkpointing()
+        student_transformer.enable_gradient_checkpointing(checkpoint_dual)
     inner_dim = student_transformer.config.num_attention_heads * student_transformer.config.attention_head_dim
     student = TrigFlowTransformer(student_transformer, timestep_scale)
     model = StudentWithLogvar(student, LogvarHead(inner_dim)).to(device)
@@ -181,14 +185,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         rows = args.train_batch_size * (args.route_steps - 1)
         one = torch.ones(rows, device=device)
         latents = torch.zeros((rows, teacher_transformer.config.in_channels, size, size), device=device)
-        text_rows = (value.expand(rows, *value.shape[1:]) for value in (negative_embeds, negative_mask))
+        text = (value.expand(args.train_batch_size, *value.shape[1:]) for value in (negative_embeds, negative_mask))
         frozen: dict[str, torch.nn.Module] = {"teacher": teacher}
         if isinstance(encoder, PromptEncoder):
             frozen["text encoder"] = encoder.text_encoder
         plan = memory_plan(
             model,
             frozen,
-            (latents, one, *text_rows, one),
+            (latents, one, *text, one),
             state_bytes=STATE_BYTES_8BIT if args.use_8bit_adam else STATE_BYTES[args.optimizer],
             ema=args.use_ema,
             autocast_dtype=None if weight_dtype == torch.float32 else weight_dtype,
@@ -206,9 +210,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         for block in (*teacher_transformer.transformer_blocks, *student_transformer.transformer_blocks):
             block.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
-    # DDP's wrapper is for the gradient pass only. FSDP2 shards the module in place: it is called at its root, always.
-    network = accelerator.unwrap_model(model)
-    trained = {name: p for name, p in network.student.transformer.named_parameters() if p.requires_grad}
+    student_transformer = accelerator.unwrap_model(model).student.transformer
+    trained = {name: p for name, p in student_transformer.named_parameters() if p.requires_grad}
     ema = ShardedEMA(trained.values(), decay=args.ema_decay) if args.use_ema else None
     accelerator.register_for_checkpointing(*[part for part in (lr_scheduler, ema) if part is not None])
     if args.rank is not None:
@@ -223,6 +226,16 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         ema.to(device)
     if report_to is not None:
         accelerator.init_trackers("tbcm", config={name: str(value) for name, value in config["flags"].items()})
+    teacher_rows = TeacherRows(
+        args,
+        accelerator,
+        teacher,
+        encoder,
+        prompts,
+        (teacher_transformer.config.in_channels, size, size),
+        sigma_data=SIGMA_DATA,
+        black=black,
+    )
     log = MetricsLog(accelerator, output_dir / "metrics.jsonl", first_step=first_step)
     scheduler = TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=args.guidance_scales)
     draw_validation = partial(
@@ -237,12 +250,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         log=log,
     )
 
-    guidance_choices = torch.tensor(args.guidance_scales)
     prompts_per_recording = args.train_batch_size * accelerator.num_processes
-    first_draw = args.train_batch_size * accelerator.process_index
     rows_per_micro_step = args.train_batch_size * (args.route_steps - 1)
     rows_per_step = rows_per_micro_step * accelerator.num_processes * args.gradient_accumulation_steps
-    kept_in_step = dropped_prompts = skipped_steps = skipped_in_a_row = rows_since_log = 0
+    dropped_prompts = skipped_steps = skipped_in_a_row = rows_since_log = 0
     stopping, last_log = False, time.perf_counter()
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
@@ -286,135 +297,90 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         accelerator.wait_for_everyone()
         return pushed
 
-    def record(number: int) -> tuple[Recording, torch.Tensor]:
-        """Steps 1 to 4: a recording, and which of its prompts the brightness filter keeps."""
-        # 1. Prompts. Draw k of the whole run is the same prompt and the same noise however many processes share it.
-        draws = [number * prompts_per_recording + first_draw + i for i in range(args.train_batch_size)]
-        generators = [draw_generator(draw, args.seed) for draw in draws]
-        prompt_embeds, prompt_mask = encoder([prompts[prompt_at(draw, len(prompts), args.seed)] for draw in draws])
-        picks = [torch.randint(len(guidance_choices), (), generator=generator) for generator in generators]
-        guidance_scale = guidance_choices[torch.stack(picks)].to(device)
-        shape = (teacher_transformer.config.in_channels, size, size)
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-
-        # 2. Timesteps
-        timesteps = sample_timesteps(
-            args.sampling_scheme,
-            args.train_batch_size,
-            args.route_steps,
-            shift=args.flow_shift,
-            logit_mean=args.logit_mean,
-            logit_std=args.logit_std,
-            sigma_data=SIGMA_DATA,
-            generator=generators,
-            device=device,
-        )
-
-        # 3. The teacher's trajectory
-        trajectory = record_trajectory(
-            teacher,
-            noise,
-            timesteps,
-            prompt_embeds,
-            negative_embeds,
-            guidance_scale,
-            prompt_attention_mask=prompt_mask,
-            negative_prompt_attention_mask=negative_mask,
-            sigma_data=SIGMA_DATA,
-        )
-
-        recording = Recording(trajectory, prompt_embeds, prompt_mask, guidance_scale)
-
-        # 4. Brightness filter
-        keep = torch.ones(args.train_batch_size, dtype=torch.bool, device=device)
-        if black is not None:
-            keep = keep_mask(
-                trajectory.pred_original_sample,
-                black,
-                args.brightness_threshold,
-                sigma_data=SIGMA_DATA,
-                hard=args.brightness_hard,
-                generator=generators,
-            )
-        return recording, keep
-
     # The buffer holds one recording, all of whose rows are trained on at once, unless --replay_* say more.
     buffer = ReplayBuffer(max(1, args.replay_buffer_size // args.train_batch_size))
     micro_step = step * args.gradient_accumulation_steps
-    number = first_number = -(-micro_step // args.replay_steps)  # recordings made so far
-    for earlier in range(max(0, number - buffer.capacity), number):
-        recording, keep = record(earlier)
-        buffer.add(recording.select(keep))
+    number = first_number = -(-micro_step // args.replay_steps)  # recordings taken so far
+    last_number = -(-args.max_train_steps * args.gradient_accumulation_steps // args.replay_steps)
+    stream = teacher_rows.numbered(max(0, number - buffer.capacity), last_number)
+    # Steps 1 to 4. The teacher is always a recording ahead: whenever the host waits for a result, the GPU has work.
+    ahead = deque(islice(stream, 2))
+
+    def take_recording() -> Recording:
+        recording, keep = ahead.popleft() if ahead else next(stream)
+        buffer.add(recording.select(keep.read().nonzero().squeeze(1)))
+        return recording
+
+    for _ in range(min(number, buffer.capacity)):
+        recording = take_recording()
+    counts = torch.zeros(
+        3, device=device
+    )  # of the step, in all processes: rows kept, prompts dropped, requests to stop
 
     while step < args.max_train_steps:
         dropped = 0
         if micro_step % args.replay_steps == 0:
-            recording, keep = record(number)
-            buffer.add(recording.select(keep))
+            recording = take_recording()
             number += 1
-            dropped = int((~keep).sum())
+            dropped = args.train_batch_size - len(buffer.recordings[-1]) // (args.route_steps - 1)
         draw = micro_step * accelerator.num_processes + accelerator.process_index
         rows = buffer.sample(rows_per_micro_step, draw_generator(draw, args.seed, stream=1))
         kept = len(rows)
-        counts = torch.tensor([kept, dropped, int(stop.received)], device=device)
-        kept_everywhere, dropped_everywhere, stops = accelerator.reduce(counts).tolist()
-        kept_in_step += kept_everywhere
-        dropped_prompts += dropped_everywhere
-        stopping |= stops > 0
+        counts += accelerator.reduce(torch.tensor([kept, dropped, float(stop.received)], device=device))
         if kept == 0:  # this process still takes part, at weight zero
             rows = recording.rows()
-        inputs = (
-            rows.latents / SIGMA_DATA,
-            rows.timesteps,
-            rows.prompt_embeds,
-            rows.prompt_attention_mask,
-            rows.guidance_scale,
-        )
 
-        # 5. Tangent
-        tangent = None
-        if step >= args.endpoint_warmup_steps:
-            ratio = tangent_ratio(
-                step,
-                args.tangent_warmup_steps,
-                args.tangent_cooldown_start_step,
-                args.tangent_cooldown_steps,
-                args.tangent_final_ratio,
+        # 5. The student, and its tangent in the same pass
+        with accelerator.accumulate(model):
+            trains_on_tangent = step >= args.endpoint_warmup_steps
+            sample, timesteps = rows.latents / SIGMA_DATA, rows.timesteps
+            if trains_on_tangent:
+                sample, timesteps = dual_inputs(rows.latents, rows.velocity, rows.timesteps, SIGMA_DATA)
+            trig_output, logvar = model(
+                sample, timesteps, rows.prompt_embeds, rows.prompt_attention_mask, rows.guidance_scale
             )
-            with accelerator.autocast():
-                tangent = consistency_tangent(
-                    lambda *inputs: network(*inputs)[0],
+
+            # 6. Loss, the mean over the rows kept in all processes and micro-steps; backward, clipping, step, EMA
+            if trains_on_tangent:
+                ratio = tangent_ratio(
+                    step,
+                    args.tangent_warmup_steps,
+                    args.tangent_cooldown_start_step,
+                    args.tangent_cooldown_steps,
+                    args.tangent_final_ratio,
+                )
+                tangent = normalized_tangent(
+                    trig_output,
                     rows.latents,
                     rows.velocity,
                     rows.timesteps,
-                    rows.prompt_embeds,
-                    rows.guidance_scale,
-                    prompt_attention_mask=rows.prompt_attention_mask,
                     ratio=ratio,
                     sigma_data=SIGMA_DATA,
                     resolution_invariant=args.tangent_resolution_invariant,
                 )
-
-        # 6. Loss, the mean over the rows kept in all processes and micro-steps; backward, clipping, step, EMA
-        with accelerator.accumulate(model):
-            trig_output, logvar = model(*inputs)
-            if tangent is None:
+                loss = consistency_loss(
+                    trig_output.primal, tangent.trig_output, tangent.tangent, logvar, rows.timesteps, SIGMA_DATA
+                )
+            else:
                 loss = endpoint_loss(trig_output, rows.latents, rows.pred_original_sample, rows.timesteps, SIGMA_DATA)
                 loss = loss + 0 * logvar.sum()  # DDP waits for the gradient of every parameter
-            else:
-                loss = consistency_loss(
-                    trig_output, tangent.trig_output, tangent.tangent, logvar, rows.timesteps, SIGMA_DATA
-                )
             accelerator.backward(loss * (kept / rows_per_micro_step))
             micro_step += 1
+            if accelerator.sync_gradients:
+                if black is not None:
+                    scale = rows_per_step / counts[0].clamp(min=1)
+                    for parameter in model.parameters():
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(scale)
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+                status = HostCopy(torch.cat([counts, grad_norm.reshape(1)]))
+            if len(ahead) < 2:
+                ahead.extend(islice(stream, 1))
             if not accelerator.sync_gradients:
                 continue
-            if 0 < kept_in_step < rows_per_step:
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(rows_per_step / kept_in_step)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+            kept_in_step, dropped_in_step, stops, grad_norm = status.read().tolist()
+            counts.zero_()
             finite = math.isfinite(grad_norm)
             if kept_in_step == 0:
                 logger.warning(f"Step {step}: the brightness filter dropped every prompt; no update")
@@ -426,22 +392,22 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
             lr_scheduler.step()
         step += 1
         progress.update()
-        rows_since_log += kept_in_step
-        kept_in_step = 0
+        stopping |= stops > 0
+        dropped_prompts += int(dropped_in_step)
+        rows_since_log += int(kept_in_step)
         skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
         if not finite:
             skipped_steps += 1
             oldest = max(0, number - buffer.capacity - args.gradient_accumulation_steps + 1)
-            draws = range(oldest * prompts_per_recording, number * prompts_per_recording)
-            seen = [prompt_at(draw, len(prompts), args.seed) for draw in draws]
+            seen = teacher_rows.prompt_numbers(range(oldest, number))
             logger.warning(f"Step {step}: gradient norm {grad_norm}, no update; its prompts are among numbers {seen}")
         failing = skipped_in_a_row >= args.max_skipped_steps
 
         if step % args.logging_steps == 0 or step == args.max_train_steps or not finite:
             now = time.perf_counter()
             metrics = {"loss": loss.item()}
-            if tangent is not None:
-                error = consistency_error(trig_output.detach(), tangent.trig_output, tangent.tangent).mean()
+            if trains_on_tangent:
+                error = consistency_error(trig_output.primal.detach(), tangent.trig_output, tangent.tangent).mean()
                 metrics |= {"error": error.item(), "tangent_norm": tangent.norm.mean().item(), "tangent_ratio": ratio}
             metrics |= {
                 "grad_norm": grad_norm,

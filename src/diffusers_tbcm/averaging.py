@@ -1,5 +1,6 @@
 """The exponential moving average of the trained weights, kept like the weights: whole, or sharded by FSDP2."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ class ShardedEMA(EMAModel):
     """
 
     shadow_params: list[torch.Tensor]
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Move every average towards its weight, all in one go and in place.
+
+        Args:
+            parameters: the weights, in the order of the averages.
+        """
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"shadow_params": self.full_weights()}

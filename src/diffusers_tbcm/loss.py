@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .dual import Dual
 from .trigflow import TrigFlowTransformer, broadcast_time
 
 
@@ -48,19 +49,19 @@ class StudentWithLogvar(nn.Module):
 
     def forward(
         self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
+        sample: torch.Tensor | Dual,
+        timestep: torch.Tensor | Dual,
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | Dual, torch.Tensor]:
         """Evaluate F and the log-variance; the arguments are those of `TrigFlowTransformer.forward`.
 
         Args:
-            sample: x_t / sigma_data, (batch, channels, height, width).
-            timestep: t in radians, (batch,).
-            encoder_hidden_states: prompt embeddings, (batch, length, dim).
-            encoder_attention_mask: 1 for a token, 0 for padding, (batch, length).
+            sample: x_t / sigma_data, (batch, channels, height, width), dual where F is to be.
+            timestep: t in radians, (batch,), dual where F is to be.
+            encoder_hidden_states: prompt embeddings, (prompts, length, dim).
+            encoder_attention_mask: 1 for a token, 0 for padding, (prompts, length).
             guidance: unscaled classifier-free guidance weight, (batch,).
 
         Returns:
@@ -69,7 +70,8 @@ class StudentWithLogvar(nn.Module):
         trig_output = self.student(sample, timestep, encoder_hidden_states, encoder_attention_mask, guidance)
         # Detached: until the head has converged, its gradient is larger than the tangent's by about the number of
         # latent elements, and would move the student's time embedding instead of the head.
-        return trig_output, self.logvar_head(self.student.embed_timestep(timestep, guidance).detach())
+        t = timestep.primal if isinstance(timestep, Dual) else timestep
+        return trig_output, self.logvar_head(self.student.embed_timestep(t, guidance).detach())
 
 
 def consistency_weight(t: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:

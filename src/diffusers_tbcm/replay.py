@@ -50,21 +50,30 @@ class Recording:
         """Take points of the trajectories as training rows.
 
         Args:
-            numbers: which, counted trajectory by trajectory, (rows,) integers; all by default.
+            numbers: which, counted trajectory by trajectory, (rows,) integers; by default all, trajectory by
+                trajectory, sharing their prompts.
 
         Returns:
             The rows, in that order.
         """
+        trajectory, places = self.trajectory, self.trajectory.timesteps.shape[1]
         if numbers is None:
-            numbers = torch.arange(len(self))
-        numbers = numbers.to(self.trajectory.timesteps.device)
-        places = self.trajectory.timesteps.shape[1]
+            return TrainingRows(
+                latents=trajectory.latents.flatten(0, 1),
+                velocity=trajectory.velocity.flatten(0, 1),
+                timesteps=trajectory.timesteps.flatten(),
+                pred_original_sample=trajectory.pred_original_sample.repeat_interleave(places, dim=0),
+                prompt_embeds=self.prompt_embeds,
+                prompt_attention_mask=self.prompt_attention_mask,
+                guidance_scale=self.guidance_scale.repeat_interleave(places),
+            )
+        numbers = numbers.to(trajectory.timesteps.device)
         prompt, place = numbers // places, numbers % places
         return TrainingRows(
-            latents=self.trajectory.latents[prompt, place],
-            velocity=self.trajectory.velocity[prompt, place],
-            timesteps=self.trajectory.timesteps[prompt, place],
-            pred_original_sample=self.trajectory.pred_original_sample[prompt],
+            latents=trajectory.latents[prompt, place],
+            velocity=trajectory.velocity[prompt, place],
+            timesteps=trajectory.timesteps[prompt, place],
+            pred_original_sample=trajectory.pred_original_sample[prompt],
             prompt_embeds=self.prompt_embeds[prompt],
             prompt_attention_mask=self.prompt_attention_mask[prompt],
             guidance_scale=self.guidance_scale[prompt],
@@ -80,8 +89,8 @@ class TrainingRows:
         velocity: the teacher's dx_t/dt, the shape of `latents`.
         timesteps: t in radians, (rows,).
         pred_original_sample: x_0, the end of the row's trajectory, the shape of `latents`.
-        prompt_embeds: (rows, length, dim).
-        prompt_attention_mask: 1 for a token, 0 for padding, (rows, length).
+        prompt_embeds: (prompts, length, dim): a prompt for every row, or one for as many consecutive rows as others.
+        prompt_attention_mask: 1 for a token, 0 for padding, (prompts, length).
         guidance_scale: classifier-free guidance weight, (rows,).
     """
 
@@ -98,7 +107,7 @@ class TrainingRows:
 
     @staticmethod
     def cat(parts: Sequence[TrainingRows]) -> TrainingRows:
-        """Put rows together, their prompts padded to the longest with masked tokens."""
+        """Put rows with a prompt each together, the prompts padded to the longest with masked tokens."""
         length = max(part.prompt_embeds.shape[1] for part in parts)
         padded = []
         for part in parts:
@@ -152,6 +161,8 @@ class ReplayBuffer:
         Returns:
             The rows.
         """
+        if len(self.recordings) == 1 and num_rows >= len(self):
+            return self.recordings[0].rows()
         numbers = torch.randperm(len(self), generator=generator)[:num_rows].sort().values
         parts: list[TrainingRows] = []
         start = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .dual import Dual
 from .trigflow import broadcast_time
 
 
@@ -70,6 +71,66 @@ def tangent_ratio(
     return (1 - cooldown) * warmup + cooldown * final_ratio
 
 
+def dual_inputs(
+    latents: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor, sigma_data: float = 0.5
+) -> tuple[Dual, Dual]:
+    """Let the student's inputs move along the teacher's ODE, at the speed dt = cos(t) sin(t) (Alg. 1).
+
+    The speed keeps dF/dt, which can be huge near t = pi/2, in range.
+
+    Args:
+        latents: x_t, (rows, channels, height, width).
+        velocity: the teacher's dx_t/dt, the shape of `latents`.
+        timesteps: t in radians, (rows,).
+        sigma_data: standard deviation of the latents.
+
+    Returns:
+        x_t / sigma_data and t, each with its tangent, in float32 or wider.
+    """
+    wide = torch.promote_types(latents.dtype, torch.float32)
+    latents, velocity, timesteps = latents.to(wide), velocity.to(wide), timesteps.to(wide)
+    speed = torch.cos(timesteps) * torch.sin(timesteps)
+    sample = Dual(latents / sigma_data, broadcast_time(speed, velocity) * velocity / sigma_data)
+    return sample, Dual(timesteps, speed)
+
+
+@torch.no_grad()
+def normalized_tangent(
+    trig_output: Dual,
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    ratio: float,
+    sigma_data: float = 0.5,
+    resolution_invariant: bool = False,
+) -> TangentOutput:
+    """Evaluate the normalised tangent of the student along the teacher's ODE (Alg. 1, JVP rearrangement of Eq. 4).
+
+    At r = 1 and before normalisation it is cos(t) df/dt.
+
+    Args:
+        trig_output: F of the student on `dual_inputs`, (rows, channels, height, width).
+        latents: x_t, the shape of `trig_output`.
+        velocity: the teacher's dx_t/dt, the shape of `trig_output`.
+        timesteps: t in radians, (rows,).
+        ratio: r, from `tangent_ratio`.
+        sigma_data: standard deviation of the latents.
+        resolution_invariant: divide the norm by the square root of channels * height * width, as some sCM code does.
+
+    Returns:
+        The tangent, the student's output and the norm, without gradients, in float32 or wider.
+    """
+    output, derivative = trig_output.primal.detach(), trig_output.tangent
+    cos, sin = (broadcast_time(value, output) for value in (torch.cos(timesteps), torch.sin(timesteps)))
+    tangent = -(cos**2) * (sigma_data * output - velocity) - ratio * (cos * sin * latents + sigma_data * derivative)
+    norm = torch.linalg.vector_norm(tangent, dim=(1, 2, 3))
+    if resolution_invariant:
+        norm = norm / math.sqrt(tangent[0].numel())
+    tangent = tangent / (broadcast_time(norm, tangent) + NORMALIZATION_CONSTANT)
+    return TangentOutput(tangent=tangent, trig_output=output, norm=norm)
+
+
 @torch.no_grad()
 def consistency_tangent(
     student: Callable[..., torch.Tensor],
@@ -84,43 +145,41 @@ def consistency_tangent(
     sigma_data: float = 0.5,
     resolution_invariant: bool = False,
 ) -> TangentOutput:
-    """Evaluate the normalised tangent of the student along the teacher's ODE (Alg. 1, JVP rearrangement of Eq. 4).
+    """Evaluate the normalised tangent by a pass of its own, under PyTorch's forward mode: the plain reference.
 
-    At r = 1 and before normalisation it is cos(t) df/dt.
+    Training has it from its gradient pass, by `dual_inputs` and `normalized_tangent`.
 
     Args:
         student: the network F, called as `TrigFlowTransformer` is: (sample, timestep, prompt_embeds, mask, guidance).
         latents: x_t, (rows, channels, height, width).
         velocity: the teacher's dx_t/dt, the shape of `latents`.
         timesteps: t in radians, (rows,).
-        prompt_embeds: (rows, length, dim).
+        prompt_embeds: (prompts, length, dim).
         guidance_scale: classifier-free guidance weight, (rows,); None for a student that does not embed it.
-        prompt_attention_mask: 1 for a token, 0 for padding, (rows, length).
+        prompt_attention_mask: 1 for a token, 0 for padding, (prompts, length).
         ratio: r, from `tangent_ratio`.
         sigma_data: standard deviation of the latents.
-        resolution_invariant: divide the norm by the square root of channels * height * width, as some sCM code does.
+        resolution_invariant: as in `normalized_tangent`.
 
     Returns:
-        The tangent, the student's output and the norm, without gradients, in float32 or wider.
+        As `normalized_tangent`.
     """
-    wide = torch.promote_types(latents.dtype, torch.float32)
-    latents, velocity, timesteps = latents.to(wide), velocity.to(wide), timesteps.to(wide)
-    cos, sin = (broadcast_time(value, latents) for value in (torch.cos(timesteps), torch.sin(timesteps)))
+    sample, t = dual_inputs(latents, velocity, timesteps, sigma_data)
 
     def trig_output(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return student(sample, t, prompt_embeds, prompt_attention_mask, guidance_scale)
 
-    # cos t sin t inside the tangent vectors keeps dF/dt, which can be huge near t = pi/2, in range. Only the math
-    # kernel of scaled_dot_product_attention has forward-mode derivatives.
+    # Only the math kernel of scaled_dot_product_attention has forward-mode derivatives.
     with sdpa_kernel(SDPBackend.MATH):
         output, derivative = torch.func.jvp(  # type: ignore[misc]  # declared as if `has_aux` were known at run time only
-            trig_output,
-            (latents / sigma_data, timesteps),
-            (cos * sin * velocity / sigma_data, torch.cos(timesteps) * torch.sin(timesteps)),
+            trig_output, (sample.primal, t.primal), (sample.tangent, t.tangent)
         )
-    tangent = -(cos**2) * (sigma_data * output - velocity) - ratio * (cos * sin * latents + sigma_data * derivative)
-    norm = torch.linalg.vector_norm(tangent, dim=(1, 2, 3))
-    if resolution_invariant:
-        norm = norm / math.sqrt(tangent[0].numel())
-    tangent = tangent / (broadcast_time(norm, tangent) + NORMALIZATION_CONSTANT)
-    return TangentOutput(tangent=tangent, trig_output=output, norm=norm)
+    return normalized_tangent(
+        Dual(output, derivative),
+        latents,
+        velocity,
+        timesteps,
+        ratio=ratio,
+        sigma_data=sigma_data,
+        resolution_invariant=resolution_invariant,
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from .prompt_attention import keep_text
 from .trigflow import TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
 
 
@@ -233,9 +234,12 @@ def record_trajectory(
     sample = sigma_data * noise.to(torch.promote_types(noise.dtype, torch.float32))
     timesteps = timesteps.to(sample.dtype)
     if teacher.guidance_embeds:
+        embeds, mask = prompt_embeds, prompt_attention_mask
+        if mask is None:
+            mask = embeds.new_ones(embeds.shape[:2])
 
-        def trig_output(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return teacher(sample / sigma_data, t, prompt_embeds, prompt_attention_mask, guidance_scale)
+        def trig_output(sample: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+            return teacher(sample / sigma_data, t, embeds, mask, guidance_scale)
 
     else:
         if negative_prompt_embeds is None:
@@ -245,7 +249,7 @@ def record_trajectory(
         )
         weight = broadcast_time(guidance_scale.to(sample.dtype), sample)
 
-        def trig_output(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        def trig_output(sample: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
             both = teacher(sample.repeat(2, 1, 1, 1) / sigma_data, t.repeat(2), embeds, mask)
             unconditional, conditional = both.chunk(2)
             return unconditional + weight * (conditional - unconditional)
@@ -253,11 +257,13 @@ def record_trajectory(
     latents = []
     velocities = []
     next_timesteps = torch.cat([timesteps[:, 1:], torch.zeros_like(timesteps[:, :1])], dim=1)
-    for t, next_t in zip(timesteps.unbind(1), next_timesteps.unbind(1), strict=True):
-        velocity = sigma_data * trig_output(sample, t)
-        latents.append(sample)
-        velocities.append(velocity)
-        sample = rotate(sample, velocity, t - next_t)
+    with keep_text(teacher.transformer):
+        for t, next_t in zip(timesteps.unbind(1), next_timesteps.unbind(1), strict=True):
+            velocity = sigma_data * trig_output(sample, t, embeds)
+            embeds = embeds[:, :1]  # what the text gives is kept
+            latents.append(sample)
+            velocities.append(velocity)
+            sample = rotate(sample, velocity, t - next_t)
     return TrajectoryOutput(
         latents=torch.stack(latents[1:], dim=1),
         velocity=torch.stack(velocities[1:], dim=1),

@@ -13,6 +13,8 @@ from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepG
 from diffusers.utils import logging
 from torch import nn
 
+from .prompt_attention import deal_out, share_prompts
+
 
 logger = logging.get_logger(__name__)
 
@@ -183,8 +185,11 @@ def infer_timestep_scale(
 class TrigFlowTransformer(nn.Module):
     """A flow-matching Sana transformer seen as the TrigFlow network F (Eq. 5-7), differentiable through the maps.
 
+    Prompts may serve several consecutive rows each: what depends on the text only is then computed once per prompt.
+
     Args:
-        transformer: the network in flow-matching form; it is held, not copied.
+        transformer: the network in flow-matching form; it is held, not copied. Its cross-attention gets another
+            processor, which computes the same.
         timestep_scale: what s in [0, 1] is multiplied by before the network sees it. None takes
             `transformer.config.timestep_scale`, or 1.0 where that is 0.001, the mark of a network trained on s itself.
     """
@@ -192,6 +197,7 @@ class TrigFlowTransformer(nn.Module):
     def __init__(self, transformer: SanaTransformer2DModel, timestep_scale: float | None = None) -> None:
         super().__init__()
         self.transformer = transformer
+        share_prompts(transformer)
         if timestep_scale is None:
             config_scale = transformer.config["timestep_scale"]
             timestep_scale = 1.0 if config_scale == DENSE_TIME_CONFIG_SCALE else config_scale
@@ -222,28 +228,33 @@ class TrigFlowTransformer(nn.Module):
         Args:
             sample: x_t / sigma_data, (batch, channels, height, width).
             timestep: t in radians, (batch,).
-            encoder_hidden_states: prompt embeddings, (batch, length, dim).
-            encoder_attention_mask: 1 for a token to attend to, 0 for padding, (batch, length).
+            encoder_hidden_states: prompt embeddings, (prompts, length, dim); batch is a multiple of prompts, and the
+                first batch / prompts samples are of the first prompt.
+            encoder_attention_mask: 1 for a token to attend to, 0 for padding, (prompts, length).
             guidance: unscaled classifier-free guidance weight, (batch,); only for a network with guidance embeddings.
 
         Returns:
             F, the shape of `sample`, in float32 or, for a float64 sample, float64.
 
         Raises:
-            ValueError: if `guidance` is missing for a network that takes it, or given to one that does not.
+            ValueError: if `guidance` is missing for a network that takes it, or given to one that does not, or `batch`
+                is no multiple of `prompts`.
         """
         # The maps amplify rounding near t = 0 and pi/2: they run wide whatever the network's dtype.
         wide = torch.promote_types(sample.dtype, torch.float32)
         sample, timestep = sample.to(wide), timestep.to(wide)
         network_dtype = self.transformer.dtype
+        if encoder_attention_mask is None:
+            encoder_attention_mask = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2])
+        text, mask = deal_out(encoder_hidden_states.to(network_dtype), encoder_attention_mask, sample.shape[0])
         s = trig_to_flow_timestep(timestep)
         flow_sample = trig_to_flow_sample(sample, timestep, sigma_data=1.0)
         flow_output = self.transformer(
             flow_sample.to(network_dtype),
-            encoder_hidden_states=encoder_hidden_states.to(network_dtype),
+            encoder_hidden_states=text,
             timestep=s * self.timestep_scale,
             guidance=self._network_guidance(guidance),
-            encoder_attention_mask=encoder_attention_mask,
+            encoder_attention_mask=mask,
             return_dict=False,
         )[0]
         return flow_to_trig_output(flow_sample, flow_output.to(wide), s)
