@@ -57,8 +57,9 @@ STEPS = 900
 LEARNING_RATE = 3e-4
 
 
-def training_command(output_dir: Path, steps: int) -> list[str]:
-    flags = {
+def training_command(output_dir: Path, steps: int, **changes: object) -> list[str]:
+    """The quickstart's `accelerate launch`, with changes of the training script's flags."""
+    flags: dict[str, object] = {
         "pretrained_model_name_or_path": TEACHER_DIR,
         "prompts_file": TEACHER_DIR / DISTILLATION_PROMPTS_FILE,
         "output_dir": output_dir,
@@ -79,6 +80,7 @@ def training_command(output_dir: Path, steps: int) -> list[str]:
         "checkpointing_steps": steps,
         "validation_steps": steps,
         "report_to": "tensorboard",
+        **changes,
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]

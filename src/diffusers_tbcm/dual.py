@@ -77,6 +77,9 @@ class Dual:
     def __truediv__(self, other: Any) -> Dual:
         return _call("div", torch.div, (self, other), {})
 
+    def __rtruediv__(self, other: Any) -> Dual:
+        return other * self**-1
+
     def __pow__(self, exponent: Any) -> Dual:
         return _call("pow", torch.pow, (self, exponent), {})
 
