@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_tbcm.brightness import keep_mask
-from diffusers_tbcm.host_copy import HostCopy
 from diffusers_tbcm.prompts import draw_generator, prompt_at
 from diffusers_tbcm.replay import Recording
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
+from diffusers_tbcm.transfer import HostCopy, to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
@@ -59,7 +59,8 @@ class TeacherRows:
 
         With every recording comes which of its prompts the brightness filter keeps, (prompts,), bound for the host.
         """
-        at_once = self.args.teacher_batch_size // self.args.train_batch_size
+        args = self.args
+        at_once = args.teacher_batch_size // args.train_batch_size
         for start in range(first - first % at_once, end, at_once):
             yield from self.record(range(start, start + at_once))[max(0, first - start) : end - start]
 
@@ -84,7 +85,7 @@ class TeacherRows:
         prompts = [self.prompts[prompt_at(draw, len(self.prompts), args.seed)] for draw in draws]
         prompt_embeds, prompt_mask = self.encoder(prompts)
         picks = [torch.randint(len(self.guidance_choices), (), generator=generator) for generator in generators]
-        guidance_scale = self.guidance_choices[torch.stack(picks)].to(device)
+        guidance_scale = to_device(self.guidance_choices[torch.stack(picks)], device)
         noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
 
         # 2. Timesteps
@@ -103,7 +104,7 @@ class TeacherRows:
         # 3. The teacher's trajectory
         trajectory = record_trajectory(
             self.teacher,
-            noise.to(device),
+            to_device(noise, device),
             timesteps,
             prompt_embeds,
             self.negative_embeds,
@@ -125,5 +126,6 @@ class TeacherRows:
                 generator=generators,
             )
         recording = Recording(trajectory, prompt_embeds, prompt_mask, guidance_scale)
-        batches = torch.arange(len(draws)).split(args.train_batch_size)
-        return [(recording.select(batch), HostCopy(keep[batch])) for batch in batches]
+        size = args.train_batch_size
+        batches = zip(torch.arange(len(draws)).split(size), keep.split(size), strict=True)
+        return [(recording.select(batch), HostCopy(kept)) for batch, kept in batches]

@@ -54,7 +54,6 @@ from diffusers_tbcm.checkpoints import find_checkpoint, save_checkpoint
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from diffusers_tbcm.export import save_student_lora, save_student_pipeline
-from diffusers_tbcm.host_copy import HostCopy
 from diffusers_tbcm.hub import choose_license, prepare_repo, push_or_warn
 from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
 from diffusers_tbcm.lora import drop_frozen_weights, merge_lora
@@ -67,6 +66,7 @@ from diffusers_tbcm.record import training_config
 from diffusers_tbcm.replay import Recording, ReplayBuffer
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
 from diffusers_tbcm.tracking import MetricsLog
+from diffusers_tbcm.transfer import HostCopy, to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale
 from diffusers_tbcm.versions import dtype_argument
 
@@ -326,7 +326,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         draw = micro_step * accelerator.num_processes + accelerator.process_index
         rows = buffer.sample(rows_per_micro_step, draw_generator(draw, args.seed, stream=1))
         kept = len(rows)
-        counts += accelerator.reduce(torch.tensor([kept, dropped, float(stop.received)], device=device))
+        counts += accelerator.reduce(to_device(torch.tensor([kept, dropped, float(stop.received)]), device))
         if kept == 0:  # this process still takes part, at weight zero
             rows = recording.rows()
 

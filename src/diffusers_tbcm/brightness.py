@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .trajectory import per_prompt_generators
+from .transfer import to_device
 
 
 @torch.no_grad()
@@ -86,4 +87,4 @@ def keep_mask(
         torch.rand((), generator=row_generator, device=mse.device if row_generator is None else row_generator.device)
         for row_generator in per_prompt_generators(generator, mse.shape[0])
     ]
-    return mse >= threshold * torch.stack(draws).to(mse.device)
+    return mse >= threshold * to_device(torch.stack(draws), mse.device)

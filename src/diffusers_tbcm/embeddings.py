@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .pipeline_folder import SKIPPED_FILES
+from .transfer import to_device
 
 
 logger = logging.get_logger(__name__)
@@ -334,4 +335,5 @@ def _write_shard(folder: Path, prompts: list[str], rows: list[torch.Tensor], fin
 
 def _pad(rows: list[torch.Tensor], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
     masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    return pad_sequence(rows, batch_first=True).to(device), pad_sequence(masks, batch_first=True).to(device)
+    embeds, mask = (to_device(pad_sequence(part, batch_first=True), device) for part in (rows, masks))
+    return embeds, mask

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from .trajectory import TrajectoryOutput
+from .transfer import to_device
 
 
 @dataclass
@@ -34,11 +35,12 @@ class Recording:
         """Keep some of the prompts.
 
         Args:
-            prompts: a mask or numbers.
+            prompts: numbers.
 
         Returns:
             The recording of those.
         """
+        prompts = to_device(prompts, self.guidance_scale.device)
         trajectory = TrajectoryOutput(
             *(getattr(self.trajectory, field.name)[prompts] for field in fields(TrajectoryOutput))
         )
@@ -67,7 +69,7 @@ class Recording:
                 prompt_attention_mask=self.prompt_attention_mask,
                 guidance_scale=self.guidance_scale.repeat_interleave(places),
             )
-        numbers = numbers.to(trajectory.timesteps.device)
+        numbers = to_device(numbers, trajectory.timesteps.device)
         prompt, place = numbers // places, numbers % places
         return TrainingRows(
             latents=trajectory.latents[prompt, place],

@@ -8,6 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from .prompt_attention import keep_text
+from .transfer import to_device
 from .trigflow import TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
 
 
@@ -138,7 +139,7 @@ def sample_timesteps(
             angles = lower.to(draw_device) + (upper - lower).to(draw_device) * uniform
         angles = angles.clamp(max=_BELOW_HALF_PI).sort(descending=True).values
         rows.append(torch.cat([angles.new_full((1,), math.pi / 2), angles]))
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), device)
 
 
 def rotate(sample: torch.Tensor, velocity: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

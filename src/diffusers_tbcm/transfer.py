@@ -1,6 +1,21 @@
-"""Small results on their way from the device to the host, so that nothing waits for what was queued after them."""
+"""Small tensors between host and device without waiting for the work that is queued on a GPU."""
 
 import torch
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """Move a tensor; on the way to a GPU the host does not wait for what is queued there, as `Tensor.to` would.
+
+    Args:
+        tensor: any.
+        device: where to; None leaves it where it is.
+
+    Returns:
+        The tensor there.
+    """
+    if device is not None and torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class HostCopy:

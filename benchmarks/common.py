@@ -1,0 +1,80 @@
+"""What the benchmarks share: the models they run, the device they ran on, and how results are written."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pandas
+import torch
+from diffusers import SanaTransformer2DModel
+
+
+RESULTS = Path(__file__).parent / "results"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "tbcm"
+EMBEDDED_TEACHER = EXAMPLES / "sana_emoji_mini"
+CONFIGS = {
+    "0.6b": {
+        "num_layers": 28,
+        "num_attention_heads": 36,
+        "num_cross_attention_heads": 16,
+        "cross_attention_head_dim": 72,
+        "cross_attention_dim": 1152,
+    },
+    "1.6b": {
+        "num_layers": 20,
+        "num_attention_heads": 70,
+        "num_cross_attention_heads": 20,
+        "cross_attention_head_dim": 112,
+        "cross_attention_dim": 2240,
+    },
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def random_transformer(model: str, resolution: int) -> SanaTransformer2DModel:
+    """A transformer of a published size, in dense time, for a resolution in pixels."""
+    return SanaTransformer2DModel(
+        qk_norm="rms_norm_across_heads", timestep_scale=0.001, sample_size=resolution // 32, **CONFIGS[model]
+    )
+
+
+def load_transformer(model: str, resolution: int) -> SanaTransformer2DModel:
+    """The embedded teacher's transformer, or one of a published size with random weights."""
+    if model == "embedded":
+        return SanaTransformer2DModel.from_pretrained(EMBEDDED_TEACHER, subfolder="transformer")
+    return random_transformer(model, resolution)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device and versions, for the record."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_results(name: str, table: pandas.DataFrame, details: dict[str, Any], notes: str = "") -> None:
+    """Print a table and keep it as benchmarks/results/<name>.json and .md, beside what it was measured on."""
+    RESULTS.mkdir(exist_ok=True)
+    record = {"details": details, "rows": json.loads(table.to_json(orient="records"))}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    header = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns) + "\n"
+    body = "".join("| " + " | ".join("" if pandas.isna(v) else f"{v}" for v in row) + " |\n" for row in table.values)
+    settings = ", ".join(f"{key} {value}" for key, value in details.items())
+    (RESULTS / f"{name}.md").write_text(f"{settings}\n\n{header}{body}\n{notes}".rstrip() + "\n", encoding="utf-8")
+    print(table.to_string(index=False, na_rep=""), f"\n{settings}\n{RESULTS / name}.json, .md")
