@@ -31,7 +31,7 @@ FUNCTIONS = {
     "constant plus": lambda x: OTHER + x[..., :1],
     "difference": lambda x: (x - x.mean(-1, keepdim=True)) - OTHER + (1 - x),
     "product": lambda x: x * torch.sin(x) * OTHER * 2,
-    "quotients": lambda x: (x / 3) / (x.exp() + 1) + 2 / (x.square() + 1),
+    "quotients": lambda x: (x / 3) / (x.exp() + 1) + 2 / (x.square() + 1) + OTHER / (x * x + 1),
     "powers": lambda x: (x**2).pow(1.5) + torch.rsqrt(x.pow(2) + 1),
     "power of a tensor": lambda x: (x.abs() + 1) ** x,
     "layer norm": lambda x: F.layer_norm(x, (4,), None, None, 1e-6),
