@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .guidance import guided_output
+from .guidance import guidance_branches, guided_output
 from .replay import TrainingRows
 from .trajectory import per_prompt_generators, sample_timesteps
 from .trigflow import TrigFlowTransformer, broadcast_time
@@ -119,25 +119,25 @@ def diffusion_rows(
         ValueError: if `timesteps` or `guidance_scale` does not fit the batch, or `negative_prompt_embeds` is None and
             the teacher needs it.
     """
-    rows = len(image_latents)
-    if timesteps.shape != (rows,):
-        raise ValueError(f"`timesteps` has shape {tuple(timesteps.shape)}, but it must be ({rows},).")
-    trig_output = guided_output(
+    rows = (len(image_latents),)
+    for name, value in (("timesteps", timesteps), ("guidance_scale", guidance_scale)):
+        if value.shape != rows:
+            raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but it must be {rows}.")
+    branches = guidance_branches(
         teacher,
         prompt_embeds,
         negative_prompt_embeds,
-        guidance_scale,
         prompt_attention_mask=prompt_attention_mask,
         negative_prompt_attention_mask=negative_prompt_attention_mask,
     )
     original_sample = sigma_data * image_latents.to(torch.promote_types(image_latents.dtype, torch.float32))
-    latents = diffuse(original_sample, noise, timesteps, sigma_data)
+    latents, timesteps = diffuse(original_sample, noise, timesteps, sigma_data), timesteps.to(original_sample.dtype)
     if prompt_attention_mask is None:
         prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.long, device=prompt_embeds.device)
     return TrainingRows(
         latents=latents,
-        velocity=sigma_data * trig_output(latents / sigma_data, timesteps.to(latents.dtype)),
-        timesteps=timesteps.to(latents.dtype),
+        velocity=sigma_data * guided_output(teacher, latents / sigma_data, timesteps, *branches, guidance_scale),
+        timesteps=timesteps,
         pred_original_sample=original_sample,
         prompt_embeds=prompt_embeds,
         prompt_attention_mask=prompt_attention_mask,
