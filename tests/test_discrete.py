@@ -89,6 +89,35 @@ def test_the_exact_consistency_function_of_gaussian_data_loses_only_the_solvers_
     assert losses[0] / losses[1] == pytest.approx(16, rel=0.1)
 
 
+def test_training_leads_to_the_teachers_own_discrete_ode():
+    """A student with one number per grid time, f(x, t) = a(t) x: at the loss's minimum a is the product of the rotations."""
+    route = torch.linspace(1.4, 0.35, 4).double()
+    later, earlier = route, torch.cat([route[1:], torch.zeros(1).double()])
+    rows = make_rows(gaussian_teacher(), later)
+    factors = torch.ones(4, dtype=torch.float64, requires_grad=True)
+
+    def function(sample, t):
+        factor = torch.where(t == 0, 1.0, factors[(route - t[:, None]).abs().argmin(1)])
+        return four_axes((t.cos() - factor) / t.sin().clamp(min=1e-9)) * sample
+
+    student = without_guidance(trig_student(function))
+    optimizer = torch.optim.SGD([factors], lr=0.5)
+    for _ in range(200):
+        target = discrete_target(student, rows, earlier)
+        loss = discrete_loss(output_of(student, rows), rows.latents, target, later, loss_type="l2")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    sample, ends = rows.latents, []
+    for start in range(4):  # from each grid time down to 0
+        x = sample[start : start + 1]
+        for t, next_t in zip(later[start:], earlier[start:], strict=True):
+            output = gaussian_teacher()(x / SIGMA_DATA, t[None], torch.zeros(1, 1, 1))
+            x = rotate(x, SIGMA_DATA * output, (t - next_t)[None])
+        ends.append(x)
+    torch.testing.assert_close(four_axes(factors.detach()) * sample, torch.cat(ends), rtol=1e-3, atol=1e-3)
+
+
 def test_losses_by_hand():
     t = torch.tensor([math.pi / 6], dtype=torch.float64)
     latents, target = torch.zeros(1, 1, 1, 2).double(), torch.zeros(1, 1, 1, 2).double()
