@@ -90,7 +90,7 @@ def test_the_exact_consistency_function_of_gaussian_data_loses_only_the_solvers_
 
 
 def test_training_leads_to_the_teachers_own_discrete_ode():
-    """A student with one number per grid time, f(x, t) = a(t) x: at the loss's minimum a is the product of the rotations."""
+    """One number per grid time, f(x, t) = a(t) x: without loss, a is the product of the rotations from there to 0."""
     route = torch.linspace(1.4, 0.35, 4).double()
     later, earlier = route, torch.cat([route[1:], torch.zeros(1).double()])
     rows = make_rows(gaussian_teacher(), later)
