@@ -1,5 +1,12 @@
-"""Captioned emoji from two npm packages: pictures on white, concepts, styles and caption phrasings."""
+"""Captioned emoji from two npm packages: pictures on white, concepts, styles and caption phrasings.
 
+As a script it writes the pictures that the embedded teacher was taught, with all their captions, as a folder that
+`datasets` reads:
+
+    python examples/tbcm/emoji_data.py --noto_dir ... --fluent_dir ... --output_dir ...
+"""
+
+import argparse
 import json
 import random
 from dataclasses import dataclass
@@ -96,3 +103,30 @@ def random_caption(picture: Emoji, rng: random.Random, styleless_probability: fl
 def all_captions(picture: Emoji) -> list[str]:
     templates = (*CAPTIONS[picture.style], *STYLELESS_CAPTIONS)
     return [caption(template, name) for template in templates for name in sorted({picture.concept, picture.alias})]
+
+
+def write_image_folder(pictures: list[Emoji], folder: Path) -> None:
+    """Save pictures as PNG files beside a metadata.jsonl whose `text` lists all captions of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (picture, image) in enumerate(zip(pictures, load_images(pictures), strict=True)):
+        name = f"{number:05d}.png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": all_captions(picture)}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--noto_dir", type=Path, required=True, help="unpacked npm package emoji-datasource-google")
+    parser.add_argument("--fluent_dir", type=Path, required=True, help="unpacked npm package @lobehub/fluent-emoji-3d")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="the teacher's, which chooses what is held out")
+    args = parser.parse_args()
+    taught = [picture for picture in list_emoji(args.noto_dir, args.fluent_dir, args.seed) if picture.taught]
+    write_image_folder(taught, args.output_dir)
+    print(f"{len(taught)} pictures in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
-from emoji_data import Emoji, caption, list_emoji, load_images
+from emoji_data import RESOLUTION, Emoji, all_captions, caption, list_emoji, load_images, write_image_folder
 from emoji_metrics import DISTILLATION_PROMPTS_FILE, TEACHER_DIR, draw, load_evaluation
 from make_mini_teacher import (
     Run,
@@ -19,6 +19,7 @@ from make_mini_teacher import (
 )
 from PIL import Image
 
+from diffusers_tbcm.image_latents import CaptionedImages, to_pixels
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.prompts import load_prompts
 from diffusers_tbcm.trigflow import infer_timestep_scale
@@ -93,6 +94,19 @@ def test_pictures_are_joined_by_code_point_and_composed_on_white(tmp_path):
     assert len(held_out) == len(set(held_out)) == 100  # one style of a hundred concepts
     transparent, blue = load_images([pictures[1], pictures[2]])
     assert (transparent == 255).all() and (blue[2] >= 250).all() and (blue[:2] <= 5).all()  # webp is lossy
+
+
+def test_the_written_folder_is_a_data_set_of_the_pictures_with_all_their_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    pictures = []
+    for index, concept in enumerate(("owl", "dog")):
+        Image.new("RGBA", (64, 64), (255, 100 * index, 0, 255)).save(tmp_path / f"{concept}.png")
+        pictures.append(Emoji(concept, concept, "noto", tmp_path / f"{concept}.png", in_teacher=True))
+    write_image_folder(pictures, tmp_path / "folder")
+    images = CaptionedImages(tmp_path / "folder")
+    assert images.captions == [tuple(all_captions(picture)) for picture in pictures]
+    expected = load_images(pictures) / 127.5 - 1
+    torch.testing.assert_close(torch.cat([to_pixels(images[index], RESOLUTION) for index in range(2)]), expected)
 
 
 def test_captions_take_the_right_article():

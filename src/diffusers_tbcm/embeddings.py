@@ -272,8 +272,8 @@ def encoder_fingerprint(
     """
     instruction = "\n".join(complex_human_instruction or [])
     return {
-        "text_encoder": _digest_files(Path(teacher_folder) / "text_encoder"),
-        "tokenizer": _digest_files(Path(teacher_folder) / "tokenizer"),
+        "text_encoder": digest_files(Path(teacher_folder) / "text_encoder"),
+        "tokenizer": digest_files(Path(teacher_folder) / "tokenizer"),
         "complex_human_instruction": blake2b(instruction.encode(), digest_size=8).hexdigest()
         if instruction
         else "none",
@@ -282,18 +282,15 @@ def encoder_fingerprint(
     }
 
 
-def _check_fingerprint(folder: Path, found: dict[str, str], expected: dict[str, str]) -> None:
-    differences = [
-        f"{name} is {found.get(name)}, not {value}" for name, value in expected.items() if found.get(name) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"{str(folder)!r} holds embeddings of another encoder: {'; '.join(differences)}. Choose another folder, or"
-            " delete this one to embed the prompts again"
-        )
+def digest_files(folder: Path) -> str:
+    """Digest a component's folder: the first bytes of every weight tensor and all of every other file.
 
+    Args:
+        folder: of a pipeline's component.
 
-def _digest_files(folder: Path) -> str:
+    Returns:
+        16 hexadecimal digits.
+    """
     digest = blake2b(digest_size=8)
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or any(fnmatch(path.name, pattern) for pattern in SKIPPED_FILES):
@@ -311,6 +308,17 @@ def _digest_files(folder: Path) -> str:
                 file.seek(8 + len(header) + start)
                 digest.update(file.read(min(stop - start, WEIGHT_SAMPLE)))
     return digest.hexdigest()
+
+
+def _check_fingerprint(folder: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+    differences = [
+        f"{name} is {found.get(name)}, not {value}" for name, value in expected.items() if found.get(name) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{str(folder)!r} holds embeddings of another encoder: {'; '.join(differences)}. Choose another folder, or"
+            " delete this one to embed the prompts again"
+        )
 
 
 def _keys(prompts: Sequence[str]) -> np.ndarray:
