@@ -26,6 +26,7 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_tbcm.dual import checkpoint_dual
+from diffusers_tbcm.guidance import guidance_branches, guided_output
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
 from diffusers_tbcm.prompt_attention import share_prompts
 from diffusers_tbcm.replay import Recording, ReplayBuffer, TrainingRows
@@ -206,18 +207,17 @@ def record_step_by_step(
     sigma_data: float,
 ) -> TrajectoryOutput:
     """The trajectory as a sampling loop has it: every step computes its text again."""
-    prompts, length = prompt_attention_mask.shape
-    padding = length - negative_prompt_attention_mask.shape[1]
-    negative = torch.nn.functional.pad(negative_prompt_embeds, (0, 0, 0, padding)).expand(prompts, -1, -1)
-    negative_mask = torch.nn.functional.pad(negative_prompt_attention_mask, (0, padding)).expand(prompts, -1)
-    text, mask = torch.cat([negative, prompt_embeds]), torch.cat([negative_mask, prompt_attention_mask])
-    weight = guidance_scale.view(-1, 1, 1, 1)
+    text = guidance_branches(
+        teacher,
+        prompt_embeds,
+        negative_prompt_embeds,
+        prompt_attention_mask=prompt_attention_mask,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
+    )
     sample, latents, velocities = sigma_data * noise, [], []
     ends = torch.cat([timesteps[:, 1:], torch.zeros_like(timesteps[:, :1])], dim=1)
     for t, end in zip(timesteps.unbind(1), ends.unbind(1), strict=True):
-        both = teacher(sample.repeat(2, 1, 1, 1) / sigma_data, t.repeat(2), text, mask)
-        unconditional, conditional = both.chunk(2)
-        velocity = sigma_data * (unconditional + weight * (conditional - unconditional))
+        velocity = sigma_data * guided_output(teacher, sample / sigma_data, t, *text, guidance_scale)
         latents.append(sample)
         velocities.append(velocity)
         sample = rotate(sample, velocity, t - end)

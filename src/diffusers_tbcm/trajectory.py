@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from .guidance import guidance_branches, guided_output
 from .prompt_attention import keep_text
 from .transfer import to_device
 from .trigflow import TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
@@ -172,25 +173,6 @@ def equivalent_noise(sample: torch.Tensor, pred_original_sample: torch.Tensor, t
     return (sample - torch.cos(timestep) * pred_original_sample) / torch.sin(timestep)
 
 
-def _stack_branches(
-    negative: torch.Tensor,
-    negative_mask: torch.Tensor | None,
-    positive: torch.Tensor,
-    positive_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put both guidance branches in one batch, padded to one length with masked tokens: (2B, L, D) and (2B, L)."""
-    length = max(negative.shape[1], positive.shape[1])
-    branches = []
-    masks = []
-    for embeds, mask in ((negative, negative_mask), (positive, positive_mask)):
-        mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask
-        padding = length - embeds.shape[1]
-        rows = positive.shape[0]
-        branches.append(torch.nn.functional.pad(embeds, (0, 0, 0, padding)).expand(rows, -1, -1))
-        masks.append(torch.nn.functional.pad(mask, (0, padding)).expand(rows, -1))
-    return torch.cat(branches), torch.cat(masks)
-
-
 @torch.no_grad()
 def record_trajectory(
     teacher: TrigFlowTransformer,
@@ -234,33 +216,19 @@ def record_trajectory(
         raise ValueError(f"`guidance_scale` has shape {tuple(guidance_scale.shape)}, but it must be ({batch_size},).")
     sample = sigma_data * noise.to(torch.promote_types(noise.dtype, torch.float32))
     timesteps = timesteps.to(sample.dtype)
-    if teacher.guidance_embeds:
-        embeds, mask = prompt_embeds, prompt_attention_mask
-        if mask is None:
-            mask = embeds.new_ones(embeds.shape[:2])
-
-        def trig_output(sample: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-            return teacher(sample / sigma_data, t, embeds, mask, guidance_scale)
-
-    else:
-        if negative_prompt_embeds is None:
-            raise ValueError("`negative_prompt_embeds` is None, but the teacher needs them for guidance.")
-        embeds, mask = _stack_branches(
-            negative_prompt_embeds, negative_prompt_attention_mask, prompt_embeds, prompt_attention_mask
-        )
-        weight = broadcast_time(guidance_scale.to(sample.dtype), sample)
-
-        def trig_output(sample: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-            both = teacher(sample.repeat(2, 1, 1, 1) / sigma_data, t.repeat(2), embeds, mask)
-            unconditional, conditional = both.chunk(2)
-            return unconditional + weight * (conditional - unconditional)
-
+    embeds, mask = guidance_branches(
+        teacher,
+        prompt_embeds,
+        negative_prompt_embeds,
+        prompt_attention_mask=prompt_attention_mask,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
+    )
     latents = []
     velocities = []
     next_timesteps = torch.cat([timesteps[:, 1:], torch.zeros_like(timesteps[:, :1])], dim=1)
     with keep_text(teacher.transformer):
         for t, next_t in zip(timesteps.unbind(1), next_timesteps.unbind(1), strict=True):
-            velocity = sigma_data * trig_output(sample, t, embeds)
+            velocity = sigma_data * guided_output(teacher, sample / sigma_data, t, embeds, mask, guidance_scale)
             embeds = embeds[:, :1]  # what the text gives is kept
             latents.append(sample)
             velocities.append(velocity)
