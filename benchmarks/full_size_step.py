@@ -42,10 +42,13 @@ CONFIGS = {
 }
 
 
-def random_transformer(model: str, resolution: int) -> SanaTransformer2DModel:
+def random_transformer(model: str, resolution: int, **overrides: int) -> SanaTransformer2DModel:
     """A transformer of a published size, in dense time, for a resolution in pixels."""
     return SanaTransformer2DModel(
-        qk_norm="rms_norm_across_heads", timestep_scale=0.001, sample_size=resolution // 32, **CONFIGS[model]
+        qk_norm="rms_norm_across_heads",
+        timestep_scale=0.001,
+        sample_size=resolution // 32,
+        **{**CONFIGS[model], **overrides},
     )
 
 
