@@ -34,7 +34,7 @@ from memory_step import SETTINGS, run
 RESULTS = Path(__file__).parent / "results"
 GB = 1e9
 LINES = {"20": 20, "paper, TBCM: 22.6": 22.6, "paper, Sana-Sprint: 72.0": 72.0}
-SHAPE = ("model", "resolution", "rows", "rank", "layers")
+SHAPE = ("model", "resolution", "rows", "route_steps", "rank", "layers")
 CHECKED = ("full, no checkpointing, AdamW", "full, checkpointing, AdamW", "LoRA, checkpointing, AdamW")
 NOTES = """
 GB are 10^9 bytes. *Counted*: the storages of all tensors at the moment of the step with the most of them, by kind;
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--model", choices=CONFIGS, default="0.6b")
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=16, help="points of one prompt's trajectory")
+    parser.add_argument("--route_steps", type=int, help="the teacher's; 17, or modelled 2, as all its calls are alike")
     parser.add_argument("--rank", type=int, default=32, help="of LoRA")
     parser.add_argument("--layers", type=int, default=None, help="fewer than the model's")
     parser.add_argument("--setting", choices=SETTINGS, nargs="+", default=list(SETTINGS))
@@ -142,6 +143,8 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.route_steps is None:
+        args.route_steps = 17 if device.type == "cuda" else 2
     torch.manual_seed(0)
     if args.child:
         print(json.dumps(run(SETTINGS[args.setting[0]], args, device, fake=False)))

@@ -53,8 +53,7 @@ SETTINGS = {
         *(Setting(training, checkpointing, optimiser) for training in ("full", "LoRA")
           for checkpointing in (False, True) for optimiser in ("AdamW", "8-bit AdamW")),
         Setting("full", True, "fused AdamW"),
-        *(Setting("full", checkpointing, "AdamW", f"images, VAE in {dtype}")
-          for checkpointing in (False, True) for dtype in ("float32", "bfloat16")),
+        *(Setting("full", True, "AdamW", f"images, VAE in {dtype}") for dtype in ("float32", "bfloat16")),
     )
 }  # fmt: skip
 
@@ -133,7 +132,7 @@ def make_states(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
 def trajectory_rows(
     networks: Networks, args: argparse.Namespace, device: torch.device, meter: MemoryMeter
 ) -> TrainingRows:
-    """TBCM: the teacher's trajectory of one prompt."""
+    """TBCM: the teacher's trajectory of one prompt; its points are repeated where there are fewer than rows."""
     meter.begin("teacher")
     embeds, mask = torch.randn(1, PROMPT_TOKENS, 2304, device=device), torch.ones(1, PROMPT_TOKENS, device=device)
     size = args.resolution // 32
@@ -141,7 +140,7 @@ def trajectory_rows(
     trajectory = record_trajectory(
         networks.teacher,
         torch.randn(1, 32, size, size, device=device),
-        torch.linspace(math.pi / 2, 0.1, args.rows + 1, device=device)[None],
+        torch.linspace(math.pi / 2, 0.1, args.route_steps, device=device)[None],
         embeds,
         embeds,
         guidance,
@@ -149,7 +148,8 @@ def trajectory_rows(
         negative_prompt_attention_mask=mask,
         sigma_data=SIGMA_DATA,
     )
-    return Recording(trajectory, embeds, mask, guidance).rows()
+    recording = Recording(trajectory, embeds, mask, guidance)
+    return recording.rows(torch.arange(args.rows, device=device) % len(recording))
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def run(setting: Setting, args: argparse.Namespace, device: torch.device, *, fak
 
     Args:
         setting: what is trained and how.
-        args: model, resolution, rows, rank, layers.
+        args: model, resolution, rows, route_steps, rank, layers.
         device: where; the CPU for fake tensors.
         fake: tensors without data.
 

@@ -60,7 +60,7 @@ def test_eight_bit_states_are_two_bytes_and_two_scales_a_block():
     "setting", ["full, no checkpointing, AdamW", "full, checkpointing, fused AdamW", "LoRA, checkpointing, AdamW"]
 )
 def test_a_step_without_data_counts_as_the_real_one(setting):
-    size = Namespace(model="0.6b", resolution=64, rows=2, rank=4, layers=1)
+    size = Namespace(model="0.6b", resolution=64, rows=2, route_steps=2, rank=4, layers=1)
     real, fake = (run(SETTINGS[setting], size, CPU, fake=fake)["stages"] for fake in (False, True))
     assert fake.keys() == real.keys()
     for stage in real:
