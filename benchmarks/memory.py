@@ -3,7 +3,7 @@
 
     python benchmarks/memory.py                        # 16 rows of the 0.6B model at 1024 px, every setting
     python benchmarks/memory.py --setting "LoRA, checkpointing, AdamW"
-    python benchmarks/memory.py --check                # on a CPU: the modelled peak against that of real steps
+    python benchmarks/memory.py --check --rows 4 --layers 2        # on a CPU: modelled peaks against real steps
 
 On a GPU every setting takes a real step in a process of its own, and the figures are the allocator's. Elsewhere they
 are modelled: the same step on tensors without data, whose storages are counted (memory_meter.py).
@@ -108,11 +108,11 @@ def plot(frame: pd.DataFrame, title: str, path: Path) -> None:
     for name, value in LINES.items():
         axes.axvline(value, color="black", linewidth=0.8, linestyle=":")
         side = "right" if name == "20" else "left"
-        axes.text(value, len(frame) - 0.45, f" {name} ", fontsize=8, ha=side, va="bottom")
+        axes.text(value, len(frame) - 0.15, f" {name} ", fontsize=8, ha=side, va="bottom")
     axes.set_ylim(-0.6, len(frame))
     axes.invert_yaxis()
     axes.set(xlabel="GB at the peak", ylabel="", title=title, xlim=(0, 1.1 * max(72, frame["counted"].max())))
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.35, -0.1), ncols=len(KINDS))
     axes.spines[["top", "right"]].set_visible(False)
     axes.figure.savefig(path, dpi=130, bbox_inches="tight")
 
