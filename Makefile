@@ -26,8 +26,9 @@ style: $(STAMP)  ## put the sources into the house style
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(STAMP)  ## step time and memory
-	$(BIN)/python benchmarks/full_size_step.py
+bench: $(STAMP)  ## time of a training step and of a picture, memory
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/memory.py
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -30,14 +30,15 @@ CONFIGS = {
         "cross_attention_dim": 2240,
     },
 }
+SIGMA_DATA = 0.5
+PROMPT_TOKENS = 300
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def random_transformer(model: str, resolution: int) -> SanaTransformer2DModel:
-    """A transformer of a published size, in dense time, for a resolution in pixels."""
-    return SanaTransformer2DModel(
-        qk_norm="rms_norm_across_heads", timestep_scale=0.001, sample_size=resolution // 32, **CONFIGS[model]
-    )
+def random_transformer(model: str, resolution: int, **overrides: Any) -> SanaTransformer2DModel:
+    """A transformer of a published size, in dense time, for a resolution in pixels, with changes of its config."""
+    config = {**CONFIGS[model], "sample_size": resolution // 32, **overrides}
+    return SanaTransformer2DModel(qk_norm="rms_norm_across_heads", timestep_scale=0.001, **config)
 
 
 def load_transformer(model: str, resolution: int) -> SanaTransformer2DModel:

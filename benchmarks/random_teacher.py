@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 
 import torch
+from common import CONFIGS, random_transformer
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline
-from full_size_step import CONFIGS, random_transformer
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 

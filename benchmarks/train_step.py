@@ -21,7 +21,17 @@ from statistics import median
 import matplotlib
 import pandas
 import torch
-from common import DTYPES, RESULTS, default_device, environment, load_transformer, synchronize, write_results
+from common import (
+    DTYPES,
+    PROMPT_TOKENS,
+    RESULTS,
+    SIGMA_DATA,
+    default_device,
+    environment,
+    load_transformer,
+    synchronize,
+    write_results,
+)
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +49,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-SIGMA_DATA = 0.5
 GUIDANCE_SCALE = 4.5
 REPLAYED_PROMPTS = 64
 STAGES = ("teacher", "tangent pass", "forward", "backward", "optimiser")
@@ -317,7 +326,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     if args.prompt_tokens is None:
-        args.prompt_tokens = 15 if args.model == "embedded" else 300
+        args.prompt_tokens = 15 if args.model == "embedded" else PROMPT_TOKENS
     device = default_device()
     ladder = (*LADDER, replace(BATCHED, name="teacher 8 batches at once, compiled", compiled=True))
     ladder = ladder if args.compile else LADDER

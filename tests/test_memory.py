@@ -6,7 +6,7 @@ from tiny import TEXT_HIDDEN_SIZE, tiny_sana_pipeline
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
-from diffusers_tbcm.memory import activation_bytes, memory_plan, peak_memory
+from diffusers_tbcm.memory import activation_bytes, memory_plan, peak_memory, recomputed_bytes
 from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
 
 
@@ -48,8 +48,12 @@ def test_checkpointing_and_autocast_keep_less(model, inputs):
     assert activation_bytes(model, *inputs, autocast_dtype=torch.bfloat16) < plain
     model.student.transformer.enable_gradient_checkpointing()
     checkpointed = activation_bytes(model, *inputs)
+    block = recomputed_bytes(model, *inputs)
+    assert activation_bytes(model, *inputs) == checkpointed  # checkpointing is on again
     model.student.transformer.disable_gradient_checkpointing()
     assert checkpointed < 0.5 * plain
+    assert checkpointed + block * len(model.student.transformer.transformer_blocks) == pytest.approx(plain, abs=1)
+    assert recomputed_bytes(model, *inputs) == 0
     assert activation_bytes(model, *(value[:1] for value in inputs)) == pytest.approx(plain / ROWS, rel=0.1)
 
 

@@ -60,12 +60,15 @@ def test_rows_that_do_not_divide_among_the_prompts_are_refused():
 def test_a_teachers_text_is_computed_once_for_its_trajectory():
     _, _, embeds, mask = network_inputs()
     transformer = tiny_transformer()
-    shapes = key_inputs(transformer)
+    shapes, projected = key_inputs(transformer), []
+    transformer.caption_projection.register_forward_pre_hook(
+        lambda _, arguments: projected.append(arguments[0].shape[1])
+    )
     teacher = TrigFlowTransformer(transformer)
     timesteps = sample_timesteps("reference", 3, 5, generator=torch.Generator().manual_seed(0))
     arguments = (randn(3, 4, 8, 8, dtype=torch.float32), timesteps, embeds, embeds[:1, :2], torch.full((3,), 4.5))
     trajectory = record_trajectory(teacher, *arguments, prompt_attention_mask=mask)
-    assert shapes == [(6 * 6, 16)]
+    assert shapes == [(6 * 6, 16)] and projected == [6, 1, 1, 1, 1]
     t = trajectory.timesteps[:, -1]
     both = teacher(
         (trajectory.latents[:, -1] / 0.5).repeat(2, 1, 1, 1), t.repeat(2),

@@ -92,16 +92,31 @@ def test_a_larger_teacher_batch_gives_the_same_rows_and_resumes_in_its_middle(fl
     main(parse_args(flags(output_dir=tmp_path / "one", max_train_steps=5)))
     assert batches == [1] * 5
     batches.clear()
-    arguments = flags(max_train_steps=5, teacher_batch_size=2, checkpointing_steps=3)
+    arguments = flags(max_train_steps=5, teacher_batch_size=2, checkpointing_steps=2)
     main(parse_args(arguments))
     assert batches == [2] * 3
     straight, one = student_weights(tmp_path / "run"), student_weights(tmp_path / "one")
     for name in one:
         torch.testing.assert_close(straight[name], one[name], rtol=1e-4, atol=2e-4)  # Adam enlarges rounding
+    batches.clear()
     (tmp_path / "run" / "checkpoint-5" / "checkpoint.json").unlink()
-    main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))
+    main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))  # number 4, and 3, which the buffer held
+    assert batches == [2] * 2
     resumed = student_weights(tmp_path / "run")
     assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
+
+
+def test_gradients_are_the_mean_over_the_rows_that_the_filter_keeps(flags, tmp_path, monkeypatch):
+    # The first prompt of two is the only one of a smaller batch: clipping and Adam hide a factor, the norm does not.
+    once = {"max_train_steps": 1, "logging_steps": 1}
+    main(parse_args(flags(output_dir=tmp_path / "one", brightness_threshold=0, **once)))
+    monkeypatch.setattr(teacher_rows, "keep_mask", lambda *args, **kwargs: torch.tensor([True, False]))
+    main(parse_args(flags(output_dir=tmp_path / "two", train_batch_size=2, **once)))
+    norms = [
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])["grad_norm"]
+        for run in ("one", "two")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_trajectories(flags, tmp_path, monkeypatch):

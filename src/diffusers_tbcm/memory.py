@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 import torch
+from diffusers.models import SanaTransformer2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -73,6 +74,32 @@ def activation_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: to
     return total
 
 
+def recomputed_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: torch.dtype | None = None) -> int:
+    """Count what the backward of one checkpointed block makes again.
+
+    Args:
+        model: the module, a `SanaTransformer2DModel` or with some in it; their blocks are alike.
+        inputs: its inputs, tensors of the right shape, dtype and device.
+        autocast_dtype: dtype of autocast; None for none.
+
+    Returns:
+        Bytes; 0 without gradient checkpointing.
+    """
+    transformers = [module for module in model.modules() if isinstance(module, SanaTransformer2DModel)]
+    parts = [transformer for transformer in transformers if transformer.gradient_checkpointing]
+    if not parts:
+        return 0
+    kept = activation_bytes(model, *inputs, autocast_dtype=autocast_dtype)
+    try:
+        for part in parts:
+            part.gradient_checkpointing = False
+        everything = activation_bytes(model, *inputs, autocast_dtype=autocast_dtype)
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
+    return (everything - kept) // sum(len(part.transformer_blocks) for part in parts)
+
+
 def memory_plan(
     model: nn.Module,
     frozen: Mapping[str, nn.Module],
@@ -82,7 +109,7 @@ def memory_plan(
     ema: bool,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
-    """Say what one process of a training run holds at the end of its forward, before anything is sharded.
+    """Say what one process of a training run holds in its backward, before anything is sharded.
 
     Args:
         model: the module that is trained.
@@ -93,8 +120,8 @@ def memory_plan(
         autocast_dtype: dtype of autocast; None for none.
 
     Returns:
-        Bytes by part. Weights that the model shares with a frozen module count there; the transient memory of a single
-        layer is not counted.
+        Bytes by part. Weights that the model shares with a frozen module count there. Their sum is an upper bound of
+        those parts, as gradients come while activations go; the transient memory of a single layer is not counted.
     """
     shared = {parameter for module in frozen.values() for parameter in module.parameters()}
     own = [parameter for parameter in model.parameters() if parameter not in shared]
@@ -105,4 +132,5 @@ def memory_plan(
         "optimiser": sum(p.numel() for p in trained) * state_bytes,
         "EMA": parameter_bytes(trained) * ema,
         "activations": activation_bytes(model, *inputs, autocast_dtype=autocast_dtype),
+        "recomputed block": recomputed_bytes(model, *inputs, autocast_dtype=autocast_dtype),
     }

@@ -52,7 +52,7 @@ class PromptAttnProcessor:
             self.key_value = key, value
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         attended = attended.transpose(1, 2).reshape(*hidden_states.shape[:2], -1).to(query.dtype)
-        return attn.to_out[1](attn.to_out[0](attended)) / attn.rescale_output_factor
+        return attn.to_out[1](attn.to_out[0](attended))
 
     @staticmethod
     def _project(attn: Attention, text: torch.Tensor, prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
