@@ -1,5 +1,7 @@
 """Dual numbers against PyTorch's forward mode, and the one-pass step against the two-pass one."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,6 +203,18 @@ def test_checkpointing_computes_every_tangent_once():
     model.student.transformer.enable_gradient_checkpointing(checkpoint_dual)
     one_pass(model, torch.float32)
     assert seen == [Dual, Dual, torch.Tensor, torch.Tensor]
+
+
+def test_a_graph_holds_no_tangents():
+    weight = randn(4, 4, seed=1).requires_grad_()
+    x = Dual(*directions(randn(3, 4)))
+    middle = checkpoint_dual(lambda x: F.silu(F.linear(x, weight)), x)
+    output = checkpoint_dual(lambda x: F.linear(x, weight), middle)
+    tangents = [weakref.ref(dual.tangent) for dual in (x, middle, output)]
+    primal = output.primal
+    del x, middle, output
+    assert [tangent() for tangent in tangents] == [None, None, None]
+    primal.sum().backward()
 
 
 def test_checkpointing_without_dual_numbers_is_plain_checkpointing():

@@ -319,7 +319,10 @@ def checkpoint_dual(function: Callable[..., Any], *args: Any) -> Any:
         return output.primal
 
     output = checkpoint(primal_of, *map(_primal, args), use_reentrant=False)
-    return output if tangent is None else Dual(output, tangent)
+    if tangent is None:
+        return output
+    dual, tangent = Dual(output, tangent), None  # what the graph holds must not hold the tangent
+    return dual
 
 
 def _with_primal(value: Any, primal: Any) -> Any:
