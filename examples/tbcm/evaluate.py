@@ -1,0 +1,365 @@
+#!/usr/bin/env python
+"""Draw with a student, and with its teacher, and measure the pictures.
+
+1. prompts from a file or a data set; real pictures from a file of features, a folder, a data set or the teacher itself
+2. every prompt is drawn at every number of steps, by all processes; what is on disk already is not drawn again
+3. distances, precision, recall, retrieval, text-image score, diversity and time, with 95% confidence intervals
+4. metrics.json, which the model card takes, and metrics.png in --output_dir
+
+    python examples/tbcm/evaluate.py --model outputs/student --prompts_file prompts.txt --output_dir outputs/evaluation
+    accelerate launch examples/tbcm/evaluate.py --model outputs/student --teacher TEACHER --features inception \\
+      --dataset_name playgroundai/MJHQ-30K --clip_model openai/clip-vit-large-patch14 --output_dir outputs/mjhq
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline, SanaPipeline
+from PIL import Image
+
+from diffusers_tbcm.evaluation import Evaluator, seconds_per_image
+from diffusers_tbcm.evaluation_data import (
+    MJHQ_30K,
+    DatasetPictures,
+    EvaluationPrompts,
+    FolderPictures,
+    load_evaluation_prompts,
+)
+from diffusers_tbcm.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
+from diffusers_tbcm.generation import load_pipeline
+from diffusers_tbcm.model_card import render_model_card
+from diffusers_tbcm.picture_folder import PictureFolder, pipeline_digests
+from diffusers_tbcm.pipeline_folder import CARD, TRAINING_RECORD
+from diffusers_tbcm.prompts import draw_generator
+from diffusers_tbcm.record import Measurement, load_metrics, save_metrics
+from diffusers_tbcm.reference import FeatureReference
+from diffusers_tbcm.text_image import CLIPScorer, HeadScorer
+from diffusers_tbcm.versions import dtype_argument
+
+
+FEATURES: dict[str, type[FeatureExtractor]] = {"mobilenet": MobileNetFeatures, "inception": InceptionFeatures}
+PICTURES = "pictures"
+REFERENCE = "reference.safetensors"
+PLOT = "metrics.png"
+TIMED_CALLS = 3
+MIN_PICTURES = 20  # the kernel distance takes 2 in each of 10 subsets
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="pipeline folder or Hub id of a student")
+    parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
+    parser.add_argument("--teacher", help="pipeline folder or Hub id of a SanaPipeline to measure beside it")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="the student's")
+    parser.add_argument("--teacher_steps", type=int, nargs="+", default=[20], help="the last is the one compared with")
+    parser.add_argument("--output_dir", type=Path, required=True)
+
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompts_file", help="text with one prompt a line, or csv, json, jsonl or parquet")
+    prompts.add_argument("--dataset_name", help=f"`datasets` id or folder; {MJHQ_30K} is known with its columns")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--caption_column", default="text")
+    parser.add_argument("--label_column", help="the concept that a prompt asks for and a picture shows, for retrieval")
+    parser.add_argument("--image_column", help="of --dataset_name: its pictures are the real ones")
+    parser.add_argument("--max_prompts", type=int, help="the first so many")
+
+    reference = parser.add_mutually_exclusive_group()
+    reference.add_argument("--reference_dir", help="folder of real pictures; names of folders in it are their labels")
+    reference.add_argument("--reference_file", type=Path, help=f"features of real pictures: an earlier {REFERENCE}")
+    reference.add_argument("--reference_teacher", action="store_true", help="the teacher's pictures, from other noise")
+    parser.add_argument("--features", choices=FEATURES, default="mobilenet", help="inception needs torch-fidelity")
+
+    score = parser.add_mutually_exclusive_group()
+    score.add_argument("--clip_model", help="folder or Hub id of a CLIP model that scores pictures against prompts")
+    score.add_argument("--text_image_head", help="pipeline folder with a text-image head, which does so offline")
+
+    parser.add_argument("--num_images_per_prompt", type=int, default=1, help="2 or more measure diversity too")
+    parser.add_argument("--bootstrap_resamples", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures at a time, in each process")
+    parser.add_argument("--guidance_scale", type=float, default=4.5)
+    parser.add_argument("--resolution", type=int, help="pixels a side; the transformer's own by default")
+    parser.add_argument("--max_sequence_length", type=int, default=300, help="tokens of a prompt")
+    parser.add_argument(
+        "--complex_human_instruction",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put Sana's instruction before each prompt; --no- for a student that was distilled without it",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--update_card", action="store_true", help="put the results into --model, a folder, and its card"
+    )
+    args = parser.parse_args(argv)
+    args.command = "python examples/tbcm/evaluate.py " + shlex.join(
+        Path(word).name if os.path.isabs(word) else word for word in (sys.argv[1:] if argv is None else argv)
+    )
+
+    for name in ("max_prompts", "num_images_per_prompt", "batch_size", "resolution", "max_sequence_length"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it takes at least 1")
+    for name in ("steps", "teacher_steps"):
+        if min(getattr(args, name)) < 1 or len({*getattr(args, name)}) < len(getattr(args, name)):
+            parser.error(f"--{name} is {getattr(args, name)}: it takes different numbers from 1 on")
+    if args.bootstrap_resamples < 2:
+        parser.error(f"--bootstrap_resamples is {args.bootstrap_resamples}: it takes at least 2")
+    if args.reference_teacher and args.teacher is None:
+        parser.error("--reference_teacher needs --teacher")
+    if args.image_column is not None and args.dataset_name is None:
+        parser.error("--image_column is of --dataset_name, which is not given")
+    if args.reference_file is not None and not args.reference_file.is_file():
+        parser.error(f"--reference_file {str(args.reference_file)!r} does not exist")
+    if args.update_card and not (Path(args.model) / TRAINING_RECORD).is_file():
+        parser.error(f"--update_card needs --model to be a folder that training wrote, with its {TRAINING_RECORD}")
+    return args
+
+
+def real_pictures(args: argparse.Namespace) -> FolderPictures | DatasetPictures | None:
+    """The pictures that a reference is to be made of; None where there is none, or it is a file or the teacher's."""
+    if args.reference_dir is not None:
+        return FolderPictures(args.reference_dir)
+    if args.reference_file is not None or args.reference_teacher:
+        return None
+    if args.image_column is None and args.dataset_name != MJHQ_30K:
+        return None
+    return DatasetPictures(
+        args.dataset_name,
+        config=args.dataset_config_name,
+        split=args.dataset_split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
+
+
+def check_numbers(args: argparse.Namespace, prompts: EvaluationPrompts, real: int | None, real_labels: Sequence[str]):
+    """Refuse what could not be measured once it is drawn; `real` is the number of real pictures."""
+    drawn = len(prompts.prompts) * args.num_images_per_prompt
+    if len(prompts.prompts) < 2:
+        raise ValueError("there is 1 prompt: an interval takes at least 2")
+    if real is None:
+        return
+    extractor = FEATURES[args.features]
+    needed = max(MIN_PICTURES, 1 + (extractor.num_components or extractor.num_features))
+    for kind, number in (("drawn", drawn), ("real", real)):
+        if number < needed:
+            raise ValueError(
+                f"{number} {kind} pictures are too few: the covariance of --features {args.features} takes {needed}"
+            )
+    unknown = sorted({*prompts.labels} - {*real_labels})
+    if real_labels and unknown:
+        raise ValueError(f"{len(unknown)} labels of prompts, such as {unknown[0]!r}, are those of no real picture")
+
+
+def draw_all(
+    args: argparse.Namespace,
+    state: PartialState,
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    runs: Sequence[tuple[str, int, int]],
+) -> tuple[list[PictureFolder], list[float]]:
+    """Draw every run's (name, steps, seed) missing pictures, shared by the processes; their folders, and s / image."""
+    size = args.resolution or pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    options: dict[str, Any] = {
+        "guidance_scale": args.guidance_scale,
+        "height": size,
+        "width": size,
+        "max_sequence_length": args.max_sequence_length,
+        "use_resolution_binning": False,
+    }
+    settings = {**options, **pipeline_digests(pipeline), "instruction": args.complex_human_instruction}
+    if not args.complex_human_instruction:
+        options["complex_human_instruction"] = None
+    pipeline.set_progress_bar_config(disable=True)
+    folders, seconds = [], []
+    for name, steps, seed in runs:
+        with state.main_process_first():
+            folder = PictureFolder(
+                args.output_dir / PICTURES / name,
+                prompts,
+                args.num_images_per_prompt,
+                {**settings, "num_inference_steps": steps, "seed": seed},
+            )
+        missing = folder.missing()
+        state.wait_for_everyone()  # nobody draws before all have looked
+        with state.split_between_processes(missing) as mine:
+            folder.draw(
+                pipeline,
+                mine,
+                num_inference_steps=steps,
+                seed=seed,
+                batch_size=args.batch_size,
+                progress=state.is_main_process,
+                **options,
+            )
+        state.wait_for_everyone()
+        folders.append(folder)
+
+        def draw_one(steps: int = steps, seed: int = seed) -> list[Image.Image]:
+            generator = draw_generator(0, seed)
+            return pipeline(prompts[:1], num_inference_steps=steps, generator=generator, **options).images
+
+        seconds.append(seconds_per_image(draw_one, TIMED_CALLS) if state.is_main_process else 0.0)
+    return folders, seconds
+
+
+def plot(measurements: Sequence[Measurement], path: Path) -> None:
+    """Every metric over the number of steps, a line a model, with its intervals."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for row in measurements for name in row.metrics))
+    models = list(dict.fromkeys(row.model for row in measurements))
+    all_steps = sorted({row.num_inference_steps for row in measurements})
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.5 * columns, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, name in zip(axes, names, strict=False):
+        for model in models:
+            shown = sorted(
+                (row.num_inference_steps, row.metrics[name], row.intervals.get(name, (row.metrics[name],) * 2))
+                for row in measurements
+                if row.model == model and name in row.metrics
+            )
+            if shown:
+                steps, values, ends = zip(*shown, strict=True)
+                errors = [[v - low for v, (low, _) in zip(values, ends, strict=True)]]
+                errors += [[high - v for v, (_, high) in zip(values, ends, strict=True)]]
+                axis.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=model)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(all_steps, [str(steps) for steps in all_steps])
+        axis.set(title=name, xlabel="steps")
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    state = PartialState()
+
+    # 1. Prompts and real pictures; everything that can be wrong with them is found before anything is drawn
+    prompts = load_evaluation_prompts(
+        args.prompts_file or args.dataset_name,
+        config=args.dataset_config_name,
+        split=args.dataset_split,
+        prompt_column=args.caption_column,
+        label_column=args.label_column,
+        max_prompts=args.max_prompts,
+    )
+    real = real_pictures(args)
+    reference = None if args.reference_file is None else FeatureReference.load(args.reference_file)
+    extractor = FEATURES[args.features]().to(state.device)
+    if reference is not None and reference.features.shape[1] != extractor.num_features:
+        raise ValueError(
+            f"--reference_file holds features of {reference.features.shape[1]} dimensions, --features {args.features}"
+            f" makes {extractor.num_features}"
+        )
+    scorer = None
+    if args.clip_model is not None:
+        scorer = CLIPScorer(args.clip_model, state.device)
+    elif args.text_image_head is not None:
+        scorer = HeadScorer(args.text_image_head, state.device)
+    source = args.prompts_file or args.dataset_name
+    if reference is not None:
+        check_numbers(args, prompts, len(reference.features), reference.labels)
+    elif args.reference_teacher:
+        check_numbers(args, prompts, len(prompts.prompts) * args.num_images_per_prompt, prompts.labels)
+    else:
+        check_numbers(args, prompts, None if real is None else len(real), [] if real is None else real.labels)
+
+    # 2. Pictures, one pipeline in memory at a time
+    dtype = getattr(torch, args.dtype)
+    drawn: list[tuple[str, int, PictureFolder, float]] = []
+    teacher_pictures = None
+    if args.teacher is not None:
+        try:
+            teacher = SanaPipeline.from_pretrained(args.teacher, **dtype_argument(dtype)).to(state.device)
+        except OSError as error:
+            raise ValueError(
+                f"teacher {args.teacher!r} is neither a pipeline folder nor a model on the Hub"
+            ) from error
+        runs = [(f"teacher-{steps}-steps", steps, args.seed) for steps in args.teacher_steps]
+        if args.reference_teacher:
+            runs.append(("teacher-reference", args.teacher_steps[-1], args.seed + 1))
+        folders, seconds = draw_all(args, state, teacher, prompts.prompts, runs)
+        if args.reference_teacher:
+            teacher_pictures = folders.pop()
+        drawn += [("teacher", *row) for row in zip(args.teacher_steps, folders, seconds, strict=False)]
+        del teacher
+    student = load_pipeline(args.model, lora=args.lora, dtype=dtype, device=state.device)
+    runs = [(f"student-{steps}-steps", steps, args.seed) for steps in args.steps]
+    rows = draw_all(args, state, student, prompts.prompts, runs)
+    drawn += [("student", *row) for row in zip(args.steps, *rows, strict=True)]
+    del student
+    if not state.is_main_process:
+        return
+
+    # 3. Measurements
+    pictures = real if teacher_pictures is None else teacher_pictures
+    if pictures is not None:
+        each = args.num_images_per_prompt
+        labels = real.labels if real is not None else [label for label in prompts.labels for _ in range(each)]
+        reference = FeatureReference.fit(extractor.extract(pictures), labels, extractor.num_components)
+        reference.save(args.output_dir / REFERENCE)
+    evaluator = Evaluator(extractor, reference, scorer, args.bootstrap_resamples)
+    measurements = []
+    for model, steps, folder, seconds_each in drawn:
+        row = evaluator(model, steps, folder, prompts.prompts, prompts.labels)
+        measurements.append(Measurement(model, steps, {**row.metrics, "s / image": seconds_each}, row.intervals))
+    teachers = [row for row in measurements if row.model == "teacher"]
+    if teachers and args.num_images_per_prompt > 1:
+        for row in measurements:
+            row.metrics["diversity / teacher's"] = row.metrics["diversity"] / teachers[-1].metrics["diversity"]
+
+    # 4. Results
+    details = {
+        "seed": args.seed,
+        "pictures": len(drawn[0][2]),
+        "real_pictures": None if reference is None else len(reference.features),
+        "intervals": f"95%, bootstrap of {args.bootstrap_resamples} over prompts",
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "processes": state.num_processes,
+        "torch": str(torch.__version__),
+        **({"text_image_head_held_out": scorer.held_out} if isinstance(scorer, HeadScorer) else {}),
+    }
+    folders = [args.output_dir, *([Path(args.model)] if args.update_card else [])]
+    for folder in folders:
+        save_metrics(
+            folder,
+            measurements,
+            dataset=f"{len(prompts.prompts)} prompts of {Path(source).name if os.path.isabs(source) else source}",
+            command=args.command,
+            details=details,
+        )
+    if args.update_card:
+        render_model_card(args.model).save(Path(args.model) / CARD)
+    plot(measurements, args.output_dir / PLOT)
+    table = [
+        {
+            "model": row.model,
+            "steps": row.num_inference_steps,
+            **{
+                name: f"{value:.4g}"
+                + (f" ({row.intervals[name][0]:.4g} to {row.intervals[name][1]:.4g})" if name in row.intervals else "")
+                for name, value in row.metrics.items()
+            },
+        }
+        for row in load_metrics(args.output_dir).measurements
+    ]
+    print(pandas.DataFrame(table).to_string(index=False, na_rep=""))
+    print(f"{args.output_dir / PLOT}")
+
+
+if __name__ == "__main__":
+    main()
