@@ -17,6 +17,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from diffusers_tbcm.model_card import render_model_card
 from diffusers_tbcm.picture_folder import PictureFolder, pipeline_digests
 from diffusers_tbcm.pipeline_folder import CARD, TRAINING_RECORD
 from diffusers_tbcm.prompts import draw_generator
-from diffusers_tbcm.record import Measurement, load_metrics, save_metrics
+from diffusers_tbcm.record import Measurement, save_metrics
 from diffusers_tbcm.reference import FeatureReference
 from diffusers_tbcm.text_image import CLIPScorer, HeadScorer
 from diffusers_tbcm.versions import dtype_argument
@@ -49,6 +50,7 @@ from diffusers_tbcm.versions import dtype_argument
 FEATURES: dict[str, type[FeatureExtractor]] = {"mobilenet": MobileNetFeatures, "inception": InceptionFeatures}
 PICTURES = "pictures"
 REFERENCE = "reference.safetensors"
+REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
 PLOT = "metrics.png"
 TIMED_CALLS = 3
 MIN_PICTURES = 20  # the kernel distance takes 2 in each of 10 subsets
@@ -160,14 +162,24 @@ def check_numbers(args: argparse.Namespace, prompts: EvaluationPrompts, real: in
         raise ValueError(f"{len(unknown)} labels of prompts, such as {unknown[0]!r}, are those of no real picture")
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of a model at a number of steps, and the seconds that one takes."""
+
+    model: str
+    steps: int
+    pictures: PictureFolder
+    seconds: float
+
+
 def draw_all(
     args: argparse.Namespace,
     state: PartialState,
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     runs: Sequence[tuple[str, int, int]],
-) -> tuple[list[PictureFolder], list[float]]:
-    """Draw every run's (name, steps, seed) missing pictures, shared by the processes; their folders, and s / image."""
+) -> list[Drawn]:
+    """Draw the missing pictures of every run (model, steps, seed), shared by the processes."""
     size = args.resolution or pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     options: dict[str, Any] = {
         "guidance_scale": args.guidance_scale,
@@ -180,11 +192,11 @@ def draw_all(
     if not args.complex_human_instruction:
         options["complex_human_instruction"] = None
     pipeline.set_progress_bar_config(disable=True)
-    folders, seconds = [], []
-    for name, steps, seed in runs:
+    drawn = []
+    for model, steps, seed in runs:
         with state.main_process_first():
             folder = PictureFolder(
-                args.output_dir / PICTURES / name,
+                args.output_dir / PICTURES / f"{model}-{steps}-steps",
                 prompts,
                 args.num_images_per_prompt,
                 {**settings, "num_inference_steps": steps, "seed": seed},
@@ -202,14 +214,14 @@ def draw_all(
                 **options,
             )
         state.wait_for_everyone()
-        folders.append(folder)
 
         def draw_one(steps: int = steps, seed: int = seed) -> list[Image.Image]:
             generator = draw_generator(0, seed)
             return pipeline(prompts[:1], num_inference_steps=steps, generator=generator, **options).images
 
-        seconds.append(seconds_per_image(draw_one, TIMED_CALLS) if state.is_main_process else 0.0)
-    return folders, seconds
+        seconds = seconds_per_image(draw_one, TIMED_CALLS) if state.is_main_process else 0.0
+        drawn.append(Drawn(model, steps, folder, seconds))
+    return drawn
 
 
 def plot(measurements: Sequence[Measurement], path: Path) -> None:
@@ -248,9 +260,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     state = PartialState()
 
-    # 1. Prompts and real pictures; everything that can be wrong with them is found before anything is drawn
+    # 1. Prompts and real pictures; whatever can be wrong is found before anything is drawn
+    for name in (args.model, args.teacher):
+        try:
+            if name is not None:
+                DiffusionPipeline.load_config(name)
+        except OSError as error:
+            raise ValueError(f"model {name!r} is neither a pipeline folder nor a model on the Hub") from error
+    source = args.prompts_file or args.dataset_name
     prompts = load_evaluation_prompts(
-        args.prompts_file or args.dataset_name,
+        source,
         config=args.dataset_config_name,
         split=args.dataset_split,
         prompt_column=args.caption_column,
@@ -270,62 +289,55 @@ def main(argv: Sequence[str] | None = None) -> None:
         scorer = CLIPScorer(args.clip_model, state.device)
     elif args.text_image_head is not None:
         scorer = HeadScorer(args.text_image_head, state.device)
-    source = args.prompts_file or args.dataset_name
+    real_labels: Sequence[str] = () if real is None else real.labels
     if reference is not None:
         check_numbers(args, prompts, len(reference.features), reference.labels)
     elif args.reference_teacher:
         check_numbers(args, prompts, len(prompts.prompts) * args.num_images_per_prompt, prompts.labels)
     else:
-        check_numbers(args, prompts, None if real is None else len(real), [] if real is None else real.labels)
+        check_numbers(args, prompts, None if real is None else len(real), real_labels)
 
     # 2. Pictures, one pipeline in memory at a time
     dtype = getattr(torch, args.dtype)
-    drawn: list[tuple[str, int, PictureFolder, float]] = []
-    teacher_pictures = None
+    drawn: list[Drawn] = []
     if args.teacher is not None:
-        try:
-            teacher = SanaPipeline.from_pretrained(args.teacher, **dtype_argument(dtype)).to(state.device)
-        except OSError as error:
-            raise ValueError(
-                f"teacher {args.teacher!r} is neither a pipeline folder nor a model on the Hub"
-            ) from error
-        runs = [(f"teacher-{steps}-steps", steps, args.seed) for steps in args.teacher_steps]
+        teacher = SanaPipeline.from_pretrained(args.teacher, **dtype_argument(dtype)).to(state.device)
+        runs = [("teacher", steps, args.seed) for steps in args.teacher_steps]
         if args.reference_teacher:
-            runs.append(("teacher-reference", args.teacher_steps[-1], args.seed + 1))
-        folders, seconds = draw_all(args, state, teacher, prompts.prompts, runs)
-        if args.reference_teacher:
-            teacher_pictures = folders.pop()
-        drawn += [("teacher", *row) for row in zip(args.teacher_steps, folders, seconds, strict=False)]
+            runs.append((REFERENCE_RUN, args.teacher_steps[-1], args.seed + 1))
+        drawn += draw_all(args, state, teacher, prompts.prompts, runs)
         del teacher
     student = load_pipeline(args.model, lora=args.lora, dtype=dtype, device=state.device)
-    runs = [(f"student-{steps}-steps", steps, args.seed) for steps in args.steps]
-    rows = draw_all(args, state, student, prompts.prompts, runs)
-    drawn += [("student", *row) for row in zip(args.steps, *rows, strict=True)]
+    drawn += draw_all(args, state, student, prompts.prompts, [("student", steps, args.seed) for steps in args.steps])
     del student
     if not state.is_main_process:
         return
 
     # 3. Measurements
-    pictures = real if teacher_pictures is None else teacher_pictures
-    if pictures is not None:
-        each = args.num_images_per_prompt
-        labels = real.labels if real is not None else [label for label in prompts.labels for _ in range(each)]
-        reference = FeatureReference.fit(extractor.extract(pictures), labels, extractor.num_components)
+    if args.reference_teacher:
+        real = next(run.pictures for run in drawn if run.model == REFERENCE_RUN)
+        real_labels = [label for label in prompts.labels for _ in range(args.num_images_per_prompt)]
+    if real is not None:
+        reference = FeatureReference.fit(extractor.extract(real), real_labels, extractor.num_components)
         reference.save(args.output_dir / REFERENCE)
     evaluator = Evaluator(extractor, reference, scorer, args.bootstrap_resamples)
     measurements = []
-    for model, steps, folder, seconds_each in drawn:
-        row = evaluator(model, steps, folder, prompts.prompts, prompts.labels)
-        measurements.append(Measurement(model, steps, {**row.metrics, "s / image": seconds_each}, row.intervals))
+    for run in drawn:
+        if run.model != REFERENCE_RUN:
+            row = evaluator(run.model, run.steps, run.pictures, prompts.prompts, prompts.labels)
+            measurements.append(replace(row, metrics={**row.metrics, "s / image": run.seconds}))
     teachers = [row for row in measurements if row.model == "teacher"]
     if teachers and args.num_images_per_prompt > 1:
-        for row in measurements:
-            row.metrics["diversity / teacher's"] = row.metrics["diversity"] / teachers[-1].metrics["diversity"]
+        of_teacher = teachers[-1].metrics["diversity"]
+        measurements = [
+            replace(row, metrics={**row.metrics, "diversity / teacher's": row.metrics["diversity"] / of_teacher})
+            for row in measurements
+        ]
 
     # 4. Results
     details = {
         "seed": args.seed,
-        "pictures": len(drawn[0][2]),
+        "pictures": len(drawn[0].pictures),
         "real_pictures": None if reference is None else len(reference.features),
         "intervals": f"95%, bootstrap of {args.bootstrap_resamples} over prompts",
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
@@ -355,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name, value in row.metrics.items()
             },
         }
-        for row in load_metrics(args.output_dir).measurements
+        for row in measurements
     ]
     print(pandas.DataFrame(table).to_string(index=False, na_rep=""))
     print(f"{args.output_dir / PLOT}")

@@ -72,6 +72,8 @@ def train(
     """CLIP's loss over concepts in all of their styles, with several right answers where a caption has them."""
     concepts = sorted({p.concept for p in pictures})
     by_concept = {concept: [i for i, p in enumerate(pictures) if p.concept == concept] for concept in concepts}
+    texts = {text: place for place, text in enumerate(sorted({t for p in pictures for t in all_captions(p)}))}
+    text_features = pooled_text(list(texts), teacher.tokenizer, teacher.text_encoder)
     head = TextImageHead(features.shape[-1], teacher.text_encoder.config.hidden_size, SIZE)
     optimizer = torch.optim.AdamW(head.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.max_train_steps)
@@ -81,10 +83,7 @@ def train(
         batch = [pictures[i] for i in index]
         captions = [random_caption(picture, rng, STYLELESS_PROBABILITY) for picture in batch]
         version = torch.tensor([rng.randrange(len(features)) for _ in index])
-        logits = head(
-            features[version, torch.tensor(index)],
-            pooled_text(captions, teacher.tokenizer, teacher.text_encoder, batch_size=len(captions)),
-        )
+        logits = head(features[version, torch.tensor(index)], text_features[[texts[text] for text in captions]])
         right = matches(batch, captions).float()
         loss = sum(
             F.cross_entropy(side / TEMPERATURE, answer / answer.sum(dim=1, keepdim=True))

@@ -16,7 +16,8 @@ RESAMPLES = 200  # their standard deviation is known to about 5%
 CONFIDENCE = 0.95
 KERNEL_SUBSETS = 20
 NEIGHBOURS = 3  # Kynkaanniemi et al.'s choice
-DISTANCE_ROWS = 4096  # rows of a distance matrix in memory at a time
+ROUNDING = 1e-12  # of squared distances in float64, against squared lengths
+ROWS = 1024  # of a matrix between all features that are in memory at a time
 
 
 class Estimate(NamedTuple):
@@ -110,7 +111,7 @@ def frechet_distance(mean: Tensor, root: Tensor, features: Tensor) -> float:
 def kernel_distance(
     real: Tensor, generated: Tensor, *, pictures_per_prompt: int = 1, subsets: int = KERNEL_SUBSETS, seed: int = 0
 ) -> Estimate:
-    """Measure the unbiased squared MMD with the kernel (x y / D + 1)^3 of KID (Binkowski et al., 2018), over all pairs.
+    """Measure the unbiased squared MMD over all pairs, with KID's kernel (x y / D + 1)^3 (Binkowski et al., 2018).
 
     KID's own mean over small subsets uses a part of the pairs only, and its subsets overlap. Here the interval is a
     jackknife: how the value changes without each of some disjoint random subsets of the prompts, the real images being
@@ -136,33 +137,34 @@ def kernel_distance(
     if not 2 <= subsets <= prompts or len(real) < 2:
         raise ValueError(f"subsets is {subsets} for {prompts} prompts and {len(real)} real images: it takes 2 of each")
 
-    def pair_sum(first: Tensor, second: Tensor) -> float:
-        return sum(float(poly_kernel(rows, second).sum()) for rows in first.split(DISTANCE_ROWS))
-
-    def own_sum(features: Tensor) -> float:
-        """The sum of k(x, x)."""
-        return float((features.square().sum(dim=1) / features.shape[1] + 1).pow(3).sum())
-
-    real = real.double()
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(prompts))
-    by_prompt = generated.double().unflatten(0, (prompts, pictures_per_prompt))
-    parts = [by_prompt[index].flatten(0, 1) for index in order.tensor_split(subsets)]
-    sizes = torch.tensor([len(part) for part in parts])
-    within = torch.tensor([[pair_sum(part, other) for other in parts] for part in parts])
-    within -= torch.tensor([own_sum(part) for part in parts]).diag()
-    across = torch.tensor([pair_sum(part, real) for part in parts])
-    of_real = (pair_sum(real, real) - own_sum(real)) / (len(real) * (len(real) - 1))
+    real, generated = real.double(), generated.double()
+    order = np.random.default_rng(seed).permutation(prompts) % subsets  # which subset a prompt is in
+    subset = torch.from_numpy(order).repeat_interleave(pictures_per_prompt)
+    member = F.one_hot(subset, subsets).double()
+    sizes = member.sum(dim=0)
+    within = -(member.T * _self_kernel(generated)) @ member  # a picture makes no pair with itself
+    across = torch.zeros(subsets, dtype=torch.double)
+    for rows, of_subset in zip(generated.split(ROWS), member.split(ROWS), strict=True):
+        within += of_subset.T @ poly_kernel(rows, generated) @ member
+        across += of_subset.T @ poly_kernel(rows, real).sum(dim=1)
+    pairs_of_real = sum(float(poly_kernel(rows, real).sum()) for rows in real.split(ROWS))
+    of_real = (pairs_of_real - float(_self_kernel(real).sum())) / (len(real) * (len(real) - 1))
 
     def value(kept: Tensor) -> float:
-        count = int(sizes[kept].sum())
+        count = float(sizes[kept].sum())
         pairs = float(within[kept][:, kept].sum()) / (count * (count - 1))
         return of_real + pairs - 2 * float(across[kept].sum()) / (count * len(real))
 
-    everything = torch.ones(subsets, dtype=torch.bool)
-    without = torch.tensor([value(everything & (torch.arange(subsets) != left_out)) for left_out in range(subsets)])
-    error = float(without.std(correction=0)) * (subsets - 1) ** 0.5
+    estimate = value(torch.arange(subsets))
+    without = [value(torch.tensor([i for i in range(subsets) if i != left_out])) for left_out in range(subsets)]
+    error = float(np.std(without)) * (subsets - 1) ** 0.5
     margin = float(student_t.ppf((1 + CONFIDENCE) / 2, df=subsets - 1)) * error
-    return Estimate(value(everything), value(everything) - margin, value(everything) + margin)
+    return Estimate(estimate, estimate - margin, estimate + margin)
+
+
+def _self_kernel(features: Tensor) -> Tensor:
+    """k(x, x) of every feature."""
+    return (features.square().sum(dim=1) / features.shape[1] + 1).pow(3)
 
 
 def within_balls(features: Tensor, centres: Tensor, k: int = NEIGHBOURS) -> Tensor:
@@ -181,10 +183,11 @@ def within_balls(features: Tensor, centres: Tensor, k: int = NEIGHBOURS) -> Tens
     """
     if len(centres) <= k:
         raise ValueError(f"k is {k} for {len(centres)} features: it takes more features than neighbours")
-    centres = centres.float()
-    # Every centre is its own first neighbour, at distance 0 exactly.
-    radii = torch.cat([_distances(rows, centres).kthvalue(k + 1).values for rows in centres.split(DISTANCE_ROWS)])
-    return torch.cat([_distances(rows, centres) <= radii for rows in features.float().split(DISTANCE_ROWS)])
+    features, centres = features.double(), centres.double()
+    # Every centre is its own first neighbour.
+    radii = torch.cat([_squared_distances(rows, centres).kthvalue(k + 1).values for rows in centres.split(ROWS)])
+    radii += ROUNDING * centres.square().sum(dim=1).max()  # copies are at distance 0 up to rounding
+    return torch.cat([_squared_distances(rows, centres) <= radii for rows in features.split(ROWS)])
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
@@ -205,8 +208,8 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tu
     return float(shares[0]), float(shares[1])
 
 
-def _distances(rows: Tensor, centres: Tensor) -> Tensor:
-    return torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist")
+def _squared_distances(rows: Tensor, centres: Tensor) -> Tensor:
+    return rows.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1) - 2 * rows @ centres.T
 
 
 def diversity(features: Tensor) -> Tensor:
