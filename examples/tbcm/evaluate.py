@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
         "processes": state.num_processes,
         "torch": str(torch.__version__),
-        **({"text_image_head_held_out": scorer.held_out} if isinstance(scorer, HeadScorer) else {}),
+        **({"text_image_head": scorer.accuracy} if isinstance(scorer, HeadScorer) else {}),
     }
     folders = [args.output_dir, *([Path(args.model)] if args.update_card else [])]
     for folder in folders:

@@ -93,7 +93,7 @@ def test_an_evaluation_against_the_teacher_writes_metrics_and_a_plot(
     assert len(reference.features) == 42 and reference.labels[:4] == ("red", "red", "green", "green")
     assert found.dataset == "21 prompts of prompts.jsonl"
     assert str(tmp_path) not in found.command and "--teacher_steps 1 2" in found.command
-    assert found.details["text_image_head_held_out"]["pictures"] == 100
+    assert found.details["text_image_head"]["held-out pairs"]["pictures"] == 100
     with Image.open(tmp_path / "out" / "metrics.png") as picture:
         assert picture.width > 1000
     assert "MobileNet-FD" in capsys.readouterr().out

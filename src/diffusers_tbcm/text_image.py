@@ -88,12 +88,8 @@ class TextImageHead(nn.Module):
 
     def __init__(self, image_features: int, text_features: int, size: int) -> None:
         super().__init__()
-        self.image = nn.Sequential(
-            nn.LayerNorm(image_features, elementwise_affine=False), nn.Linear(image_features, size)
-        )
-        self.text = nn.Sequential(
-            nn.LayerNorm(text_features, elementwise_affine=False), nn.Linear(text_features, size)
-        )
+        self.image = nn.Linear(image_features, size)
+        self.text = nn.Linear(text_features, size)
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Compare every picture with every text.
@@ -107,15 +103,15 @@ class TextImageHead(nn.Module):
         """
         return F.normalize(self.image(image_features), dim=-1) @ F.normalize(self.text(text_features), dim=-1).T
 
-    def save(self, path: str | PathLike[str], held_out: Mapping[str, Any]) -> None:
+    def save(self, path: str | PathLike[str], accuracy: Mapping[str, Any]) -> None:
         """Write the head as one file, in float16.
 
         Args:
             path: the file.
-            held_out: what it was measured to be good for on pictures that it was not trained on, JSON values by name.
+            accuracy: what it was measured to be, on pictures that it was not trained on too, JSON values by name.
         """
         weights = {name: weight.half().contiguous() for name, weight in self.state_dict().items()}
-        save_file(weights, path, metadata={"held_out": json.dumps(held_out)})
+        save_file(weights, path, metadata={"accuracy": json.dumps(accuracy)})
 
 
 class HeadScorer:
@@ -139,9 +135,9 @@ class HeadScorer:
             raise ValueError(f"folder {str(folder)!r} has no {HEAD_FILE}")
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
-            self.held_out: dict[str, Any] = json.loads(file.metadata()["held_out"])
-        size, image_features = weights["image.1.weight"].shape
-        self.head = TextImageHead(image_features, weights["text.1.weight"].shape[1], size)
+            self.accuracy: dict[str, Any] = json.loads(file.metadata()["accuracy"])
+        size, image_features = weights["image.weight"].shape
+        self.head = TextImageHead(image_features, weights["text.weight"].shape[1], size)
         self.head.load_state_dict(weights)
         self.head.eval().to(device)
         self.extractor: FeatureExtractor = MobileNetFeatures().to(device)
