@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
 
@@ -174,7 +174,7 @@ class Drawn:
 
 def draw_all(
     args: argparse.Namespace,
-    state: PartialState,
+    accelerator: Accelerator,
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     runs: Sequence[tuple[str, int, int]],
@@ -194,7 +194,7 @@ def draw_all(
     pipeline.set_progress_bar_config(disable=True)
     drawn = []
     for model, steps, seed in runs:
-        with state.main_process_first():
+        with accelerator.main_process_first():
             folder = PictureFolder(
                 args.output_dir / PICTURES / f"{model}-{steps}-steps",
                 prompts,
@@ -202,24 +202,24 @@ def draw_all(
                 {**settings, "num_inference_steps": steps, "seed": seed},
             )
         missing = folder.missing()
-        state.wait_for_everyone()  # nobody draws before all have looked
-        with state.split_between_processes(missing) as mine:
+        accelerator.wait_for_everyone()  # nobody draws before all have looked
+        with accelerator.split_between_processes(missing) as mine:
             folder.draw(
                 pipeline,
                 mine,
                 num_inference_steps=steps,
                 seed=seed,
                 batch_size=args.batch_size,
-                progress=state.is_main_process,
+                progress=accelerator.is_main_process,
                 **options,
             )
-        state.wait_for_everyone()
+        accelerator.wait_for_everyone()
 
         def draw_one(steps: int = steps, seed: int = seed) -> list[Image.Image]:
             generator = draw_generator(0, seed)
             return pipeline(prompts[:1], num_inference_steps=steps, generator=generator, **options).images
 
-        seconds = seconds_per_image(draw_one, TIMED_CALLS) if state.is_main_process else 0.0
+        seconds = seconds_per_image(draw_one, TIMED_CALLS) if accelerator.is_main_process else 0.0
         drawn.append(Drawn(model, steps, folder, seconds))
     return drawn
 
@@ -258,7 +258,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    state = PartialState()
+    accelerator = Accelerator()
 
     # 1. Prompts and real pictures; whatever can be wrong is found before anything is drawn
     for name in (args.model, args.teacher):
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     real = real_pictures(args)
     reference = None if args.reference_file is None else FeatureReference.load(args.reference_file)
-    extractor = FEATURES[args.features]().to(state.device)
+    extractor = FEATURES[args.features]().to(accelerator.device)
     if reference is not None and reference.features.shape[1] != extractor.num_features:
         raise ValueError(
             f"--reference_file holds features of {reference.features.shape[1]} dimensions, --features {args.features}"
@@ -286,9 +286,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     scorer = None
     if args.clip_model is not None:
-        scorer = CLIPScorer(args.clip_model, state.device)
+        scorer = CLIPScorer(args.clip_model, accelerator.device)
     elif args.text_image_head is not None:
-        scorer = HeadScorer(args.text_image_head, state.device)
+        scorer = HeadScorer(args.text_image_head, accelerator.device)
     real_labels: Sequence[str] = () if real is None else real.labels
     if reference is not None:
         check_numbers(args, prompts, len(reference.features), reference.labels)
@@ -301,16 +301,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, args.dtype)
     drawn: list[Drawn] = []
     if args.teacher is not None:
-        teacher = SanaPipeline.from_pretrained(args.teacher, **dtype_argument(dtype)).to(state.device)
+        teacher = SanaPipeline.from_pretrained(args.teacher, **dtype_argument(dtype)).to(accelerator.device)
         runs = [("teacher", steps, args.seed) for steps in args.teacher_steps]
         if args.reference_teacher:
             runs.append((REFERENCE_RUN, args.teacher_steps[-1], args.seed + 1))
-        drawn += draw_all(args, state, teacher, prompts.prompts, runs)
+        drawn += draw_all(args, accelerator, teacher, prompts.prompts, runs)
         del teacher
-    student = load_pipeline(args.model, lora=args.lora, dtype=dtype, device=state.device)
-    drawn += draw_all(args, state, student, prompts.prompts, [("student", steps, args.seed) for steps in args.steps])
+    student = load_pipeline(args.model, lora=args.lora, dtype=dtype, device=accelerator.device)
+    drawn += draw_all(
+        args, accelerator, student, prompts.prompts, [("student", steps, args.seed) for steps in args.steps]
+    )
     del student
-    if not state.is_main_process:
+    if not accelerator.is_main_process:
         return
 
     # 3. Measurements
@@ -341,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "real_pictures": None if reference is None else len(reference.features),
         "intervals": f"95%, bootstrap of {args.bootstrap_resamples} over prompts",
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
-        "processes": state.num_processes,
+        "processes": accelerator.num_processes,
         "torch": str(torch.__version__),
         **({"text_image_head": scorer.accuracy} if isinstance(scorer, HeadScorer) else {}),
     }
