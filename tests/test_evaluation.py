@@ -1,20 +1,25 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageColor
 
 from diffusers_tbcm.evaluation import (
+    Evaluator,
     FeatureReference,
     MobileNetFeatures,
     image_grid,
     pictures_to_tensor,
     seconds_per_image,
 )
+from diffusers_tbcm.features import FeatureExtractor, InceptionFeatures
+from diffusers_tbcm.metrics import diversity, kernel_distance, precision_recall
 
 
 DIMENSIONS = 6
+TEACHER = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,168 @@ def test_a_reference_measures_the_same_after_save_and_load(tmp_path):
     assert loaded.labels == fitted.labels
     assert loaded.frechet_distance(generated) == fitted.frechet_distance(generated)
     assert torch.equal(loaded.features, fitted.features) and loaded.features.dtype == torch.float16
+
+
+def test_a_reference_in_all_dimensions_comes_back_too(tmp_path):
+    fitted = FeatureReference.fit(gaussian(50, seed=0), num_components=None)
+    fitted.save(tmp_path / "reference.safetensors")
+    loaded = FeatureReference.load(tmp_path / "reference.safetensors")
+    assert loaded.components is None and loaded.labels == ()
+    generated = gaussian(40, seed=1, mean=1.0)
+    assert loaded.frechet_distance(generated) == pytest.approx(closed_form(fitted.features, generated), rel=1e-9)
+    with pytest.raises(ValueError, match="num_components is all, too many for features of shape"):
+        FeatureReference.fit(gaussian(6, seed=0), num_components=None)
+
+
+@pytest.fixture(scope="module")
+def emoji() -> FeatureReference:
+    return FeatureReference.load(TEACHER / "reference_features.safetensors")
+
+
+@pytest.fixture(scope="module")
+def halves(emoji) -> tuple[FeatureReference, torch.Tensor, list[str]]:
+    """Real emoji as a reference, and others of the same concepts: a picture and its mirror image are not parted."""
+    count = len(emoji.features) // 2
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    first, second = (torch.cat([half, half + count]) for half in order.chunk(2))
+    labels = [[emoji.labels[i] for i in half.tolist()] for half in (first, second)]
+    return FeatureReference.fit(emoji.features[first].float(), labels[0]), emoji.features[second].float(), labels[1]
+
+
+def measure(reference, features):
+    real = reference.features.float()
+    precision, recall = precision_recall(real, features)
+    return reference.frechet_distance(features), kernel_distance(real, features).value, precision, recall
+
+
+def overlaid(features, share):
+    """Every picture's features with a share of another's: the same mean, 1 + share^2 times the covariance."""
+    other = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(1))]
+    return features + share * (other - features.mean(dim=0))
+
+
+def test_halves_of_real_pictures_are_near_each_other(halves):
+    reference, others, _ = halves
+    frechet, kernel, precision, recall = measure(reference, others)
+    far = measure(reference, overlaid(others, 2.0))
+    assert frechet < far[0] / 5 and abs(kernel) < far[1] / 20
+    assert precision > 0.5 and recall > 0.5 and precision > far[2] + 0.3
+
+
+def test_the_distances_grow_with_noise(halves):
+    reference, others, _ = halves
+    measured = [measure(reference, overlaid(others, share)) for share in (0.5, 1, 2, 4)]
+    frechet, kernel, precision, _ = zip(*measured, strict=True)
+    assert sorted(frechet) == list(frechet) and sorted(kernel) == list(kernel)
+    assert sorted(precision, reverse=True) == list(precision)
+
+
+def test_the_distances_grow_with_noise_in_the_pictures(extractor):
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(40, 3, 4, 4, generator=generator)
+    pixels = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1)
+    noise = torch.randn(pixels.shape, generator=generator)
+    with torch.no_grad():
+        features = [extractor((pixels + scale * noise).clamp(0, 1)) for scale in (0, 0.01, 0.1)]
+    reference = FeatureReference.fit(features[0], num_components=16)
+    frechet, kernel, *_ = zip(*(measure(reference, drawn) for drawn in features), strict=True)
+    assert list(frechet) == sorted(frechet) and list(kernel) == sorted(kernel)
+    assert frechet[0] < frechet[2] / 100  # not 0: the kernels of a batch, and a reference's float16, round
+
+
+def test_the_distances_grow_and_recall_falls_with_dropped_classes(emoji):
+    count = len(emoji.features) // 2  # without the mirror images
+    reference = FeatureReference.fit(emoji.features[:count].float(), emoji.labels[:count])
+    concepts = sorted({*reference.labels})
+    measured = []
+    for kept in (1, 2, 8):  # equally many pictures each time, of all concepts, a half, an eighth
+        wanted = {*concepts[: len(concepts) // kept]}
+        index = [i for i, label in enumerate(reference.labels) if label in wanted]
+        measured.append(measure(reference, reference.features[(index * kept)[:count]].float()))
+    frechet, kernel, precision, recall = zip(*measured, strict=True)
+    assert list(frechet) == sorted(frechet) and frechet[0] == pytest.approx(0, abs=1e-6) and frechet[2] > 20
+    assert list(kernel) == sorted(kernel)
+    assert precision == (1, 1, 1) and list(recall) == sorted(recall, reverse=True) and recall[2] < 0.5
+
+
+class Pixels(FeatureExtractor):
+    """Six features of a picture: the mean and deviation of its channels."""
+
+    frechet_name, kernel_name, num_features, num_components = "FD", "KD", 6, None
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
+class LengthScorer:
+    name = "length"
+
+    def __call__(self, pictures, prompts):
+        return torch.tensor([float(len(prompt)) for _, prompt in zip(pictures, prompts, strict=True)])
+
+
+@pytest.fixture
+def coloured() -> list[Image.Image]:
+    """Two pictures of each of 30 prompts."""
+    pixels = torch.randint(0, 256, (60, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+def test_an_evaluation_holds_every_metric_with_its_interval(coloured):
+    prompts = ["a" * length for length in range(1, 31)]
+    labels = ["even", "odd"] * 15
+    extractor = Pixels()
+    real = extractor.extract(coloured[::-1]) + 0.02
+    reference = FeatureReference.fit(real, ["even", "even", "odd", "odd"] * 15, None)
+    row = Evaluator(extractor, reference, LengthScorer(), resamples=50)("student", 2, coloured, prompts, labels)
+
+    features = extractor.extract(coloured)
+    pairs = [label for label in labels for _ in range(2)]
+    precision, recall = precision_recall(reference.features.float(), features)
+    expected = {
+        "FD": reference.frechet_distance(features),
+        "KD": kernel_distance(reference.features.float(), features, pictures_per_prompt=2).value,
+        "precision": precision,
+        "recall": recall,
+        "top-1 retrieval": reference.retrieval_at_k(features, pairs, 1),
+        "top-5 retrieval": reference.retrieval_at_k(features, pairs, 5),
+        "length": 15.5,
+        "diversity": float(diversity(features.view(30, 2, 6)).mean()),
+    }
+    assert (row.model, row.num_inference_steps) == ("student", 2)
+    assert row.metrics == pytest.approx(expected) and list(row.metrics) == list(expected)
+    assert row.intervals.keys() == expected.keys()
+    assert all(low <= row.metrics[name] <= high for name, (low, high) in row.intervals.items())
+    low, high = row.intervals["length"]  # 30 prompts are what varies, not 60 pictures
+    assert (high - low) / 2 == pytest.approx(1.96 * (30**2 / 12 / 30) ** 0.5, rel=0.3)
+
+
+def test_an_evaluation_without_reference_or_labels_leaves_their_metrics_out(coloured):
+    prompts = ["a"] * 60
+    assert Evaluator(Pixels(), scorer=LengthScorer())("teacher", 20, coloured, prompts).metrics == {"length": 1}
+    unlabelled = FeatureReference.fit(Pixels().extract(coloured), num_components=None)
+    assert {*Evaluator(Pixels(), unlabelled, resamples=2)("teacher", 20, coloured, prompts, prompts).metrics} == {
+        "FD", "KD", "precision", "recall",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="pictures are 60 for 7 prompts"):
+        Evaluator(Pixels())("teacher", 20, coloured, prompts[:7])
+
+
+def test_pictures_of_unequal_sizes_keep_their_order(coloured):
+    mixed = [picture.resize((4 + index % 2, 4)) for index, picture in enumerate(coloured[:7])]
+    one_by_one = torch.cat([Pixels().extract([picture]) for picture in mixed])
+    torch.testing.assert_close(Pixels().extract(iter(mixed), batch_size=3), one_by_one)
+
+
+def test_inception_is_called_fid_and_without_its_package_the_error_names_it(monkeypatch):
+    assert (InceptionFeatures.frechet_name, InceptionFeatures.num_components) == ("FID", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match="pip install torch-fidelity"):
+        InceptionFeatures()
 
 
 def test_a_reference_needs_a_label_per_image_and_enough_images():

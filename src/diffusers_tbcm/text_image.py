@@ -1,0 +1,188 @@
+"""How well pictures show what their prompts say: CLIP, or offline a small head for one pipeline's pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
+
+from .features import FeatureExtractor, MobileNetFeatures
+
+
+HEAD_FILE = "text_image_head.safetensors"
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+MAX_CLIP_TOKENS = 77
+
+
+class CLIPScorer:
+    """100 times the cosine similarity of a picture and its prompt in CLIP (Hessel et al., 2021), 0 where negative.
+
+    Args:
+        model: folder or Hub id of a CLIP model.
+        device: where it runs.
+
+    Raises:
+        ValueError: where the model is not found.
+    """
+
+    name = "CLIP score"
+
+    def __init__(self, model: str | PathLike[str] = DEFAULT_CLIP, device: torch.device | str = "cpu") -> None:
+        try:
+            self.model = CLIPModel.from_pretrained(str(model)).eval().to(device)
+            self.processor = CLIPProcessor.from_pretrained(str(model))
+        except OSError as error:
+            raise ValueError(f"CLIP model {str(model)!r} is neither a folder nor a model on the Hub") from error
+
+    @torch.no_grad()
+    def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+        """Score pictures against their prompts.
+
+        Args:
+            pictures: N pictures of any size.
+            prompts: theirs, N texts; what goes beyond CLIP's 77 tokens is not read.
+            batch_size: pictures at a time.
+
+        Returns:
+            (N,), 0 to 100, on the CPU.
+        """
+        pictures, scores = iter(pictures), []
+        for start in range(0, len(prompts), batch_size):
+            texts = list(prompts[start : start + batch_size])
+            inputs = self.processor(
+                text=texts,
+                images=[picture.convert("RGB") for picture in islice(pictures, len(texts))],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=MAX_CLIP_TOKENS,
+            )
+            outputs = self.model(**inputs.to(self.model.device))
+            similarity = F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
+            scores.append(100 * similarity.clamp(min=0).cpu())
+        return torch.cat(scores)
+
+
+class TextImageHead(nn.Module):
+    """Two linear maps, from image features and from pooled text embeddings, into one space, trained as CLIP is.
+
+    Unlike `FeatureReference.retrieval_at_k`, which looks for the prompted concept among labelled pictures, it needs no
+    label and reads the whole prompt, its style included.
+
+    Args:
+        image_features: dimensions of the image features.
+        text_features: dimensions of the text embeddings.
+        size: dimensions of the common space.
+    """
+
+    def __init__(self, image_features: int, text_features: int, size: int) -> None:
+        super().__init__()
+        self.image = nn.Linear(image_features, size)
+        self.text = nn.Linear(text_features, size)
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Compare every picture with every text.
+
+        Args:
+            image_features: (N, D).
+            text_features: (M, E).
+
+        Returns:
+            (N, M), cosine similarities.
+        """
+        return F.normalize(self.image(image_features), dim=-1) @ F.normalize(self.text(text_features), dim=-1).T
+
+    def save(self, path: str | PathLike[str], accuracy: Mapping[str, Any]) -> None:
+        """Write the head as one file, in float16.
+
+        Args:
+            path: the file.
+            accuracy: what it was measured to be, on pictures that it was not trained on too, JSON values by name.
+        """
+        weights = {name: weight.half().contiguous() for name, weight in self.state_dict().items()}
+        save_file(weights, path, metadata={"accuracy": json.dumps(accuracy)})
+
+
+class HeadScorer:
+    """The score of a `TextImageHead`: 100 times its cosine similarity of a picture and its prompt, 0 where negative.
+
+    It knows the pictures and prompts of one pipeline, and can be compared with no CLIP score.
+
+    Args:
+        folder: pipeline folder that holds `text_image_head.safetensors`, and the text encoder that the head reads.
+        device: where it runs.
+
+    Raises:
+        ValueError: where the folder has no head.
+    """
+
+    name = "text-image head score"
+
+    def __init__(self, folder: str | PathLike[str], device: torch.device | str = "cpu") -> None:
+        path = Path(folder) / HEAD_FILE
+        if not path.is_file():
+            raise ValueError(f"folder {str(folder)!r} has no {HEAD_FILE}")
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+            self.accuracy: dict[str, Any] = json.loads(file.metadata()["accuracy"])
+        size, image_features = weights["image.weight"].shape
+        self.head = TextImageHead(image_features, weights["text.weight"].shape[1], size)
+        self.head.load_state_dict(weights)
+        self.head.eval().to(device)
+        self.extractor: FeatureExtractor = MobileNetFeatures().to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+        self.text_encoder = AutoModel.from_pretrained(Path(folder) / "text_encoder").eval().to(device)
+
+    @torch.no_grad()
+    def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Score pictures against their prompts.
+
+        Args:
+            pictures: N pictures of any size.
+            prompts: theirs, N texts.
+            batch_size: pictures and prompts at a time.
+
+        Returns:
+            (N,), 0 to 100, on the CPU.
+        """
+        device = self.text_encoder.device
+        images = self.extractor.extract(pictures, batch_size).split(batch_size)
+        texts = pooled_text(prompts, self.tokenizer, self.text_encoder, batch_size).split(batch_size)
+        scores = [
+            self.head(image.to(device), text.to(device)).diagonal().cpu()
+            for image, text in zip(images, texts, strict=True)
+        ]
+        return 100 * torch.cat(scores).clamp(min=0)
+
+
+@torch.no_grad()
+def pooled_text(prompts: Sequence[str], tokenizer: Any, text_encoder: nn.Module, batch_size: int = 64) -> Tensor:
+    """Embed texts as the mean over their tokens.
+
+    Args:
+        prompts: N texts.
+        tokenizer: of the text encoder.
+        text_encoder: gives token embeddings as its first output.
+        batch_size: texts at a time.
+
+    Returns:
+        (N, E), on the CPU.
+    """
+    device, pooled = next(text_encoder.parameters()).device, []
+    for start in range(0, len(prompts), batch_size):
+        inputs = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt").to(device)
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        tokens = text_encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+        pooled.append(((tokens * mask).sum(dim=1) / mask.sum(dim=1)).float().cpu())
+    return torch.cat(pooled)

@@ -1,0 +1,198 @@
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from diffusers_tbcm.metrics import (
+    bootstrap,
+    diversity,
+    fit_gaussian,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    symmetric_root,
+    within_balls,
+)
+
+
+def normal(count, size=6, seed=0, mean=0.0, scale=1.0):
+    return mean + scale * torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def distance(first, second):
+    mean, covariance = fit_gaussian(first)
+    return frechet_distance(mean, symmetric_root(covariance), second)
+
+
+def with_moments(count, mean, covariance, seed):
+    """Features whose sample mean and covariance are exactly these."""
+    raw = normal(count, len(mean), seed)
+    raw = raw - raw.mean(dim=0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(raw.T.cov()), raw.T, upper=False).T
+    return mean + white @ torch.linalg.cholesky(covariance).T
+
+
+def covariance(size, seed):
+    factor = normal(size, size, seed)
+    return factor @ factor.T / size + 0.1 * torch.eye(size, dtype=torch.double)
+
+
+class Identity(torch.nn.Module):
+    num_features = 6
+
+    def forward(self, features):
+        return features
+
+
+def kernel(x, y):
+    return (x @ y / len(x) + 1) ** 3
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    zero, shift = torch.zeros(3, dtype=torch.double), torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
+    first, second = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 1.0, 0.25]).double()
+    features = with_moments(50, zero, first.diag(), 0), with_moments(70, shift, second.diag(), 1)
+    assert distance(*features) == pytest.approx(5.25 + 1 + 1 + 2.5**2, rel=1e-9)  # |m|^2 + sum (s1 - s2)^2
+    assert distance(*reversed(features)) == pytest.approx(13.5, rel=1e-9)
+
+
+def test_frechet_distance_is_scipys_and_torchmetrics():
+    first, second = normal(40) @ covariance(6, 3), normal(90, seed=1) @ covariance(6, 4) + 0.3
+    (mean, one), (other_mean, other) = fit_gaussian(first), fit_gaussian(second)
+    root = torch.from_numpy(sqrtm((one @ other).numpy()).real)
+    expected = (mean - other_mean).square().sum() + one.trace() + other.trace() - 2 * root.trace()
+    assert distance(first, second) == pytest.approx(float(expected), rel=1e-9)
+    metric = FrechetInceptionDistance(feature=Identity())
+    metric.update(first, real=True)
+    metric.update(second, real=False)
+    assert distance(first, second) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_frechet_distance_of_a_set_from_itself_is_zero_even_without_full_rank():
+    assert distance(normal(50), normal(50)) == pytest.approx(0, abs=1e-9)
+    assert distance(normal(5), normal(5)) == pytest.approx(0, abs=1e-6)  # the root of a rounded 0 is 1e-8
+
+
+def test_kernel_distance_is_torchmetrics_over_all_pairs():
+    real, generated = normal(60), normal(60, seed=1, mean=0.2)
+    metric = KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=60)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    for subsets in (2, 7, 60):  # which only the interval depends on
+        assert kernel_distance(real, generated, subsets=subsets).value == pytest.approx(float(metric.compute()[0]))
+
+
+def test_kernel_distance_and_its_jackknife_are_those_of_explicit_sums():
+    real, generated = normal(5, 3), normal(6, 3, seed=1, mean=0.5)
+
+    def explicit(pictures):
+        pairs = [
+            [kernel(x, y) for j, y in enumerate(side) if i != j]
+            for side in (real, pictures)
+            for i, x in enumerate(side)
+        ]
+        of_real, of_pictures = sum(map(sum, pairs[:5])) / 20, sum(map(sum, pairs[5:]))
+        crossed = sum(kernel(x, y) for x in real for y in pictures)
+        return float(of_real + of_pictures / (len(pictures) * (len(pictures) - 1)) - 2 * crossed / 5 / len(pictures))
+
+    measured = kernel_distance(real, generated, pictures_per_prompt=2, subsets=3)
+    without = [explicit(torch.cat([generated[: 2 * i], generated[2 * i + 2 :]])) for i in range(3)]
+    assert measured.value == pytest.approx(explicit(generated), rel=1e-9)
+    error = (2 / 3 * sum((value - sum(without) / 3) ** 2 for value in without)) ** 0.5
+    assert measured.high - measured.value == pytest.approx(4.302652729911275 * error, rel=1e-6)  # t with 2 degrees
+    assert measured.value - measured.low == pytest.approx(measured.high - measured.value)
+
+
+def test_kernel_distance_is_unbiased():
+    values = np.array([kernel_distance(normal(30, seed=2 * s), normal(50, seed=2 * s + 1)).value for s in range(200)])
+    assert abs(values.mean()) < 3 * values.std() / len(values) ** 0.5
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.2])
+def test_kernel_distance_intervals_cover_what_is_true_on_average(mean):
+    real = normal(100, 4)
+    trials = [kernel_distance(real, normal(100, 4, seed=1 + s, mean=mean)) for s in range(200)]
+    truth = np.mean([trial.value for trial in trials])
+    assert 0.9 <= np.mean([trial.low <= truth <= trial.high for trial in trials]) <= 0.99
+
+
+def test_kernel_distance_refuses_too_few_images():
+    with pytest.raises(ValueError, match="subsets is 20 for 19 prompts and 50 real images"):
+        kernel_distance(normal(50), normal(38), pictures_per_prompt=2)
+    with pytest.raises(ValueError, match="subsets is 1 "):
+        kernel_distance(normal(50), normal(50), subsets=1)
+
+
+def test_precision_and_recall_by_hand():
+    real, generated = torch.tensor([[0.0], [1], [3]]), torch.tensor([[0.5], [0.6], [10]])
+    # balls of the real ones reach to -1..1, 0..2, 1..5; of the generated ones to 0.4..0.6, 0.5..0.7, 0.6..19.4
+    inside = [[True, True, False], [True, True, False], [False, False, False]]
+    assert within_balls(generated, real, k=1).tolist() == inside
+    assert precision_recall(real, generated, k=1) == pytest.approx((2 / 3, 2 / 3))
+    assert precision_recall(real, torch.tensor([[0.5], [0.6]]), k=1) == (1, 0)
+
+
+def test_precision_and_recall_of_equal_and_of_distant_sets():
+    features = normal(60)
+    features[10:20] = features[0]  # copies: their balls have no radius, and still hold each other
+    assert precision_recall(features, features) == (1, 1)
+    assert precision_recall(features, features + 100) == (0, 0)
+    with pytest.raises(ValueError, match="k is 3 for 3 features"):
+        precision_recall(features, features[:3])
+
+
+def test_many_features_are_compared_in_parts(monkeypatch):
+    whole = within_balls(normal(30), normal(40, seed=1))
+    kernel_of_whole = kernel_distance(normal(30), normal(40, seed=1))
+    monkeypatch.setattr("diffusers_tbcm.metrics.ROWS", 7)
+    assert torch.equal(within_balls(normal(30), normal(40, seed=1)), whole)
+    assert kernel_distance(normal(30), normal(40, seed=1)) == pytest.approx(kernel_of_whole, rel=1e-9)
+
+
+def test_diversity_is_the_mean_over_pairs():
+    features = normal(4, 30).view(4, 5, 6)
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    similarity = torch.nn.functional.cosine_similarity
+    expected = [1 - float(sum(similarity(row[i], row[j], dim=0) for i, j in pairs)) / len(pairs) for row in features]
+    torch.testing.assert_close(diversity(features), torch.tensor(expected).double())
+
+
+def test_diversity_of_copies_is_zero_and_of_opposites_two():
+    picture = normal(1, 8)
+    copies, opposites = torch.stack([picture[0], 2 * picture[0]]), torch.stack([picture[0], -picture[0]])
+    torch.testing.assert_close(diversity(torch.stack([copies, opposites])), torch.tensor([0.0, 2.0]).double())
+    with pytest.raises(ValueError, match="1 picture a prompt"):
+        diversity(picture[None])
+
+
+def test_the_bootstrap_of_a_mean_is_its_standard_error():
+    values = torch.from_numpy(np.random.default_rng(0).exponential(size=400))
+    estimate = bootstrap(lambda index: float(values[index].mean()), 400, resamples=2000)
+    assert estimate.value == float(values.mean())
+    assert estimate.high - estimate.value == pytest.approx(1.96 * float(values.std()) / 20, rel=0.06)
+    assert estimate.value - estimate.low == pytest.approx(estimate.high - estimate.value)
+    narrower = bootstrap(lambda index: float(values[index].mean()), 400, resamples=2000, confidence=0.5)
+    assert (narrower.high - narrower.low) / (estimate.high - estimate.low) == pytest.approx(0.6745 / 1.96, rel=1e-4)
+    with pytest.raises(ValueError, match="count is 1 and resamples 200"):
+        bootstrap(lambda index: 0.0, 1)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "frechet distance"])
+def test_bootstrap_intervals_cover_what_is_true_on_average(statistic):
+    mean, covariance = torch.zeros(4, dtype=torch.double), torch.eye(4, dtype=torch.double)
+
+    def measure(features):
+        return float(features.exp().mean()) if statistic == "mean" else frechet_distance(mean, covariance, features)
+
+    def sample(seed):
+        return normal(80, 4, seed, mean=0.3, scale=0.8)
+
+    truth = np.mean([measure(sample(1000 + seed)) for seed in range(500)])
+    covered = 0
+    for seed in range(100):
+        features = sample(seed)
+        estimate = bootstrap(lambda index, features=features: measure(features[index]), 80, resamples=40, seed=seed)
+        covered += estimate.low <= truth <= estimate.high
+    assert 0.9 <= covered / 100 <= 0.99

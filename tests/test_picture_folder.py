@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline
+
+from diffusers_tbcm import TBCMScheduler
+from diffusers_tbcm.picture_folder import PictureFolder, pipeline_digests
+
+
+PROMPTS = ["a dog", "a violin", "three little birds"]
+OPTIONS = {
+    "num_inference_steps": 1,
+    "seed": 5,
+    "batch_size": 4,
+    "progress": False,
+    "complex_human_instruction": None,
+    "max_sequence_length": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_tbcm_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixels(folder):
+    return np.stack([np.asarray(picture) for picture in folder]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def drawn(pipeline, tmp_path_factory):
+    folder = PictureFolder(tmp_path_factory.mktemp("pictures"), PROMPTS, 2, {"seed": 5})
+    folder.draw(pipeline, folder.missing(), **OPTIONS)
+    return folder
+
+
+def test_every_picture_has_its_place_and_noise_of_its_own(drawn):
+    assert len(drawn) == 6 and drawn.missing() == []
+    assert {path.name for path in drawn.folder.glob("*.png")} == {
+        f"00000{p}-0{i}.png" for p in range(3) for i in (0, 1)
+    }
+    assert not [*drawn.folder.glob("*.partial")]
+    flat = pixels(drawn).reshape(6, -1)
+    assert len(np.unique(flat, axis=0)) == 6
+    assert np.array_equal(pixels(drawn[2:4]), pixels(drawn)[2:4])
+    with pytest.raises(IndexError):
+        drawn[6]
+
+
+def test_only_what_is_missing_is_drawn_and_whatever_the_batch_the_same(drawn, pipeline, tmp_path):
+    again = PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+    again.draw(pipeline, [4, 1], **OPTIONS | {"batch_size": 1})
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    assert again.missing() == [0, 2, 3, 5]
+    resumed = PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+    resumed.draw(pipeline, resumed.missing(), **OPTIONS | {"batch_size": 3})
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}.items()
+    assert np.abs(pixels(resumed) - pixels(drawn)).max() <= 1  # kernels round differently with the batch size
+
+
+def test_more_pictures_a_prompt_keep_those_that_are_there(drawn, pipeline):
+    more = PictureFolder(drawn.folder, PROMPTS, 3, {"seed": 5})
+    assert more.missing() == [2, 5, 8]
+
+
+def test_a_torn_file_counts_as_missing(pipeline, tmp_path, monkeypatch):
+    folder = PictureFolder(tmp_path, PROMPTS, 1, {})
+
+    def full_disk(self, *args, **kwargs):
+        args[0].write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        folder.draw(pipeline, [0], **OPTIONS)
+    assert folder.missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"seed": 6, "steps": 1}}, "seed is 5 there and 6 here"),
+        ({"settings": {"seed": 5}}, "steps is 1 there and None here"),
+        ({"prompts": ["a dog", "a cat"]}, "prompts is '[0-9a-f]{16}' there"),
+        ({"prompts": ["a dog"]}, "prompts is "),
+    ],
+)
+def test_pictures_of_another_run_are_refused(changes, message, tmp_path):
+    given = {"prompts": ["a dog", "a violin"], "settings": {"seed": 5, "steps": 1}}
+    PictureFolder(tmp_path, pictures_per_prompt=1, **given)
+    PictureFolder(tmp_path, pictures_per_prompt=1, **given)
+    with pytest.raises(ValueError, match=f"holds pictures of another run: {message}"):
+        PictureFolder(tmp_path, pictures_per_prompt=1, **given | changes)
+
+
+def test_a_pipelines_digests_change_with_its_weights_and_scheduler_alone(tmp_path):
+    pipeline = tiny_sana_pipeline()
+    digests = pipeline_digests(pipeline)
+    assert digests.keys() == {"scheduler", "text_encoder", "transformer", "vae"}
+    pipeline.save_pretrained(tmp_path)
+    assert pipeline_digests(type(pipeline).from_pretrained(tmp_path)) == digests
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias[0] += 1e-3
+    changed = pipeline_digests(pipeline)
+    assert {name for name in digests if digests[name] != changed[name]} == {"transformer"}
+    pipeline.scheduler = TBCMScheduler()
+    assert pipeline_digests(pipeline)["scheduler"] != digests["scheduler"]
