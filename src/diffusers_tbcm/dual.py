@@ -16,7 +16,8 @@ from torch.utils._pytree import register_pytree_node, tree_flatten, tree_unflatt
 from torch.utils.checkpoint import checkpoint
 
 
-# Attention scores that exist at a time when a tangent passes scaled_dot_product_attention: 256 MiB of float32.
+# Attention scores that exist at a time when a tangent passes scaled_dot_product_attention: 256 MiB of float32. Set it
+# lower for less memory.
 MAX_ATTENTION_SCORES = 2**26
 
 aten = torch.ops.aten
@@ -111,17 +112,13 @@ def _primal(value: Any) -> Any:
     return type(value)([_primal(element) for element in value]) if type(value) in (list, tuple) else value
 
 
-def _detached(value: Any) -> Any:
-    value = _primal(value)
-    return value.detach() if isinstance(value, torch.Tensor) else value
-
-
 def _sum(*terms: torch.Tensor | None) -> torch.Tensor:
     first, *others = (term for term in terms if term is not None)
     return sum(others, start=first)
 
 
 # Rules: the tangent of a function's output from the function, the primal output, and the arguments, some of them dual.
+# They run under no_grad.
 
 
 def _by_forward_mode(func: Callable[..., Any], output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,14 +145,14 @@ def _add(func: Callable[..., Any], output: torch.Tensor, a: Any, b: Any) -> torc
     if isinstance(a, Dual) and isinstance(b, Dual):
         return func(a.tangent, b.tangent)
     # The other term has no derivative but may have broadcast this one.
-    tangent = a.tangent if isinstance(a, Dual) else func(torch.zeros_like(b.tangent), b.tangent)
+    tangent = a.tangent if isinstance(a, Dual) else b.tangent
     return tangent.to(output.dtype).expand_as(output)
 
 
 def _mul(func: Callable[..., Any], output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
     return _sum(
-        func(a.tangent, _detached(b)) if isinstance(a, Dual) else None,
-        func(_detached(a), b.tangent) if isinstance(b, Dual) else None,
+        func(a.tangent, _primal(b)) if isinstance(a, Dual) else None,
+        func(_primal(a), b.tangent) if isinstance(b, Dual) else None,
     )
 
 
@@ -163,7 +160,7 @@ def _div(func: Callable[..., Any], output: torch.Tensor, a: Any, b: Any) -> torc
     if not isinstance(b, Dual):
         return func(a.tangent, b)
     numerator = -output * b.tangent if not isinstance(a, Dual) else a.tangent - output * b.tangent
-    return func(numerator, _detached(b))
+    return func(numerator, b.primal)
 
 
 def _pow(func: Callable[..., Any], output: torch.Tensor, x: Any, exponent: Any) -> torch.Tensor:
@@ -246,27 +243,32 @@ def _attention(
     if dropout_p > 0 or is_causal or enable_gqa:
         raise ValueError("A tangent cannot follow attention with dropout, a causal mask or grouped queries.")
     wide = torch.promote_types(output.dtype, torch.float32)
-    k, v = (_detached(part).to(wide) for part in (key, value))
-    k_tangent, v_tangent = (part.tangent.to(wide) if isinstance(part, Dual) else None for part in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (_primal(part).to(wide) for part in (query, key, value))
+    q_tangent, k_tangent, v_tangent = (
+        part.tangent.to(wide) if isinstance(part, Dual) else None for part in (query, key, value)
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     chunk = max(1, MAX_ATTENTION_SCORES // (output.shape[:-2].numel() * k.shape[-2]))
     tangents = []
-    for start in range(0, output.shape[-2], chunk):
-        part = slice(start, start + chunk)
-        q = _detached(query)[..., part, :].to(wide) * scale
-        p = q @ k.mT
-        if attn_mask is not None:
-            bias = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., part, :]
-            p = p.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else p + bias
-        p = p.softmax(-1)
-        s_tangent = _sum(
-            query.tangent[..., part, :].to(wide) * scale @ k.mT if isinstance(query, Dual) else None,
-            q @ k_tangent.mT if k_tangent is not None else None,
-            torch.zeros((), dtype=wide, device=p.device),
-        )
-        s_tangent = s_tangent * p
-        tangent = s_tangent @ v - s_tangent.sum(-1, keepdim=True) * output[..., part, :].to(wide)
-        tangents.append(_sum(tangent, p @ v_tangent if v_tangent is not None else None).to(output.dtype))
+    with torch.autocast(output.device.type, enabled=False):
+        for start in range(0, output.shape[-2], chunk):
+            part = slice(start, start + chunk)
+            p = q[..., part, :] @ k.mT * scale
+            if attn_mask is not None:
+                bias = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., part, :]
+                p = p.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else p + bias
+            p = p.softmax(-1)
+            terms = []
+            if q_tangent is not None or k_tangent is not None:
+                s_tangent = _sum(
+                    q_tangent[..., part, :] @ k.mT if q_tangent is not None else None,
+                    q[..., part, :] @ k_tangent.mT if k_tangent is not None else None,
+                )
+                s_tangent = p * s_tangent * scale
+                terms += [s_tangent @ v, -s_tangent.sum(-1, keepdim=True) * output[..., part, :].to(wide)]
+            if v_tangent is not None:
+                terms.append(p @ v_tangent)
+            tangents.append(_sum(*terms).to(output.dtype))
     return torch.cat(tangents, dim=-2)
 
 
