@@ -8,7 +8,7 @@ from diffusers import SanaSprintPipeline
 from diffusers.image_processor import VaeImageProcessor
 from packaging.version import Version
 from tiny import LATENT_CHANNELS, TEXT_HIDDEN_SIZE, generate, tiny_tbcm_pipeline
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_tbcm import SanaTBCMPipeline
@@ -25,20 +25,22 @@ def pipeline():
     return pipeline
 
 
-class Transfers(TorchDispatchMode):
-    """Notes every operation that takes tensors of the host to the device."""
+class Transfers(TorchFunctionMode):
+    """Notes every call that copies something of the host to the device, for which the host waits."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        results = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
-        on_device = any(value.device == DEVICE for value in [*tensors, *results])
-        if on_device and any(value.device != DEVICE for value in tensors):
-            self.found.append(str(operation))
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device == DEVICE:
+            leaves = tree_leaves((args, kwargs))
+            of_host = any(isinstance(value, torch.Tensor) and value.device != DEVICE for value in leaves)
+            indices = args[1] if function is torch.Tensor.__getitem__ else ()
+            of_list = any(isinstance(index, list) for index in (indices if isinstance(indices, tuple) else [indices]))
+            if of_host or of_list or function in (torch.tensor, torch.as_tensor):
+                self.found.append(function.__name__)
         return result
 
 
