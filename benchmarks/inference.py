@@ -5,14 +5,15 @@
     python benchmarks/inference.py --size 0.6b         # GPU: published sizes, random weights, 1024 px, bfloat16
     python benchmarks/inference.py --size 0.6b --compile
 
-The pipelines take turns in every round, so that what else the machine does meets them alike. Every call is made
-twice: as a whole, and with the device synchronised around each network for the parts. Prints a table and writes
-results/inference_<size>_<device>.json, .md and .png.
+The pipelines take turns in every round, in random order, so that what else the machine does meets them alike. Every
+call is made twice: as a whole, and with the device synchronised around each network for the parts. Prints a table and
+writes results/inference_<size>_<device>.json, .md and .png.
 """
 
 import argparse
 import copy
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -191,9 +192,10 @@ def main() -> None:
     drawn = {key: draw for key, draw in calls(pipelines, arguments).items() if key[1] in args.steps}
     found: dict[tuple[str, int], list[dict[str, float]]] = {key: [] for key in drawn}
     pictures: dict[tuple[str, int], np.ndarray] = {}
+    order = random.Random(0)
     for turn in range(args.warmup + args.rounds):
-        for key, draw in drawn.items():
-            seconds, pictures[key] = measure(draw, pipelines[key[0]], device, CLOCKS[args.clock])
+        for key in order.sample(sorted(drawn), len(drawn)):
+            seconds, pictures[key] = measure(drawn[key], pipelines[key[0]], device, CLOCKS[args.clock])
             if turn >= args.warmup:
                 found[key].append(seconds)
     for name, steps in pictures:

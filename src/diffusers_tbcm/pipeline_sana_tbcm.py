@@ -597,7 +597,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
     @property
     def _execution_device(self) -> torch.device:
         """The stock property, which looks for hooks several times in every layer, where a single look finds none."""
-        networks = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        networks = [part for part in (self.text_encoder, self.transformer, self.vae) if part is not None]
         devices = {next(network.parameters()).device for network in networks}
         layers: list[torch.nn.Module] = [*networks]
         for layer in layers:  # grows by the layers found
