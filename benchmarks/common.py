@@ -2,12 +2,16 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import diffusers
 import pandas
+import psutil
 import torch
+import transformers
 from diffusers import SanaTransformer2DModel
 
 
@@ -57,25 +61,38 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device and versions, for the record."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device and the versions, to stand beside every figure."""
+    on_gpu = device.type == "cuda"
     return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "cores": psutil.cpu_count(),
+        "load_average": round(psutil.getloadavg()[0], 1),  # what else runs on this machine
+        "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
 
 
-def write_results(name: str, table: pandas.DataFrame, details: dict[str, Any], notes: str = "") -> None:
+def medians(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The median of every entry, rounded to a hundredth of a millisecond where it is in seconds."""
+    return {name: round(median(record[name] for record in records), 5) for name in records[0]}
+
+
+def markdown(frame: pandas.DataFrame) -> str:
+    """A table in Markdown, its index first; pandas would need another package for it."""
+    lines = [[frame.index.name or "", *frame.columns], ["---"] * (1 + len(frame.columns))]
+    for name, row in frame.iterrows():
+        lines.append([name, *("" if pandas.isna(value) else value for value in row)])
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def write_results(name: str, table: pandas.DataFrame, details: dict[str, Any]) -> None:
     """Print a table and keep it as benchmarks/results/<name>.json and .md, beside what it was measured on."""
-    RESULTS.mkdir(exist_ok=True)
     record = {"details": details, "rows": json.loads(table.to_json(orient="records"))}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    header = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns) + "\n"
-    body = "".join("| " + " | ".join("" if pandas.isna(v) else f"{v}" for v in row) + " |\n" for row in table.values)
     settings = ", ".join(f"{key} {value}" for key, value in details.items())
-    (RESULTS / f"{name}.md").write_text(f"{settings}\n\n{header}{body}\n{notes}".rstrip() + "\n", encoding="utf-8")
+    text = f"{settings}\n\n{markdown(table.set_index(table.columns[0]))}"
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     print(table.to_string(index=False, na_rep=""), f"\n{settings}\n{RESULTS / name}.json, .md")

@@ -17,16 +17,14 @@ latents, the rest is the same. Writes benchmarks/results/memory_{measured,modell
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pandas as pd
 import torch
-from common import CONFIGS, RESULTS
+from common import CONFIGS, RESULTS, machine
 from memory_meter import KINDS
 from memory_step import SETTINGS, run
 
@@ -151,10 +149,7 @@ def main() -> None:
 
     record: dict[str, Any] = {
         "config": {name: getattr(args, name) for name in SHAPE},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
+        **machine(device),
     }
     if args.check:
         record["settings"] = check(args, device)

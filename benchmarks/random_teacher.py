@@ -22,6 +22,28 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini" / "tokenizer"
 
 
+def random_pipeline(model: str, resolution: int, **text_config: int) -> SanaPipeline:
+    """A Sana of a published size with random weights.
+
+    Args:
+        model: "0.6b" or "1.6b".
+        resolution: in pixels.
+        text_config: of the text encoder, which has one layer by default.
+    """
+    transformer = random_transformer(model, resolution)
+    width = transformer.config.caption_channels
+    tokenizer = GemmaTokenizerFast.from_pretrained(TOKENIZER)
+    sizes = {"intermediate_size": width, "num_hidden_layers": 1, **text_config}
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=width, num_attention_heads=8, num_key_value_heads=4, **sizes
+        )
+    )
+    return SanaPipeline(
+        tokenizer, text_encoder, AutoencoderDC(), transformer, FlowMatchEulerDiscreteScheduler(shift=2.5)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CONFIGS, default="0.6b")
@@ -29,24 +51,10 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
-    transformer = random_transformer(args.model, args.resolution)
-    width = transformer.config.caption_channels
-    tokenizer = GemmaTokenizerFast.from_pretrained(TOKENIZER)
-    text_encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=width,
-            num_hidden_layers=1,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-        )
-    )
-    pipeline = SanaPipeline(
-        tokenizer, text_encoder, AutoencoderDC(), transformer, FlowMatchEulerDiscreteScheduler(shift=2.5)
-    )
+    pipeline = random_pipeline(args.model, args.resolution)
+    parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     pipeline.to(torch.bfloat16).save_pretrained(args.output_dir)
-    print(f"{args.output_dir}: {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} B parameters, random")
+    print(f"{args.output_dir}: {parameters / 1e9:.2f} B parameters, random")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 import pandas
-from common import EXAMPLES, RESULTS, default_device, environment, write_results
+from common import EXAMPLES, RESULTS, default_device, machine, write_results
 
 
 sys.path.insert(0, str(EXAMPLES))
@@ -69,7 +69,7 @@ def report(runs: pandas.DataFrame, details: dict[str, object]) -> None:
     for metric, digits in (("MobileNet-FD", 1), ("top-5 retrieval", 3)):
         table[metric] = groups[metric].mean().round(digits)
         table[f"{metric}, s.d."] = groups[metric].std().round(digits)
-    write_results(name, table.reset_index(), details | environment(default_device()))
+    write_results(name, table.reset_index(), details | machine(default_device()))
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for (compared_at, setting), part in groups:
         axes.scatter(

@@ -27,8 +27,8 @@ from common import (
     RESULTS,
     SIGMA_DATA,
     default_device,
-    environment,
     load_transformer,
+    machine,
     synchronize,
     write_results,
 )
@@ -359,7 +359,7 @@ def main() -> None:
         **vars(args),
         "FLOP of a student forward on a row": f"{flops:.3g}",
         "measured matmul FLOP/s": f"{rate:.3g}",
-        **environment(device),
+        **machine(device),
     }
     table = pandas.DataFrame(records).dropna(axis="columns", how="all")
     write_results(name, table, details)

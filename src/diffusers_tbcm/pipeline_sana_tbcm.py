@@ -17,10 +17,10 @@ from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from diffusers.pipelines.sana.pipeline_sana_sprint import SanaSprintPipeline
 from diffusers.schedulers.scheduling_scm import SCMScheduler
-from diffusers.utils import logging
+from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
-from .images import fit_image, load_image, resolution_bins
+from .images import fit_image, load_image, pixels_to_pil, resolution_bins
 from .lora import GUIDANCE_EMBEDDER_FILE, drop_guidance_bias, load_guidance_embedder
 from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler
 from .standalone import standalone_pipeline_source
@@ -30,6 +30,7 @@ from .versions import tokenizer_class
 logger = logging.get_logger(__name__)
 
 DEFAULT_NUM_INFERENCE_STEPS = 2
+OFFLOADING_HOOKS = frozenset(("_diffusers_hook", "_hf_hook"))  # as diffusers and accelerate name them on a layer
 COMPLEX_HUMAN_INSTRUCTION: list[str] = (
     inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
 )
@@ -216,7 +217,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         lora_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Embed prompts, each `num_images_per_prompt` times in a row.
+        Embed prompts, each `num_images_per_prompt` times in a row; one that is repeated is embedded once.
 
         The stock method repeats embeddings prompt by prompt but masks batch by batch, so that with several prompts and
         several images per prompt an image is made from one prompt's embedding under another's mask; here both go
@@ -246,17 +247,29 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             `tuple` of `torch.Tensor`: embeddings of shape `(prompts * num_images_per_prompt, tokens, hidden)` and
             their mask of shape `(prompts * num_images_per_prompt, tokens)`.
         """
-        prompt_embeds, prompt_attention_mask = super().encode_prompt(
-            prompt,
-            num_images_per_prompt=1,
-            device=device,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-            lora_scale=lora_scale,
-        )
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            distinct = list(dict.fromkeys(prompts))
+            rows = [distinct.index(text) for text in prompts]
+            if lora_scale is not None:
+                scale_lora_layers(self.text_encoder, lora_scale)
+            encoded = self._get_gemma_prompt_embeds(
+                distinct,
+                device=self._execution_device if device is None else device,
+                dtype=self.text_encoder.dtype,
+                clean_caption=clean_caption,
+                max_sequence_length=max_sequence_length,
+                complex_human_instruction=complex_human_instruction,
+            )
+            if lora_scale is not None:
+                unscale_lora_layers(self.text_encoder, lora_scale)
+            # The first token and the last ones, without the instruction. Slices: the device would have to wait for a
+            # list of indices.
+            last = encoded[0].shape[1] - (max_sequence_length - 1)
+            prompt_embeds, prompt_attention_mask = (
+                torch.stack([torch.cat([value[row, :1], value[row, last:]]) for row in rows]) for value in encoded
+            )
+        assert prompt_attention_mask is not None  # `check_inputs` asks for one
         return (
             prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),
             prompt_attention_mask.repeat_interleave(num_images_per_prompt, dim=0),
@@ -378,6 +391,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         """
         latents = (latents / self.scheduler.config.sigma_data).to(self.vae.dtype)
         images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        if output_type == "pil":
+            return pixels_to_pil(self.image_processor.postprocess(images, output_type="pt"))
         return self.image_processor.postprocess(images, output_type=output_type)
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
@@ -560,7 +575,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             latents=latents,
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
-            output_type="pt" if resize else output_type,
+            output_type="pt" if resize or output_type == "pil" else output_type,
             return_dict=False,
             clean_caption=clean_caption,
             use_resolution_binning=use_resolution_binning and stock_binning,
@@ -573,8 +588,23 @@ class SanaTBCMPipeline(SanaSprintPipeline):
 
         if resize:
             images = self.image_processor.resize_and_crop_tensor(images, image_width, image_height)
+        if output_type == "pil":
+            images = pixels_to_pil(images)
+        elif resize:
             images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
         return SanaPipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """The stock property, which looks for hooks several times in every layer, where a single look finds none."""
+        networks = [part for part in (self.text_encoder, self.transformer, self.vae) if part is not None]
+        devices = {next(network.parameters()).device for network in networks}
+        layers: list[torch.nn.Module] = [*networks]
+        for layer in layers:  # grows by the layers found
+            if not OFFLOADING_HOOKS.isdisjoint(layer.__dict__):
+                return super()._execution_device
+            layers.extend(part for part in layer._modules.values() if part is not None)
+        return devices.pop() if len(devices) == 1 else super()._execution_device
 
     @property
     def _size_multiple(self) -> int:

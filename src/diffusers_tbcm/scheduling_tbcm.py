@@ -148,6 +148,9 @@ class TBCMScheduler(SCMScheduler):
                     f"`num_inference_steps` is {num_inference_steps!r}; pass an integer of at least 1, or `timesteps`."
                 )
             schedule = self._default_timesteps(num_inference_steps, device, max_timesteps, intermediate_timesteps)
+        if device is not None and schedule.device.type == "cpu":
+            # Filled in on the device: a copy from the host would wait until the device has done all it has to do.
+            schedule = torch.stack([torch.full((), angle, device=device) for angle in schedule.tolist()])
 
         super().set_timesteps(
             len(schedule) - 1, timesteps=schedule, device=device, max_timesteps=None, intermediate_timesteps=None

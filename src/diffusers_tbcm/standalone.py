@@ -65,7 +65,7 @@ def _import_name(alias: ast.alias) -> str:
 def _format_imports(targets: Iterable[tuple[str, str]]) -> str:
     """Import statements in the order that isort gives them: the language's, the standard library's, the others."""
     names_by_origin: dict[str, list[str]] = {}
-    for origin, name in sorted(targets):
+    for origin, name in sorted(targets, key=lambda target: (target[0].lower(), target[1])):
         names_by_origin.setdefault(origin, []).append(name)
     lines = [(name, f"import {name}") for name in names_by_origin.pop("", [])]
     for origin, names in names_by_origin.items():
