@@ -44,7 +44,7 @@ def distil(folder: Path, seed: int, steps: int, flags: dict[str, int]) -> dict[s
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text())
-    command = training_command(folder, steps, seed=seed, **flags)
+    command = training_command(folder, steps, seed=seed, teacher_batch_size=2, **flags)
     if folder.exists():
         command += ["--resume_from_checkpoint", "latest"]
     subprocess.run(command, check=True)

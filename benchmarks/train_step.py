@@ -322,18 +322,22 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, help="default: 300, or 15 of the embedded teacher's prompts")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the teacher and of autocast")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--levers", type=int, default=len(LADDER) - 1, help="how many, in the order of the table")
     parser.add_argument("--compile", action="store_true", help="add a row with compiled blocks")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     if args.prompt_tokens is None:
         args.prompt_tokens = 15 if args.model == "embedded" else PROMPT_TOKENS
     device = default_device()
-    ladder = (*LADDER, replace(BATCHED, name="teacher 8 batches at once, compiled", compiled=True))
-    ladder = ladder if args.compile else LADDER
+    ladder = LADDER[: args.levers + 1]
+    if args.compile:
+        ladder += (replace(BATCHED, name="teacher 8 batches at once, compiled", compiled=True),)
+    if args.model == "embedded":
+        args.resolutions = [64]
     name = f"train_step_{args.model}_{device.type}"
     rate = matmul_rate(device, DTYPES[args.dtype])
     records = []
-    for resolution in args.resolutions if args.model != "embedded" else [64]:
+    for resolution in args.resolutions:
         trainer = Trainer(args, resolution, device)
         flops = trainer.forward_flops()
         # What a row needs whatever the order: both teacher branches of its share of the route, and in the student a
@@ -354,7 +358,7 @@ def main() -> None:
                     "peak GiB": round(peak, 2),
                 })  # fmt: skip
                 print(records[-1], flush=True)
-        profile(trainer, BATCHED, args.prompts[0], name)
+        profile(trainer, BATCHED if BATCHED in ladder else ladder[-1], args.prompts[0], name)
     details = {
         **vars(args),
         "FLOP of a student forward on a row": f"{flops:.3g}",
@@ -368,7 +372,9 @@ def main() -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for (resolution, variant), part in table.groupby(["resolution", "variant"], sort=False):
         if len(part) > 1:
-            axes.plot(part["rows"], part["ms / row"], marker="o", label=f"{variant}, {resolution} px")
+            axes.plot(
+                part["rows"], part["ms / row"], marker="o", label=f"{variant.removeprefix('+ ')}, {resolution} px"
+            )
     axes.set(
         xlabel="rows of a training step", ylabel="milliseconds a row", ylim=(0, None), title=f"Sana, {args.model}"
     )

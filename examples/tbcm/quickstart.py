@@ -53,7 +53,7 @@ MEASURED_STEPS = {"teacher": (1, 2, 4, 20), "untrained student": STUDENT_STEPS, 
 GRID_COLUMNS = (("teacher", 1), ("teacher", 20), ("student", 1), ("student", 2), ("student", 4))
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
-STEPS = 900
+STEPS = 1000
 LEARNING_RATE = 3e-4
 
 
@@ -71,7 +71,7 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
         "lr_warmup_steps": 50,
         "max_grad_norm": 1.0,
         "replay_buffer_size": 64,
-        "replay_steps": 2,
+        "teacher_batch_size": 16,
         "endpoint_warmup_steps": 7 * steps // 10,
         "tangent_warmup_steps": 0,
         "tangent_cooldown_start_step": 4 * steps // 5,
