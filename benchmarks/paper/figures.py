@@ -33,6 +33,7 @@ from side_by_side import draw_pictures
 
 
 ROOT = Path(__file__).parents[2]
+MIN_PROMPTS = 12
 FIGURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "noise": draw_noise,
     "schemes": draw_schemes,
@@ -52,6 +53,8 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "paper_figures")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "paper" / "results")
     args = parser.parse_args()
+    if args.prompts < MIN_PROMPTS:
+        parser.error(f"--prompts is {args.prompts}, but has to be at least {MIN_PROMPTS}: some of the first are shown")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()

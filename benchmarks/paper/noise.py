@@ -4,12 +4,17 @@ import argparse
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from emoji_metrics import SEED, load_evaluation
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
-from teacher_trajectories import EULER, SIGMA_DATA, Generation, Teacher, diffuse
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from teacher_trajectories import CELL_SIZE, EULER, SIGMA_DATA, Generation, Teacher, diffuse
 from trajectory_statistics import cosine_similarity, mean_and_error, neighbour_correlation, root_mean_square
 
 from diffusers_tbcm.evaluation import image_grid
@@ -24,6 +29,8 @@ PROCESSES = {
     "generation, f(x_t, t)": "tab:red",
     "generation, final x_0": "tab:orange",
 }
+MAPPED_PROCESSES = tuple(PROCESSES)[:3]
+FOLDS = 5
 STATISTICS = {
     "cosine similarity to the initial noise": lambda noise, initial, original: cosine_similarity(noise, initial),
     "cosine similarity to x_0": lambda noise, initial, original: cosine_similarity(noise, original),
@@ -36,19 +43,19 @@ def draw_noise(args: argparse.Namespace) -> dict[str, Any]:
     """Figure 3 as pictures of one prompt, Figure 8 as curves over all and as t-SNE maps."""
     prompts = [item.prompt for item in load_evaluation() if not item.held_out and item.prompt != SHOWN_PROMPT]
     teacher = Teacher([SHOWN_PROMPT, *prompts[: args.prompts - 1]], args.work_dir)
-    curves, noises = {}, {}
+    processes, curves, noises = {}, {}, {}
     for guidance_scale in args.guidance_scales:
         generation = teacher.generate(EULER, args.route_steps, guidance_scale)
         diffusion_noise, predictions = teacher.diffuse(EULER, args.route_steps, guidance_scale)
         timesteps = generation.timesteps[0]
+        processes[guidance_scale] = generation, diffusion_noise
         noises[guidance_scale] = equivalent_noises(generation, diffusion_noise, predictions)
         curves[guidance_scale] = statistics(noises[guidance_scale], generation, diffusion_noise)
     shown = [int((timesteps - angle).abs().argmin()) for angle in SHOWN_ANGLES]
 
-    guided = args.guidance_scales[0]
-    picture_rows(teacher, args.route_steps, guided, noises[guided], shown).save(
-        args.output_dir / "figure_3_equivalent_noise.png"
-    )
+    first = args.guidance_scales[0]
+    grid = picture_rows(teacher, *processes[first], noises[first], shown)
+    grid.save(args.output_dir / "figure_3_equivalent_noise.png")
     curve_figure(timesteps, curves).savefig(args.output_dir / "figure_8_curves.png", dpi=110)
     map_figure(timesteps, shown, noises).savefig(args.output_dir / "figure_8_tsne.png", dpi=110)
     return {
@@ -64,6 +71,20 @@ def draw_noise(args: argparse.Namespace) -> dict[str, Any]:
             }
             for guidance_scale, by_process in curves.items()
         },
+        "two-sample accuracy, generation by f(x_t, t): [mean, standard error]": [
+            {
+                "guidance": guidance_scale,
+                "t": round(timesteps[index].item(), 4),
+                **{
+                    f"against {process}": two_sample_accuracy(
+                        by_process["generation, f(x_t, t)"][:, index], by_process[process][:, index]
+                    )
+                    for process in MAPPED_PROCESSES[:2]
+                },
+            }
+            for guidance_scale, by_process in noises.items()
+            for index in shown
+        ],
     }
 
 
@@ -105,24 +126,26 @@ def statistics(
 
 
 def picture_rows(
-    teacher: Teacher, num_steps: int, guidance_scale: float, noises: dict[str, torch.Tensor], shown: list[int]
+    teacher: Teacher,
+    generation: Generation,
+    diffusion_noise: torch.Tensor,
+    noises: dict[str, torch.Tensor],
+    shown: list[int],
 ) -> Image.Image:
     """Figure 3: the first prompt's samples and equivalent noises, decoded."""
-    generation = teacher.generate(EULER, num_steps, guidance_scale)
-    diffusion_noise, _ = teacher.diffuse(EULER, num_steps, guidance_scale)
     timesteps = generation.timesteps[0, shown]
     original, noise = (tensor[:1].expand(len(shown), -1, -1, -1) for tensor in (generation.original, diffusion_noise))
     rows = {
         "diffusion: x_t": diffuse(original, noise, timesteps),
-        "equivalent noise, x_0 itself": noises["diffusion, x_0 itself"][0, shown],
-        "equivalent noise, f(x_t, t)": noises["diffusion, f(x_t, t)"][0, shown],
+        "diffusion: noise by x_0": noises["diffusion, x_0 itself"][0, shown],
+        "diffusion: noise by f(x_t, t)": noises["diffusion, f(x_t, t)"][0, shown],
         "generation: x_t": generation.latents[0, shown],
-        "f(x_t, t)": generation.predictions[0, shown],
-        "equivalent noise, f(x_t, t) ": noises["generation, f(x_t, t)"][0, shown],
-        "equivalent noise, final x_0": noises["generation, final x_0"][0, shown],
+        "generation: f(x_t, t)": generation.predictions[0, shown],
+        "generation: noise by f(x_t, t)": noises["generation, f(x_t, t)"][0, shown],
+        "generation: noise by final x_0": noises["generation, final x_0"][0, shown],
     }
     pictures = [teacher.decode(latents) for latents in rows.values()]
-    return image_grid(pictures, [f"t = {t:.2f}" for t in timesteps.tolist()], list(rows))
+    return image_grid(pictures, [f"t = {t:.2f}" for t in timesteps.tolist()], list(rows), CELL_SIZE)
 
 
 def curve_figure(
@@ -150,29 +173,36 @@ def curve_figure(
 
 
 def map_figure(timesteps: torch.Tensor, shown: list[int], noises: dict[float, dict[str, torch.Tensor]]) -> Figure:
-    """Figure 8, maps: t-SNE of all prompts' equivalent noises at a few timesteps, both processes in one map."""
-    compared = ["diffusion, x_0 itself", "diffusion, f(x_t, t)", "generation, f(x_t, t)"]
-    figure, axes = plt.subplots(
-        len(noises),
-        len(compared),
-        figsize=(5 * len(compared), 4.5 * len(noises)),
-        squeeze=False,
-        sharex="row",
-        sharey="row",
-    )
+    """Figure 8, maps: t-SNE of all prompts' equivalent noises, a map of its own for every timestep."""
+    size = (2.8 * len(shown), 3 * len(noises))
+    figure, axes = plt.subplots(len(noises), len(shown), figsize=size, squeeze=False)
     for row, (guidance_scale, by_process) in enumerate(noises.items()):
-        points = torch.stack([by_process[process][:, shown] for process in compared])
-        embedded = TSNE(init="pca", random_state=SEED).fit_transform(points.flatten(0, 2).flatten(1).numpy())
-        embedded = torch.from_numpy(embedded).unflatten(0, points.shape[:3])
-        for column, process in enumerate(compared):
-            for place, index in enumerate(shown):
-                axes[row, column].scatter(
-                    *embedded[column, :, place].T,
-                    s=5,
-                    color=plt.get_cmap("viridis")(place / (len(shown) - 1)),
-                    label=f"t = {timesteps[index]:.2f}",
-                )
-            axes[row, column].set(title=f"{process}, guidance {guidance_scale:g}", xticks=[], yticks=[])
-    axes[0, 0].legend(fontsize="small", markerscale=2)
-    figure.tight_layout()
+        for axis, index in zip(axes[row], shown, strict=True):
+            points = torch.stack([by_process[process][:, index] for process in MAPPED_PROCESSES])
+            embedded = TSNE(init="pca", random_state=SEED).fit_transform(points.flatten(0, 1).flatten(1).numpy())
+            for process, part in zip(MAPPED_PROCESSES, embedded.reshape(len(points), -1, 2), strict=True):
+                axis.scatter(*part.T, s=5, color=PROCESSES[process], label=process)
+            axis.set(title=f"guidance {guidance_scale:g}, t = {timesteps[index]:.2f}", xticks=[], yticks=[])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3, markerscale=3)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
+
+
+def two_sample_accuracy(noise: torch.Tensor, other: torch.Tensor) -> list[float]:
+    """How well a classifier tells two samples of equivalent noise apart: a two-sample test.
+
+    Args:
+        noise: (prompts, channels, height, width).
+        other: the same prompts', the shape of `noise`.
+
+    Returns:
+        The accuracy of a logistic regression on prompts that it was not fitted on, and its standard error over
+        prompts; 0.5 where the distributions do not differ in a way that it sees.
+    """
+    points = torch.cat([noise, other]).flatten(1).numpy()
+    labels = np.repeat([0, 1], len(noise))
+    prompts = np.tile(np.arange(len(noise)), 2)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))
+    found = cross_val_predict(classifier, points, labels, groups=prompts, cv=GroupKFold(FOLDS))
+    right = torch.from_numpy(found == labels).float().view(2, -1).mean(0)
+    return [round(number, 3) for number in mean_and_error(right)]

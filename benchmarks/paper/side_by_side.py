@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import SanaPipeline
 from emoji_metrics import GUIDANCE_SCALE, TEACHER_DIR, draw
+from teacher_trajectories import CELL_SIZE
 
 from diffusers_tbcm.evaluation import image_grid
 from diffusers_tbcm.generation import load_pipeline
@@ -34,6 +35,6 @@ def draw_pictures(args: argparse.Namespace) -> dict[str, Any]:
         pipeline = load_pipeline(folder, device=device)
         for steps in args.steps:
             columns[f"{name or folder}, {steps}"] = draw(pipeline, list(SHOWN_PROMPTS), steps)
-    grid = image_grid(list(zip(*columns.values(), strict=True)), list(columns), SHOWN_PROMPTS)
+    grid = image_grid(list(zip(*columns.values(), strict=True)), list(columns), SHOWN_PROMPTS, CELL_SIZE)
     grid.save(args.output_dir / "figure_6_pictures.png")
     return {"columns: model, steps": list(columns), "prompts": SHOWN_PROMPTS, "guidance_scale": GUIDANCE_SCALE}

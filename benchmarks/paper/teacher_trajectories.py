@@ -23,6 +23,7 @@ from diffusers_tbcm.trigflow import TrigFlowTransformer, broadcast_time, consist
 SIGMA_DATA = 0.5
 BATCH_SIZE = 50  # prompts computed together, and the most that an interruption costs
 ROUTE_STREAM, NOISE_STREAM = 1, 2  # of a prompt's random numbers; stream 0 is its initial noise, that of `draw`
+CELL_SIZE = 96  # pixels of a picture in a grid
 EULER = "euler"  # the reference route itself, without a draw in every partition
 
 
