@@ -71,9 +71,7 @@ def main() -> None:
     }
     path = args.output_dir / f"{args.figure}.json"
     lines = json.dumps(record, indent=1)
-    lines = re.sub(
-        r"\[[^\[\]{}]+\]", lambda found: json.dumps(json.loads(found[0])), lines
-    )  # a list of numbers a line
+    lines = re.sub(r"\[[-+\s\d.,e]+\]", lambda found: json.dumps(json.loads(found[0])), lines)  # numbers on one line
     path.write_text(lines + "\n", encoding="utf-8")
     print(f"Wrote {path}")
 

@@ -29,7 +29,7 @@ PROCESSES = {
     "generation, f(x_t, t)": "tab:red",
     "generation, final x_0": "tab:orange",
 }
-MAPPED_PROCESSES = tuple(PROCESSES)[:3]
+MAPPED_PROCESSES = ("diffusion, f(x_t, t)", "generation, f(x_t, t)")  # two of one noise would be pairs in a map
 FOLDS = 5
 STATISTICS = {
     "cosine similarity to the initial noise": lambda noise, initial, original: cosine_similarity(noise, initial),
@@ -62,7 +62,7 @@ def draw_noise(args: argparse.Namespace) -> dict[str, Any]:
         "prompts": len(teacher.prompts),
         "route_steps": args.route_steps,
         "timesteps": [round(t, 4) for t in timesteps.tolist()],
-        "statistics: [mean, standard error] at every timestep": {
+        "statistics (mean, standard error) at every timestep": {
             f"guidance {guidance_scale:g}": {
                 process: {
                     name: [[round(number, 4) for number in pair] for pair in pairs] for name, pairs in table.items()
@@ -71,7 +71,7 @@ def draw_noise(args: argparse.Namespace) -> dict[str, Any]:
             }
             for guidance_scale, by_process in curves.items()
         },
-        "two-sample accuracy, generation by f(x_t, t): [mean, standard error]": [
+        "two-sample accuracy of generation by f(x_t, t) (mean, standard error)": [
             {
                 "guidance": guidance_scale,
                 "t": round(timesteps[index].item(), 4),
@@ -79,7 +79,7 @@ def draw_noise(args: argparse.Namespace) -> dict[str, Any]:
                     f"against {process}": two_sample_accuracy(
                         by_process["generation, f(x_t, t)"][:, index], by_process[process][:, index]
                     )
-                    for process in MAPPED_PROCESSES[:2]
+                    for process in ("diffusion, x_0 itself", "diffusion, f(x_t, t)")
                 },
             }
             for guidance_scale, by_process in noises.items()
@@ -183,7 +183,7 @@ def map_figure(timesteps: torch.Tensor, shown: list[int], noises: dict[float, di
             for process, part in zip(MAPPED_PROCESSES, embedded.reshape(len(points), -1, 2), strict=True):
                 axis.scatter(*part.T, s=5, color=PROCESSES[process], label=process)
             axis.set(title=f"guidance {guidance_scale:g}, t = {timesteps[index]:.2f}", xticks=[], yticks=[])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3, markerscale=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2, markerscale=3)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 

@@ -107,7 +107,7 @@ def draw_predictions(args: argparse.Namespace) -> dict[str, Any]:
         "prompts": len(concepts),
         "guidance_scale": GUIDANCE_SCALE,
         "solution": f"{SOLUTION_STEPS} steps of the Euler schedule",
-        "results: [mean, standard error]": results,
+        "results (mean, standard error)": results,
     }
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SanaPipeline
 from emoji_metrics import MAX_SEQUENCE_LENGTH, SEED, TEACHER_DIR
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -160,10 +160,9 @@ class Teacher:
         batches = []
         for start in tqdm(range(0, len(self.prompts), BATCH_SIZE), desc=name):
             indices = range(start, min(start + BATCH_SIZE, len(self.prompts)))
-            path = self.work_dir / f"{name}-{start}.safetensors"
             prompts = [self.prompts[index] for index in indices]
-            described = json.dumps({**settings, "prompts": prompts, "seed": SEED, "teacher": self.digest})
-            batches.append(kept(path, described, lambda indices=indices: compute(indices)))
+            described = {**settings, "start": start, "prompts": prompts, "seed": SEED, "teacher": self.digest}
+            batches.append(kept(self.work_dir, name, described, lambda indices=indices: compute(indices)))
         return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
@@ -182,24 +181,27 @@ def diffuse(original: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor)
     return torch.cos(timestep) * original + torch.sin(timestep) * noise
 
 
-def kept(path: Path, settings: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def kept(
+    folder: Path, name: str, settings: dict[str, Any], compute: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
     """Read tensors that were computed from these settings before, or compute and write them.
 
     Args:
-        path: the file.
-        settings: what the tensors depend on, written beside them; a file with others is replaced.
+        folder: where they are kept.
+        name: the beginning of the file's name.
+        settings: what the tensors depend on, JSON values: others have another file.
         compute: gives the tensors.
 
     Returns:
         The tensors, on the CPU.
     """
+    digest = blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+    path = folder / f"{name}-{digest}.safetensors"
     if path.exists():
-        with safe_open(path, framework="pt") as file:
-            if file.metadata() == {"settings": settings}:
-                return load_file(path)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in compute().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+        return load_file(path)
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
+    folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"settings": settings})
+    save_file(tensors, partial)
     partial.replace(path)
     return tensors
