@@ -51,10 +51,7 @@ def draw_schemes(args: argparse.Namespace) -> dict[str, Any]:
         "route_steps": ROUTE_STEPS,
         "routes": DENSITY_ROUTES,
         "schemes": {
-            scheme: {
-                name: [round(number, 4) for number in mean_and_error(values)]
-                for name, values in route_statistics(rows).items()
-            }
+            scheme: {name: rounded(values) for name, values in route_statistics(rows).items()}
             for scheme, rows in routes.items()
         },
         "total variation distance to reference": {
@@ -77,12 +74,13 @@ def draw_predictions(args: argparse.Namespace) -> dict[str, Any]:
     meter = Meter()
     solution = teacher.generate(EULER, SOLUTION_STEPS, GUIDANCE_SCALE).original
     results = [measure("ODE", SOLUTION_STEPS, teacher, meter, concepts, solution, solution)]
-    generations = {}
+    generations, distances = {}, {}
     for scheme in COLORS:
         for num_steps in NUM_STEPS:
             generation = teacher.generate(scheme, num_steps, GUIDANCE_SCALE)
             if num_steps == ROUTE_STEPS or scheme == "reference":
                 generations[scheme, num_steps] = generation
+            distances[scheme, num_steps] = relative_distance(generation.original, solution)
             results.append(measure(scheme, num_steps, teacher, meter, concepts, generation.original, solution))
 
     by_scheme = {scheme: generations[scheme, ROUTE_STEPS] for scheme in COLORS}
@@ -108,7 +106,24 @@ def draw_predictions(args: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": GUIDANCE_SCALE,
         "solution": f"{SOLUTION_STEPS} steps of the Euler schedule",
         "results (mean, standard error)": results,
+        "difference in distance on the same prompts (mean, standard error)": {
+            f"{scheme} - {other}, {num_steps} steps": rounded(
+                distances[scheme, num_steps] - distances[other, num_steps]
+            )
+            for scheme, other in (("logit_normal", "reference"), ("random", "reference"), ("logit_normal", "random"))
+            for num_steps in NUM_STEPS
+        },
     }
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    """Mean and standard error over prompts, or routes, for a record."""
+    return [round(number, 4) for number in mean_and_error(values)]
+
+
+def relative_distance(original: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
+    """How far each x_0 is from the ODE's, relative to its norm, (prompts,)."""
+    return (original - solution).flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1)
 
 
 def measure(
@@ -120,8 +135,7 @@ def measure(
     original: torch.Tensor,
     solution: torch.Tensor,
 ) -> dict[str, Any]:
-    """How far the x_0 of a scheme are from the ODE's, relative to its norm, and how many show what was asked for."""
-    off = (original - solution).flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1)
+    """How far the x_0 of a scheme are from the ODE's, and how many show what was asked for."""
     features = meter.features.extract(teacher.decode(original))
     hits = [
         meter.reference.retrieval_at_k(row[None], [concept]) for row, concept in zip(features, concepts, strict=True)
@@ -129,8 +143,8 @@ def measure(
     return {
         "scheme": scheme,
         "steps": num_steps,
-        "distance to the ODE's x_0": [round(number, 4) for number in mean_and_error(off)],
-        "top-5 retrieval": [round(number, 4) for number in mean_and_error(torch.tensor(hits))],
+        "distance to the ODE's x_0": rounded(relative_distance(original, solution)),
+        "top-5 retrieval": rounded(torch.tensor(hits)),
     }
 
 
