@@ -33,6 +33,8 @@ extras = {
         "scipy>=1.13.1",
         "torchmetrics>=1.8.2,<2",
     ],
+    # Together with eval: what benchmarks/paper/figures.py draws with.
+    "paper": ["scikit-learn>=1.9"],
     "test": ["markdown-it-py>=4", "playwright>=1.65", "pytest>=9"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],
 }
