@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diffusers_tbcm.embeddings import UNCONDITIONAL, PromptEncoder
+from diffusers_tbcm.guidance import guided_output
 from diffusers_tbcm.prompts import draw_generator
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, broadcast_time, consistency_output
@@ -101,13 +102,12 @@ class Teacher:
             rows = slice(indices.start, indices.stop)
             original, timesteps = generation.original[rows].to(self.device), generation.timesteps[rows].to(self.device)
             noise = self._noise(indices, NOISE_STREAM)
-            embeds, mask = self.encoder([UNCONDITIONAL] * len(indices) + [self.prompts[index] for index in indices])
+            text = self.encoder([UNCONDITIONAL] * len(indices) + [self.prompts[index] for index in indices])
+            scale = torch.full_like(timesteps[:, 0], guidance_scale)
             predictions = []
             for t in timesteps.unbind(1):
                 sample = diffuse(original, noise, t)
-                both = self.network(sample.repeat(2, 1, 1, 1) / SIGMA_DATA, t.repeat(2), embeds, mask)
-                unconditional, conditional = both.chunk(2)
-                output = unconditional + guidance_scale * (conditional - unconditional)
+                output = guided_output(self.network, sample / SIGMA_DATA, t, *text, scale)
                 predictions.append(consistency_output(sample, output, t, SIGMA_DATA))
             return {"noise": noise, "predictions": torch.stack(predictions, dim=1)}
 
