@@ -42,6 +42,8 @@ class AdversarialObjective(ConsistencyObjective):
         sigma_data: float,
     ) -> None:
         super().__init__(args, accelerator, model, teacher, sigma_data=sigma_data)
+        if args.gradient_checkpointing:  # of the pass through which the verdicts reach the student
+            teacher.transformer.enable_gradient_checkpointing()
         config = teacher.transformer.config
         blocks = head_blocks(config.num_layers, args.head_block_ids)
         heads = DiscriminatorHeads(config.num_attention_heads * config.attention_head_dim, blocks)
@@ -126,19 +128,17 @@ class AdversarialObjective(ConsistencyObjective):
         noise = self.noise(rows, generators)
 
         # The student's side: the heads do not move.
-        heads = self.accelerator.unwrap_model(self.heads)
-        verdicts = frozen_verdicts(heads, self.features(rows, prediction, noise, timesteps))
+        fake_features = self.features(rows, prediction, noise, timesteps)
+        verdicts = frozen_verdicts(self.accelerator.unwrap_model(self.heads), fake_features)
         adversarial_loss = hinge_generator_loss(verdicts)
 
         # The heads' side: the student does not move.
+        fakes = [{block: hidden_states.detach() for block, hidden_states in fake_features.items()}]
         with torch.no_grad():
-            batches = [
-                self.features(rows, rows.pred_original_sample, noise, timesteps),
-                self.features(rows, prediction, noise, timesteps),
-            ]
+            real_features = self.features(rows, rows.pred_original_sample, noise, timesteps)
             if args.misaligned_pairs_D:
-                batches.append(self.features(rows, rows.pred_original_sample, noise, timesteps, shift=1))
-        real, *fake = self.heads(*batches)
+                fakes.append(self.features(rows, rows.pred_original_sample, noise, timesteps, shift=1))
+        real, *fake = self.heads(real_features, *fakes)
         discriminator_loss = hinge_discriminator_loss(real, torch.cat(fake))
         self.accelerator.backward(discriminator_loss)
 
