@@ -1,7 +1,11 @@
-"""What the tests of the training script share: a tiny teacher and the flags of a short run on it."""
+"""What the tests of the training scripts share: a tiny teacher and the flags of a short run on it."""
 
+import json
+
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from PIL import Image
 from tiny import write_tiny_pipeline
 
 
@@ -23,33 +27,64 @@ def prompts_file(tmp_path_factory):
     return file
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of pictures, some with several captions, and its latents' cache, which every run shares."""
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    captions = (["a dog", "dog"], ["a violin"], ["three little birds", "birds"], ["an owl"], ["the sun"])
+    lines = []
+    for index, texts in enumerate(captions):
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": texts}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets_cache"))
+        yield folder
+
+
+def arguments(**values):
+    """A command line of flags; None and False leave one out."""
+    line = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        line.append(f"--{name}")
+        if value is not True:
+            line += [str(part) for part in (value if isinstance(value, list) else [value])]
+    return line
+
+
 @pytest.fixture
-def flags(teacher, prompts_file, tmp_path):
-    """The flags of a short run, with changes."""
+def shared_flags(teacher, tmp_path):
+    return {
+        "pretrained_model_name_or_path": teacher,
+        "output_dir": tmp_path / "run",
+        "max_train_steps": 2,
+        "max_sequence_length": 16,
+        "no-complex_human_instruction": True,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+    }
 
-    def build(**changes):
-        values = {
-            "pretrained_model_name_or_path": teacher,
-            "prompts_file": prompts_file,
-            "output_dir": tmp_path / "run",
-            "route_steps": 3,
-            "max_train_steps": 2,
-            "max_sequence_length": 16,
-            "no-complex_human_instruction": True,
-            "learning_rate": 1e-3,
-            "tangent_warmup_steps": 2,
-            "tangent_cooldown_start_step": 2,
-            "tangent_cooldown_steps": 2,
-            "report_to": "none",
-            **changes,
-        }
-        arguments = []
-        for name, value in values.items():
-            if value is None or value is False:
-                continue
-            arguments.append(f"--{name}")
-            if value is not True:
-                arguments += [str(part) for part in (value if isinstance(value, list) else [value])]
-        return arguments
 
-    return build
+@pytest.fixture
+def flags(shared_flags, prompts_file):
+    """The flags of a short run of TBCM, with changes."""
+    tbcm = {
+        "prompts_file": prompts_file,
+        "route_steps": 3,
+        "tangent_warmup_steps": 2,
+        "tangent_cooldown_start_step": 2,
+        "tangent_cooldown_steps": 2,
+    }
+    return lambda **changes: arguments(**(shared_flags | tbcm | changes))
+
+
+@pytest.fixture
+def picture_flags(shared_flags, pictures):
+    """The flags of a short run on pictures, of any method that takes them, with changes."""
+    data = {"train_data_dir": pictures, "latents_cache": pictures.with_name("latents"), "train_batch_size": 2}
+    return lambda **changes: arguments(**(shared_flags | data | changes))

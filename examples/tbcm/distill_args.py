@@ -1,28 +1,25 @@
-"""The training script's flags and what can be checked before anything is loaded."""
+"""The flags that all training scripts share, and what can be checked before anything is loaded."""
 
 import argparse
 from pathlib import Path
 
 from diffusers.optimization import SchedulerType
+from methods import TBCM, Method
 
 from diffusers_tbcm.checkpoints import list_checkpoints
 from diffusers_tbcm.pipeline_folder import MODEL_INDEX, VARIANTS
-from diffusers_tbcm.tangent import tangent_ratio
-from diffusers_tbcm.trajectory import SAMPLING_SCHEMES
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: list[str] | None = None, description: str | None = None, method: Method = TBCM
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    data = parser.add_argument_group("teacher and prompts")
+    data = parser.add_argument_group("teacher and data")
     data.add_argument("--pretrained_model_name_or_path", required=True, help="Sana pipeline: folder or Hub id")
-    data.add_argument("--prompts_file", help="UTF-8 text, one prompt a line, or jsonl, csv, parquet")
-    data.add_argument("--dataset_name", help="instead of a file: a `datasets` Hub id or folder")
     data.add_argument("--dataset_config_name")
     data.add_argument("--dataset_split", default="train")
     data.add_argument("--caption_column", default="text")
-    data.add_argument("--streaming", action="store_true", help="read the data set as it comes, to --max_prompts")
-    data.add_argument("--max_prompts", type=int, help="read no more prompts than this")
     data.add_argument(
         "--precompute_embeddings",
         metavar="DIR",
@@ -38,39 +35,23 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     data.add_argument("--resolution", type=int, help="pixels a side; default: the teacher's own")
     data.add_argument("--output_dir", required=True)
 
-    method = parser.add_argument_group("method")
-    method.add_argument("--route_steps", type=int, default=16, help="teacher steps N of a trajectory")
-    method.add_argument("--sampling_scheme", choices=SAMPLING_SCHEMES, default="reference")
-    method.add_argument("--flow_shift", type=float, default=2.5, help="of the reference route")
-    method.add_argument("--logit_mean", type=float, default=0.2, help="of the logit_normal scheme")
-    method.add_argument("--logit_std", type=float, default=1.6, help="of the logit_normal scheme")
-    method.add_argument("--guidance_scales", type=float, nargs="+", default=[4.0, 4.5, 5.0], help="one per prompt")
-    method.add_argument("--tangent_warmup_steps", type=int, default=4000)
-    method.add_argument("--tangent_cooldown_start_step", type=int, default=15000, help="-1: no cooldown")
-    method.add_argument("--tangent_cooldown_steps", type=int, default=2000)
-    method.add_argument("--tangent_final_ratio", type=float, default=0.75)
-    method.add_argument("--tangent_resolution_invariant", action="store_true", help="norm over the root of its size")
-    method.add_argument("--brightness_threshold", type=float, default=1.0, help="0: no filter, the VAE never loads")
-    method.add_argument("--brightness_hard", action="store_true", help="drop all below the threshold (the paper)")
+    method.rows.add_flags(parser)
+    method.objective.add_flags(parser)
 
-    method.add_argument(
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--guidance_scales", type=float, nargs="+", default=[4.0, 4.5, 5.0], help="one per prompt")
+    rows.add_argument(
         "--replay_buffer_size",
         type=int,
         default=0,
-        help="prompts per process whose trajectories are kept, and rows drawn from at random; 0: one batch, used once",
+        help="prompts per process whose rows are kept, and drawn from at random; 0: one batch, used once",
     )
-    method.add_argument(
+    rows.add_argument(
         "--teacher_batch_size",
         type=int,
-        help="prompts per process that the teacher generates from at once; default: --train_batch_size",
+        help="prompts per process that the teacher runs on at once; default: --train_batch_size",
     )
-    method.add_argument("--replay_steps", type=int, default=1, help="backward passes per batch of trajectories")
-    method.add_argument(
-        "--endpoint_warmup_steps",
-        type=int,
-        default=0,
-        help="first train every row to lead to its trajectory's end (ODE initialisation; not in the paper)",
-    )
+    rows.add_argument("--replay_steps", type=int, default=1, help="backward passes per batch of the teacher's")
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--train_batch_size", type=int, default=1, help="prompts per process and backward pass")
@@ -124,15 +105,13 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
     args = parser.parse_args(argv)
     check_args(parser, args)
+    method.rows.check_flags(parser, args)
+    method.objective.check_flags(parser, args)
     return args
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a message that names the flag and its value, before anything is loaded."""
-    if (args.prompts_file is None) == (args.dataset_name is None):
-        parser.error("give either --prompts_file or --dataset_name")
-    if args.route_steps < 2:
-        parser.error(f"--route_steps is {args.route_steps}: it takes 2, as the step at pi/2 gives no training row")
     if min(args.guidance_scales) <= 0:
         parser.error(f"--guidance_scales is {args.guidance_scales}: every scale has to be positive")
     if args.teacher_batch_size is None:
@@ -140,15 +119,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in (
         "train_batch_size", "teacher_batch_size", "gradient_accumulation_steps", "max_train_steps",
         "checkpointing_steps", "logging_steps", "validation_steps", "replay_steps", "max_sequence_length",
-        "max_skipped_steps", "learning_rate", "max_grad_norm", "flow_shift", "logit_std",
+        "max_skipped_steps", "learning_rate", "max_grad_norm",
     ):  # fmt: skip
         if not getattr(args, name) > 0:
             parser.error(f"--{name} is {getattr(args, name)}: it has to be positive")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         parser.error(f"--checkpoints_total_limit is {args.checkpoints_total_limit}: the last one is always kept")
-    for name in ("brightness_threshold", "endpoint_warmup_steps", "replay_buffer_size"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} is {getattr(args, name)}: it must not be negative")
+    if args.replay_buffer_size < 0:
+        parser.error(f"--replay_buffer_size is {args.replay_buffer_size}: it must not be negative")
     for name in ("replay_buffer_size", "teacher_batch_size"):
         if getattr(args, name) % args.train_batch_size:
             parser.error(
@@ -162,26 +140,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         )
     if not 0 <= args.ema_decay < 1:
         parser.error(f"--ema_decay is {args.ema_decay}: it has to lie in [0, 1)")
-    if args.tangent_cooldown_start_step < 0:
-        args.tangent_cooldown_start_step = None
-    try:
-        tangent_ratio(
-            0,
-            args.tangent_warmup_steps,
-            args.tangent_cooldown_start_step,
-            args.tangent_cooldown_steps,
-            args.tangent_final_ratio,
-        )
-    except ValueError as error:
-        parser.error(f"--tangent_*: {error}")
     for name in ("lora_alpha", "lora_target_modules", "merge_lora"):
         if args.rank is None and getattr(args, name):
             parser.error(f"--{name} needs --rank")
     if args.export_variants and args.rank is not None and not args.merge_lora:
         parser.error("--export_variants are of a pipeline: with --rank they need --merge_lora")
-    if args.streaming and args.dataset_name is None:
-        parser.error("--streaming is for --dataset_name")
-    for name in ("max_prompts", "rank", "lora_alpha"):
+    for name in ("rank", "lora_alpha"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}: it has to be positive")
@@ -207,25 +171,21 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         )
 
 
-def training_table(args: argparse.Namespace, steps: int, prompts_seen: int, precision: str) -> dict[str, object]:
+def training_table(
+    args: argparse.Namespace, method: Method, steps: int, prompts_seen: int, precision: str
+) -> dict[str, object]:
     """What the model card says about the run."""
-    cooldown = (
-        "no cooldown"
-        if args.tangent_cooldown_start_step is None
-        else f"cooldown from step {args.tangent_cooldown_start_step} over {args.tangent_cooldown_steps}"
-    )
     return {
-        "method": "TBCM, image-free",
+        "method": method.name,
         "steps": steps,
         "prompts seen": prompts_seen,
-        "route": f"{args.sampling_scheme}, {args.route_steps} steps, shift {args.flow_shift}",
-        "tangent ratio": f"warm-up {args.tangent_warmup_steps}, {cooldown}, final {args.tangent_final_ratio}",
+        **method.rows.describe(args),
+        **method.objective.describe(args),
         "replay": (
             f"{args.replay_buffer_size} prompts, {args.replay_steps} steps a recording"
             if args.replay_buffer_size
             else "off"
         ),
-        "endpoint warm-up": f"{args.endpoint_warmup_steps} steps" if args.endpoint_warmup_steps else "off",
         "guidance scales": ", ".join(f"{scale:g}" for scale in args.guidance_scales),
         "optimiser": f"{args.optimizer}, lr {args.learning_rate:g} {args.lr_scheduler}, clip {args.max_grad_norm:g}",
         "weights": "all" if args.rank is None else f"LoRA of rank {args.rank}, guidance embedder",

@@ -1,4 +1,4 @@
-"""What the training script builds from its flags: optimiser and student; and the launches that it refuses."""
+"""What the training scripts build from their flags: optimiser and student; and the launches that they refuse."""
 
 import argparse
 

@@ -1,16 +1,18 @@
 """Where TBCM's rows come from, steps 1 to 4 of Algorithm 1: a frozen teacher along its own denoising trajectories."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from diffusers_tbcm.brightness import keep_mask
-from diffusers_tbcm.prompts import draw_generator, prompt_at
+from diffusers_tbcm.brightness import cached_black_latent, keep_mask
+from diffusers_tbcm.pipeline_folder import vae_scale_factor
+from diffusers_tbcm.prompts import PromptList, draw_generator, load_prompts, prompt_at
 from diffusers_tbcm.replay import Recording
-from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
-from diffusers_tbcm.transfer import HostCopy, to_device
+from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, record_trajectory, sample_timesteps
+from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
@@ -18,17 +20,17 @@ Encoder = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 class TeacherRows:
-    """Recordings, numbered over the whole run, each of --train_batch_size prompts for one process.
+    """Rows on the teacher's trajectories, --route_steps - 1 a prompt.
 
     Args:
         args: the flags.
-        accelerator: says which of the draws are this process's.
+        accelerator: the run's.
         teacher: the frozen network F.
+        teacher_folder: its pipeline's folder, for the brightness filter.
         encoder: embeds a list of prompts: (B, L, D) and their mask (B, L).
-        prompts: what to draw from.
+        data: what to draw from, from `load_data`.
         latent_shape: channels, height, width.
         sigma_data: standard deviation of the latents.
-        black: the black latent, for the brightness filter; None for no filter.
     """
 
     def __init__(
@@ -36,53 +38,86 @@ class TeacherRows:
         args: argparse.Namespace,
         accelerator: Accelerator,
         teacher: TrigFlowTransformer,
+        teacher_folder: Path,
         encoder: Encoder,
-        prompts: list[str],
-        latent_shape: tuple[int, ...],
+        data: PromptList,
+        latent_shape: tuple[int, int, int],
         *,
         sigma_data: float,
-        black: torch.Tensor | None,
     ) -> None:
         self.args = args
-        self.accelerator = accelerator
+        self.device = accelerator.device
         self.teacher = teacher
         self.encoder = encoder
-        self.prompts = prompts
+        self.prompts = data.prompts
+        self.num_prompts = len(data.prompts)
         self.latent_shape = latent_shape
         self.sigma_data = sigma_data
-        self.black = black
+        self.rows_per_prompt = args.route_steps - 1
         self.guidance_choices = torch.tensor(args.guidance_scales)
         self.negative_embeds, self.negative_mask = encoder([""])
+        self.filters = args.brightness_threshold > 0
+        if self.filters:
+            pixels = latent_shape[-1] * vae_scale_factor(teacher_folder)
+            with accelerator.main_process_first():
+                cache = Path(args.output_dir) / f"black_latent_{pixels}.safetensors"
+                self.black = cached_black_latent(teacher_folder, pixels, cache).to(self.device)
 
-    def numbered(self, first: int, end: int) -> Iterator[tuple[Recording, HostCopy]]:
-        """Record number `first` to `end` - 1, --teacher_batch_size prompts at a time.
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        data = parser.add_argument_group("prompts")
+        data.add_argument("--prompts_file", help="UTF-8 text, one prompt a line, or jsonl, csv, parquet")
+        data.add_argument("--dataset_name", help="instead of a file: a `datasets` Hub id or folder")
+        data.add_argument("--streaming", action="store_true", help="read the data set as it comes, to --max_prompts")
+        data.add_argument("--max_prompts", type=int, help="read no more prompts than this")
+        route = parser.add_argument_group("trajectories")
+        route.add_argument("--route_steps", type=int, default=16, help="teacher steps N of a trajectory")
+        route.add_argument("--sampling_scheme", choices=SAMPLING_SCHEMES, default="reference")
+        route.add_argument("--flow_shift", type=float, default=2.5, help="of the reference route")
+        route.add_argument("--logit_mean", type=float, default=0.2, help="of the logit_normal scheme")
+        route.add_argument("--logit_std", type=float, default=1.6, help="of the logit_normal scheme")
+        route.add_argument("--brightness_threshold", type=float, default=1.0, help="0: no filter, the VAE never loads")
+        route.add_argument("--brightness_hard", action="store_true", help="drop all below the threshold (the paper)")
 
-        With every recording comes which of its prompts the brightness filter keeps, (prompts,), bound for the host.
-        """
-        args = self.args
-        at_once = args.teacher_batch_size // args.train_batch_size
-        for start in range(first - first % at_once, end, at_once):
-            yield from self.record(range(start, start + at_once))[max(0, first - start) : end - start]
+    @staticmethod
+    def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+        if (args.prompts_file is None) == (args.dataset_name is None):
+            parser.error("give either --prompts_file or --dataset_name")
+        if args.route_steps < 2:
+            parser.error(f"--route_steps is {args.route_steps}: it takes 2, as the step at pi/2 gives no training row")
+        for name in ("flow_shift", "logit_std"):
+            if not getattr(args, name) > 0:
+                parser.error(f"--{name} is {getattr(args, name)}: it has to be positive")
+        if args.brightness_threshold < 0:
+            parser.error(f"--brightness_threshold is {args.brightness_threshold}: it must not be negative")
+        if args.streaming and args.dataset_name is None:
+            parser.error("--streaming is for --dataset_name")
+        if args.max_prompts is not None and args.max_prompts < 1:
+            parser.error(f"--max_prompts is {args.max_prompts}: it has to be positive")
 
-    def draws(self, number: int) -> list[int]:
-        """Draw k of the whole run is the same prompt and the same noise however many processes share it."""
-        size = self.args.train_batch_size
-        first = (number * self.accelerator.num_processes + self.accelerator.process_index) * size
-        return list(range(first, first + size))
+    @staticmethod
+    def describe(args: argparse.Namespace) -> dict[str, object]:
+        """What the model card says of the rows."""
+        return {"route": f"{args.sampling_scheme}, {args.route_steps} steps, shift {args.flow_shift}"}
 
-    def prompt_numbers(self, numbers: range) -> list[int]:
-        """Which prompts these recordings are of, in all processes."""
-        size = self.args.train_batch_size * self.accelerator.num_processes
-        draws = range(numbers.start * size, numbers.stop * size)
-        return [prompt_at(draw, len(self.prompts), self.args.seed) for draw in draws]
+    @staticmethod
+    def load_data(args: argparse.Namespace) -> PromptList:
+        return load_prompts(
+            args.prompts_file or args.dataset_name,
+            config=args.dataset_config_name,
+            split=args.dataset_split,
+            column=args.caption_column,
+            streaming=args.streaming,
+            max_prompts=args.max_prompts,
+        )
 
-    def record(self, numbers: range) -> list[tuple[Recording, HostCopy]]:
-        args, device = self.args, self.accelerator.device
+    def record(self, draws: list[int]) -> tuple[Recording, torch.Tensor]:
+        """Record the trajectories of some draws; which of them the brightness filter keeps comes with them."""
+        args, device = self.args, self.device
 
         # 1. Prompts
-        draws = [draw for number in numbers for draw in self.draws(number)]
         generators = [draw_generator(draw, args.seed) for draw in draws]
-        prompts = [self.prompts[prompt_at(draw, len(self.prompts), args.seed)] for draw in draws]
+        prompts = [self.prompts[prompt_at(draw, self.num_prompts, args.seed)] for draw in draws]
         prompt_embeds, prompt_mask = self.encoder(prompts)
         picks = [torch.randint(len(self.guidance_choices), (), generator=generator) for generator in generators]
         guidance_scale = to_device(self.guidance_choices[torch.stack(picks)], device)
@@ -116,7 +151,7 @@ class TeacherRows:
 
         # 4. Brightness filter
         keep = torch.ones(len(draws), dtype=torch.bool)
-        if self.black is not None:
+        if self.filters:
             keep = keep_mask(
                 trajectory.pred_original_sample,
                 self.black,
@@ -125,7 +160,4 @@ class TeacherRows:
                 hard=args.brightness_hard,
                 generator=generators,
             )
-        recording = Recording(trajectory, prompt_embeds, prompt_mask, guidance_scale)
-        size = args.train_batch_size
-        batches = zip(torch.arange(len(draws)).split(size), keep.split(size), strict=True)
-        return [(recording.select(batch), HostCopy(kept)) for batch, kept in batches]
+        return Recording(trajectory, prompt_embeds, prompt_mask, guidance_scale), keep

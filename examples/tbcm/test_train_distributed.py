@@ -54,13 +54,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def launch(arguments, *scripts, **environment):
+def launch(arguments, *scripts, script=SCRIPT.name, **environment):
     """Two processes; `accelerate launch` itself starts several on a CPU only by MPI."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(
-        [*command, *map(str, scripts), str(SCRIPT), *arguments],
+        [*command, *map(str, scripts), str(SCRIPT.with_name(script)), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import objectives
 import pytest
 import torch
 import train_tbcm_distill
@@ -188,13 +189,13 @@ def test_a_tracker_that_is_lost_is_left_out(flags, tmp_path, monkeypatch, caplog
 
 def poison(monkeypatch, steps):
     """Make the loss of some steps, counted from 1, not a number."""
-    consistency_loss, calls = train_tbcm_distill.consistency_loss, []
+    consistency_loss, calls = objectives.consistency_loss, []
 
     def loss(*args):
         calls.append(None)
         return consistency_loss(*args) * (float("nan") if len(calls) in steps else 1)
 
-    monkeypatch.setattr(train_tbcm_distill, "consistency_loss", loss)
+    monkeypatch.setattr(objectives, "consistency_loss", loss)
 
 
 def test_a_loss_that_is_not_a_number_skips_its_step_and_names_its_prompts(flags, tmp_path, monkeypatch, caplog):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import distill_setup
 import numpy as np
+import objectives
 import pytest
 import teacher_rows
 import torch
@@ -121,7 +122,7 @@ def test_gradients_are_the_mean_over_the_rows_that_the_filter_keeps(flags, tmp_p
 
 def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_trajectories(flags, tmp_path, monkeypatch):
     ends, aims = [], []
-    record, loss = teacher_rows.record_trajectory, train_tbcm_distill.endpoint_loss
+    record, loss = teacher_rows.record_trajectory, objectives.endpoint_loss
 
     def remember_end(*args, **kwargs):
         trajectory = record(*args, **kwargs)
@@ -133,7 +134,7 @@ def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_traje
         return loss(trig_output, latents, pred_original_sample, *args)
 
     monkeypatch.setattr(teacher_rows, "record_trajectory", remember_end)
-    monkeypatch.setattr(train_tbcm_distill, "endpoint_loss", remember_aim)
+    monkeypatch.setattr(objectives, "endpoint_loss", remember_aim)
     main(parse_args(flags(max_train_steps=41, endpoint_warmup_steps=40, logging_steps=1, learning_rate=3e-3)))
     assert len(ends) == 41 and len(aims) == 40
     assert all(torch.equal(aim, end.expand_as(aim)) for aim, end in zip(aims, ends[:-1], strict=True))

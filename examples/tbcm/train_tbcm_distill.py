@@ -14,6 +14,9 @@ B prompts and N route steps give B (N - 1) training rows. The loop's steps:
     5. the student with gradient and, in the same pass, its tangent along the teacher's velocity without
     6. loss, backward, clipping, optimiser, EMA
     7. the student, a plain SanaTransformer2DModel, inside a pipeline folder that any diffusers user can load
+
+Steps 1 to 4 are in teacher_rows.py, step 5 and its loss in objectives.py. train_scm.py, train_sana_sprint.py and
+train_lcm.py run this loop with other rows and losses, those of methods.py.
 """
 
 import argparse
@@ -42,14 +45,14 @@ from distill_setup import (
     check_accelerator,
     load_student,
 )
-from teacher_rows import TeacherRows
+from methods import TBCM, Method
+from row_stream import RowStream
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from validation import validate
 
 from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.averaging import ShardedEMA
-from diffusers_tbcm.brightness import cached_black_latent
 from diffusers_tbcm.checkpoints import find_checkpoint, save_checkpoint
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
@@ -57,14 +60,13 @@ from diffusers_tbcm.export import save_student_lora, save_student_pipeline
 from diffusers_tbcm.hub import choose_license, prepare_repo, push_or_warn
 from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
 from diffusers_tbcm.lora import drop_frozen_weights, merge_lora
-from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_error, consistency_loss, endpoint_loss
+from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
 from diffusers_tbcm.memory import memory_plan, peak_memory
-from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, latent_size, resolve_teacher, vae_scale_factor, write_json
+from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, latent_size, resolve_teacher, write_json
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_tbcm.prompts import draw_generator, load_prompts
+from diffusers_tbcm.prompts import draw_generator
 from diffusers_tbcm.record import training_config
 from diffusers_tbcm.replay import Recording, ReplayBuffer
-from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
 from diffusers_tbcm.tracking import MetricsLog
 from diffusers_tbcm.transfer import HostCopy, to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale
@@ -91,7 +93,7 @@ def whole_weights(
     return weights
 
 
-def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
+def train(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accelerator:
     """Algorithm 1, from --resume_from_checkpoint to --max_train_steps or until asked to stop."""
     output_dir = Path(args.output_dir)
     report_to = None if args.report_to == "none" else args.report_to
@@ -108,19 +110,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     # Everything that can be wrong with the input is found here, before anything large is loaded.
     check_accelerator(accelerator, args)
     resume = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    prompt_list = load_prompts(
-        args.prompts_file or args.dataset_name,
-        config=args.dataset_config_name,
-        split=args.dataset_split,
-        column=args.caption_column,
-        streaming=args.streaming,
-        max_prompts=args.max_prompts,
-    )
-    logger.info(str(prompt_list), main_process_only=True)
-    prompts = prompt_list.prompts
+    data = method.rows.load_data(args)
+    logger.info(str(data), main_process_only=True)
+    prompts = data.prompts
     teacher_folder = resolve_teacher(args.pretrained_model_name_or_path)
     teacher_transformer = SanaTransformer2DModel.from_pretrained(teacher_folder, subfolder="transformer").float()
     size = latent_size(teacher_folder, teacher_transformer, args.resolution)
+    latent_shape = (teacher_transformer.config.in_channels, size, size)
+    method.objective.check_run(args, accelerator, teacher_transformer)
     push = None
     if args.push_to_hub and accelerator.is_main_process:
         terms = choose_license(teacher_folder, args.hub_license)
@@ -174,17 +171,15 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     student = TrigFlowTransformer(student_transformer, timestep_scale)
     model = StudentWithLogvar(student, LogvarHead(inner_dim)).to(device)
     teacher = TrigFlowTransformer(teacher_transformer, timestep_scale).to(weight_dtype)
-    black = None
-    if args.brightness_threshold > 0:
-        pixels = size * vae_scale_factor(teacher_folder)
-        with accelerator.main_process_first():
-            cache = output_dir / f"black_latent_{pixels}.safetensors"
-            black = cached_black_latent(teacher_folder, pixels, cache).to(device)
+    source = method.rows(
+        args, accelerator, teacher, teacher_folder, encoder, data, latent_shape, sigma_data=SIGMA_DATA
+    )
+    rows_per_micro_step = args.train_batch_size * source.rows_per_prompt
+    rows_per_step = rows_per_micro_step * accelerator.num_processes * args.gradient_accumulation_steps
 
     if accelerator.is_main_process:
-        rows = args.train_batch_size * (args.route_steps - 1)
-        one = torch.ones(rows, device=device)
-        latents = torch.zeros((rows, teacher_transformer.config.in_channels, size, size), device=device)
+        one = torch.ones(rows_per_micro_step, device=device)
+        latents = torch.zeros((rows_per_micro_step, *latent_shape), device=device)
         text = (value.expand(args.train_batch_size, *value.shape[1:]) for value in (negative_embeds, negative_mask))
         frozen: dict[str, torch.nn.Module] = {"teacher": teacher}
         if isinstance(encoder, PromptEncoder):
@@ -210,6 +205,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         for block in (*teacher_transformer.transformer_blocks, *student_transformer.transformer_blocks):
             block.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
+    objective = method.objective(args, accelerator, model, teacher, sigma_data=SIGMA_DATA)
     student_transformer = accelerator.unwrap_model(model).student.transformer
     trained = {name: p for name, p in student_transformer.named_parameters() if p.requires_grad}
     ema = ShardedEMA(trained.values(), decay=args.ema_decay) if args.use_ema else None
@@ -226,16 +222,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         ema.to(device)
     if report_to is not None:
         accelerator.init_trackers("tbcm", config={name: str(value) for name, value in config["flags"].items()})
-    teacher_rows = TeacherRows(
-        args,
-        accelerator,
-        teacher,
-        encoder,
-        prompts,
-        (teacher_transformer.config.in_channels, size, size),
-        sigma_data=SIGMA_DATA,
-        black=black,
-    )
+    stream = RowStream(args, accelerator, source)
     log = MetricsLog(accelerator, output_dir / "metrics.jsonl", first_step=first_step)
     scheduler = TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=args.guidance_scales)
     draw_validation = partial(
@@ -251,8 +238,6 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     )
 
     prompts_per_recording = args.train_batch_size * accelerator.num_processes
-    rows_per_micro_step = args.train_batch_size * (args.route_steps - 1)
-    rows_per_step = rows_per_micro_step * accelerator.num_processes * args.gradient_accumulation_steps
     dropped_prompts = skipped_steps = skipped_in_a_row = rows_since_log = 0
     stopping, last_log = False, time.perf_counter()
     progress = tqdm(
@@ -267,7 +252,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
             exported = load_student(args, teacher.float(), weights)
             description = {
                 "prompt": (args.validation_prompts or prompts)[0],
-                "training": training_table(args, step, number * prompts_per_recording, accelerator.mixed_precision),
+                "training": training_table(
+                    args, method, step, number * prompts_per_recording, accelerator.mixed_precision
+                ),
+                "image_free": method.image_free,
                 "config": config,
                 "samples": draw_validation(exported, step=step) if args.validation_prompts else (),
                 "resolution": args.resolution,
@@ -302,12 +290,12 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     micro_step = step * args.gradient_accumulation_steps
     number = first_number = -(-micro_step // args.replay_steps)  # recordings taken so far
     last_number = -(-args.max_train_steps * args.gradient_accumulation_steps // args.replay_steps)
-    stream = teacher_rows.numbered(max(0, number - buffer.capacity), last_number)
+    recordings = stream.numbered(max(0, number - buffer.capacity), last_number)
     # Steps 1 to 4. The teacher is always a recording ahead: whenever the host waits for a result, the GPU has work.
-    ahead = deque(islice(stream, 2))
+    ahead = deque(islice(recordings, 2))
 
     def take_recording() -> Recording:
-        recording, keep = ahead.popleft() if ahead else next(stream)
+        recording, keep = ahead.popleft() if ahead else next(recordings)
         buffer.add(recording.select(keep.read().nonzero().squeeze(1)))
         return recording
 
@@ -322,7 +310,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         if micro_step % args.replay_steps == 0:
             recording = take_recording()
             number += 1
-            dropped = args.train_batch_size - len(buffer.recordings[-1]) // (args.route_steps - 1)
+            dropped = args.train_batch_size - len(buffer.recordings[-1]) // source.rows_per_prompt
         draw = micro_step * accelerator.num_processes + accelerator.process_index
         rows = buffer.sample(rows_per_micro_step, draw_generator(draw, args.seed, stream=1))
         kept = len(rows)
@@ -330,65 +318,41 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         if kept == 0:  # this process still takes part, at weight zero
             rows = recording.rows()
 
-        # 5. The student, and its tangent in the same pass
-        with accelerator.accumulate(model):
-            trains_on_tangent = step >= args.endpoint_warmup_steps
-            sample, timesteps = rows.latents / SIGMA_DATA, rows.timesteps
-            if trains_on_tangent:
-                sample, timesteps = dual_inputs(rows.latents, rows.velocity, rows.timesteps, SIGMA_DATA)
-            trig_output, logvar = model(
-                sample, timesteps, rows.prompt_embeds, rows.prompt_attention_mask, rows.guidance_scale
-            )
+        with accelerator.accumulate(model, *objective.modules):
+            # 5. The student, its tangent in the same pass, and the loss, a mean over these rows
+            loss, measures = objective(rows, step, draw)
 
-            # 6. Loss, the mean over the rows kept in all processes and micro-steps; backward, clipping, step, EMA
-            if trains_on_tangent:
-                ratio = tangent_ratio(
-                    step,
-                    args.tangent_warmup_steps,
-                    args.tangent_cooldown_start_step,
-                    args.tangent_cooldown_steps,
-                    args.tangent_final_ratio,
-                )
-                tangent = normalized_tangent(
-                    trig_output,
-                    rows.latents,
-                    rows.velocity,
-                    rows.timesteps,
-                    ratio=ratio,
-                    sigma_data=SIGMA_DATA,
-                    resolution_invariant=args.tangent_resolution_invariant,
-                )
-                loss = consistency_loss(
-                    trig_output.primal, tangent.trig_output, tangent.tangent, logvar, rows.timesteps, SIGMA_DATA
-                )
-            else:
-                loss = endpoint_loss(trig_output, rows.latents, rows.pred_original_sample, rows.timesteps, SIGMA_DATA)
-                loss = loss + 0 * logvar.sum()  # DDP waits for the gradient of every parameter
+            # 6. The mean over the rows kept in all processes and micro-steps; backward, clipping, step, EMA
             accelerator.backward(loss * (kept / rows_per_micro_step))
             micro_step += 1
             if accelerator.sync_gradients:
-                if black is not None:
+                if source.filters:
                     scale = rows_per_step / counts[0].clamp(min=1)
                     for parameter in model.parameters():
                         if parameter.grad is not None:
                             parameter.grad.mul_(scale)
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-                status = HostCopy(torch.cat([counts, grad_norm.reshape(1)]))
+                norms = [
+                    accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+                    for module in (model, *objective.modules)
+                ]
+                norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+                status = HostCopy(torch.cat([counts, torch.stack(norms)]))
             if len(ahead) < 2:
-                ahead.extend(islice(stream, 1))
+                ahead.extend(islice(recordings, 1))
             if not accelerator.sync_gradients:
                 continue
-            kept_in_step, dropped_in_step, stops, grad_norm = status.read().tolist()
+            kept_in_step, dropped_in_step, stops, grad_norm, *other_norms = status.read().tolist()
             counts.zero_()
-            finite = math.isfinite(grad_norm)
+            finite = all(map(math.isfinite, (grad_norm, *other_norms)))
             if kept_in_step == 0:
                 logger.warning(f"Step {step}: the brightness filter dropped every prompt; no update")
             elif finite or accelerator.scaler is not None:  # with fp16 the scaler skips a step that is not finite
-                optimizer.step()
+                for each in (optimizer, *objective.optimizers):
+                    each.step()
             if kept_in_step > 0 and finite and ema is not None:
                 ema.step(trained.values())
-            optimizer.zero_grad()
+            for each in (optimizer, *objective.optimizers):
+                each.zero_grad()
             lr_scheduler.step()
         step += 1
         progress.update()
@@ -399,16 +363,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
         if not finite:
             skipped_steps += 1
             oldest = max(0, number - buffer.capacity - args.gradient_accumulation_steps + 1)
-            seen = teacher_rows.prompt_numbers(range(oldest, number))
-            logger.warning(f"Step {step}: gradient norm {grad_norm}, no update; its prompts are among numbers {seen}")
+            seen = stream.prompt_numbers(range(oldest, number))
+            bad = next(norm for norm in (grad_norm, *other_norms) if not math.isfinite(norm))
+            logger.warning(f"Step {step}: gradient norm {bad}, no update; its prompts are among numbers {seen}")
         failing = skipped_in_a_row >= args.max_skipped_steps
 
         if step % args.logging_steps == 0 or step == args.max_train_steps or not finite:
             now = time.perf_counter()
-            metrics = {"loss": loss.item()}
-            if trains_on_tangent:
-                error = consistency_error(trig_output.primal.detach(), tangent.trig_output, tangent.tangent).mean()
-                metrics |= {"error": error.item(), "tangent_norm": tangent.norm.mean().item(), "tangent_ratio": ratio}
+            metrics = {"loss": loss.item()} | {name: float(value) for name, value in measures.items()}
             metrics |= {
                 "grad_norm": grad_norm,
                 "lr": lr_scheduler.get_last_lr()[0],
@@ -447,14 +409,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     return accelerator
 
 
-def dry_run(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
+def dry_run(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accelerator:
     """One step, checkpoint, validation and export, then resume for another; gives time and memory of a step."""
     folder = Path(args.output_dir).with_name(Path(args.output_dir).name + ".dry_run")
     once = {"checkpointing_steps": 1, "validation_steps": 1, "logging_steps": 1, "output_dir": str(folder)}
     args.push_to_hub = False
     for steps, resume in ((1, None), (2, "latest")):
         changes = once | {"max_train_steps": steps, "resume_from_checkpoint": resume}
-        accelerator = train(argparse.Namespace(**(vars(args) | changes)), stop)
+        accelerator = train(argparse.Namespace(**(vars(args) | changes)), stop, method)
     if accelerator.is_main_process:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         print(f"\nDry run: everything ran once, in {folder}, which is now deleted. Its two steps:")
@@ -463,9 +425,9 @@ def dry_run(args: argparse.Namespace, stop: StopRequest) -> Accelerator:
     return accelerator
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, method: Method = TBCM) -> None:
     with StopRequest() as stop:
-        accelerator = dry_run(args, stop) if args.dry_run else train(args, stop)
+        accelerator = dry_run(args, stop, method) if args.dry_run else train(args, stop, method)
     accelerator.end_training()
     if stop.received:
         print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")

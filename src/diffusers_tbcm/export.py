@@ -74,6 +74,7 @@ def save_student_pipeline(
     variants: Sequence[str] = (),
     license: str | None = None,
     model_id: str | None = None,
+    image_free: bool = True,
 ) -> Path:
     """Save a student as a folder that plain `DiffusionPipeline.from_pretrained` loads, with card and records.
 
@@ -97,6 +98,8 @@ def save_student_pipeline(
             `from_pretrained(..., variant=..., torch_dtype=...)`.
         license: the student's; by default what the teacher's card says, and none where that says nothing.
         model_id: what the card's examples load; the folder's name by default.
+        image_free: whether it was distilled by TBCM, from prompts alone; otherwise the training table's `method` is
+            named, and the pictures.
 
     Returns:
         `output_dir`.
@@ -143,7 +146,7 @@ def save_student_pipeline(
     for variant in variants:
         _save_variant(partial, variant)
 
-    record = _record(student, teacher, teacher_folder, prompt, training, resolution, license)
+    record = _record(student, teacher, teacher_folder, prompt, training, resolution, license, image_free)
     record = {"model_id": model_id or output_dir.resolve().name, **record}
     _describe(partial, teacher_folder, record, config, samples)
     _move(partial, output_dir, last=MODEL_INDEX)
@@ -163,6 +166,7 @@ def save_student_lora(
     resolution: int | None = None,
     license: str | None = None,
     model_id: str | None = None,
+    image_free: bool = True,
 ) -> Path:
     """Save a LoRA student as a folder that its teacher's pipeline loads, ours or a stock one, with card and records.
 
@@ -172,7 +176,7 @@ def save_student_lora(
         student: made by `lora.make_lora_student`.
         teacher: pipeline folder or Hub id of its teacher.
         output_dir: where the folder is to be.
-        prompt, training, config, samples, resolution, license, model_id: as in `save_student_pipeline`.
+        prompt, training, config, samples, resolution, license, model_id, image_free: as in `save_student_pipeline`.
         guidance_scale: the one that the stock `SanaPipeline` will draw with.
 
     Returns:
@@ -187,7 +191,7 @@ def save_student_lora(
     stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
     save_lora(student, partial, guidance_scale if stock else None)
 
-    record = _record(student, teacher, teacher_folder, prompt, training, resolution, license)
+    record = _record(student, teacher, teacher_folder, prompt, training, resolution, license, image_free)
     adapter = {"guidance_scale": guidance_scale, "stock_pipeline": stock}
     record = {"model_id": model_id or output_dir.resolve().name, **record, "adapter": adapter}
     _describe(partial, teacher_folder, record, config, samples)
@@ -220,6 +224,7 @@ def _record(
     training: Mapping[str, Any],
     resolution: int | None,
     license: str | None,
+    image_free: bool,
 ) -> dict[str, Any]:
     """What the card says of either kind of student."""
     if resolution is None:
@@ -232,6 +237,7 @@ def _record(
         "resolution": resolution,
         "prompt": prompt,
         "training": dict(training),
+        "image_free": image_free,
     }
 
 

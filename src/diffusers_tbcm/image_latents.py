@@ -74,6 +74,9 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def __str__(self) -> str:
+        return f"{len(self)} pictures with {len(self.prompts)} different captions"
+
     def __getitem__(self, index: int) -> Image.Image:
         return self._images[index][self._column]
 

@@ -17,7 +17,8 @@ from .scheduling_tbcm import TBCMScheduler
 from .trigflow import trig_to_flow_timestep
 
 
-TAGS = ("text-to-image", "diffusers", "sana", "tbcm", "distillation", "image-free-distillation", "few-step")
+TAGS = ("text-to-image", "diffusers", "sana", "distillation", "few-step")
+IMAGE_FREE_TAGS = ("tbcm", "image-free-distillation")
 TASK = "text-to-image"
 SHOWN_STEPS = (1, 2, 4)  # by the examples
 
@@ -49,7 +50,7 @@ def render_model_card(
         base_model_relation=record["base_model"] and relation,
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=[*TAGS, *([] if adapter is None else ["lora"])],
+        tags=[*TAGS, *(IMAGE_FREE_TAGS if record["image_free"] else ()), *([] if adapter is None else ["lora"])],
         widget=_widget(record["samples"]),
         **(record["license"] if license is None else {"license": license}),
         **({} if metrics is None else _eval_results(metrics, model_id)),
@@ -62,7 +63,7 @@ def render_model_card(
     return ModelCard.from_template(
         card_data,
         template_path=str(_template_path()),
-        **{name: record[name] for name in ("teacher", "training", "resolution")},
+        **{name: record[name] for name in ("teacher", "training", "resolution", "image_free")},
         model_id=model_id,
         prompt=json.dumps(record["prompt"], ensure_ascii=False),
         adapter=adapter,

@@ -1,0 +1,67 @@
+"""The recordings of a run in order, each process its share of every one."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+
+from diffusers_tbcm.prompts import prompt_at
+from diffusers_tbcm.replay import Recording
+from diffusers_tbcm.transfer import HostCopy
+
+
+class RowSource(Protocol):
+    """What a method's training rows come from: `teacher_rows.TeacherRows` or one of `image_rows`."""
+
+    num_prompts: int  # or pictures: what there is to draw from
+    rows_per_prompt: int
+    filters: bool  # whether a prompt may be dropped
+
+    def record(self, draws: list[int]) -> tuple[Recording, torch.Tensor]:
+        """Make the rows of some draws, numbered over the whole run, and say which to keep, (draws,)."""
+        ...
+
+
+class RowStream:
+    """Recordings, numbered over the whole run, each of --train_batch_size prompts for one process.
+
+    Args:
+        args: the flags.
+        accelerator: says which of the draws are this process's.
+        source: makes the rows.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, source: RowSource) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.source = source
+
+    def numbered(self, first: int, end: int) -> Iterator[tuple[Recording, HostCopy]]:
+        """Record number `first` to `end` - 1, --teacher_batch_size prompts at a time.
+
+        With every recording comes which of its prompts are kept, (prompts,), bound for the host.
+        """
+        at_once = self.args.teacher_batch_size // self.args.train_batch_size
+        for start in range(first - first % at_once, end, at_once):
+            yield from self.record(range(start, start + at_once))[max(0, first - start) : end - start]
+
+    def draws(self, number: int) -> list[int]:
+        """Draw k of the whole run is the same prompt and the same noise however many processes share it."""
+        size = self.args.train_batch_size
+        first = (number * self.accelerator.num_processes + self.accelerator.process_index) * size
+        return list(range(first, first + size))
+
+    def prompt_numbers(self, numbers: range) -> list[int]:
+        """Which prompts, or pictures, these recordings are of, in all processes."""
+        size = self.args.train_batch_size * self.accelerator.num_processes
+        draws = range(numbers.start * size, numbers.stop * size)
+        return [prompt_at(draw, self.source.num_prompts, self.args.seed) for draw in draws]
+
+    def record(self, numbers: range) -> list[tuple[Recording, HostCopy]]:
+        draws = [draw for number in numbers for draw in self.draws(number)]
+        recording, keep = self.source.record(draws)
+        size = self.args.train_batch_size
+        batches = zip(torch.arange(len(draws)).split(size), keep.split(size), strict=True)
+        return [(recording.select(batch), HostCopy(kept)) for batch, kept in batches]
