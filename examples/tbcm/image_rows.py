@@ -74,7 +74,7 @@ class ImageRows:
             num_processes=accelerator.num_processes,
         )
         accelerator.wait_for_everyone()
-        self.latents = LatentCache(folder, fingerprint, device=self.device)
+        self.latents = LatentCache(folder, fingerprint)
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +128,7 @@ class ImageRows:
 
         rows = diffusion_rows(
             self.teacher,
-            self.latents(pictures),
+            to_device(self.latents(pictures), self.device),
             to_device(noise, self.device),
             to_device(self.sample_timesteps(generators), self.device),
             prompt_embeds,

@@ -187,6 +187,11 @@ def test_the_student_learns_from_the_heads_and_leaves_them_alone(picture_flags, 
     assert not same(first, second)
 
 
+def test_a_dry_run_is_of_the_method_and_leaves_nothing(picture_flags, tmp_path, capsys):
+    train(SANA_SPRINT, picture_flags(dry_run=True))
+    assert '"discriminator_loss"' in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+
+
 def test_the_adversary_is_in_the_metrics(picture_flags, tmp_path):
     train(SANA_SPRINT, picture_flags(logging_steps=1))
     for line in metrics(tmp_path / "run"):
