@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas
 from common import write_results
 
@@ -16,19 +17,10 @@ from matplotlib import pyplot
 RESULTS = Path(__file__).parent / "results"
 GROUP = ["setting", "compared at", "inference steps"]
 # What a table shows where its runs have it, with so many digits.
-DIGITS = {
-    "train steps": 0,
-    "learning rate": 4,
-    "ms / row": 1,
-    "peak memory (GiB)": 2,
-    "filtered share": 3,
-    "MobileNet-FD": 1,
-    "top-5 retrieval": 3,
-    "text-image head score": 2,
-    "diversity": 3,
-}
-SAME_FOR_ALL_SEEDS = ("train steps", "learning rate")
-NOT_PLOTTED = (*SAME_FOR_ALL_SEEDS, "filtered share")
+RECIPE = {"train steps": 0, "learning rate": 4}  # the same for all seeds
+COSTS = {"ms / row": 1, "peak memory (GiB)": 2, "filtered share": 3}
+QUALITY = {"MobileNet-FD": 1, "top-5 retrieval": 3, "text-image head score": 2, "diversity": 3}
+DIGITS = {**RECIPE, **COSTS, **QUALITY}
 
 
 def summarize(runs: pandas.DataFrame) -> pandas.DataFrame:
@@ -49,7 +41,7 @@ def summarize(runs: pandas.DataFrame) -> pandas.DataFrame:
         cells = []
         for mean, deviation in zip(groups[name].mean(), groups[name].std(), strict=True):
             cell = "" if pandas.isna(mean) else f"{mean:.{digits}f}"
-            if name not in SAME_FOR_ALL_SEEDS and not pandas.isna(deviation):
+            if name not in RECIPE and not pandas.isna(deviation):
                 cell += f" ± {deviation:.{digits}f}"
             cells.append(cell)
         table[name] = cells
@@ -57,33 +49,28 @@ def summarize(runs: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def plot(runs: pandas.DataFrame, path: Path) -> None:
-    """A panel for every figure, with a dot for every run; models without seeds, such as the teacher, are lines."""
-    by = [name for name in GROUP[:2] if name in runs]
-    trained = runs[runs["seed"].notna()]
-    labels = trained[by].agg(", ".join, axis=1)
-    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
-    names = [name for name in DIGITS if name in trained and name not in NOT_PLOTTED and trained[name].notna().any()]
+    """A panel for every figure of quality, or for the costs; a dot for every run, a line for the teacher."""
+    trained, teacher = runs[runs["seed"].notna()], runs[runs["setting"] == "teacher"]
+    labels = trained[[name for name in GROUP[:2] if name in runs]].agg(", ".join, axis=1)
+    places = {label: place for place, label in enumerate(labels.unique())}
+    names = [name for name in QUALITY if name in runs] or list(COSTS)[:2]
+    parts = {"": trained}
+    if "inference steps" in runs:
+        parts = {f"{steps} steps": part for steps, part in trained.groupby("inference steps")}
     figure, axes = pyplot.subplots(
-        1, len(names), figsize=(3 * len(names), 1.5 + 0.4 * len(places)), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    steps = list(dict.fromkeys(trained.get("inference steps", pandas.Series([0] * len(trained)))))
-    for axis, name in zip(axes[0], names, strict=True):
-        for index, number in enumerate(steps):
-            part = trained[trained["inference steps"] == number] if "inference steps" in trained else trained
-            offset = 0.2 * (index - (len(steps) - 1) / 2)
-            label = f"{number} step{'s' * (number > 1)}" if number else None
-            heights = [places[place] + offset for place in labels[part.index]]
+        1, len(names), figsize=(1.5 + 3 * len(names), 1.5 + 0.4 * len(places)), sharey=True, layout="constrained"
+    )
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        for index, (label, part) in enumerate(parts.items()):
+            heights = labels[part.index].map(places) + 0.2 * (index - (len(parts) - 1) / 2)
             axis.scatter(part[name], heights, s=14, color=f"C{index}", label=label)
-        for index, (_, row) in enumerate(runs[runs["seed"].isna() & (runs["setting"] == "teacher")].iterrows()):
-            if name in row and pandas.notna(row[name]):
-                label = f"teacher, {row['inference steps']} steps" if index == 0 else None
-                axis.axvline(row[name], color="grey", linestyle="--", linewidth=1, label=label)
+        for _, row in teacher.iterrows():
+            axis.axvline(row[name], color="grey", linestyle="--", label=f"teacher, {row['inference steps']} steps")
         axis.set(title=name)
-    axes[0, 0].set_yticks(range(len(places)), list(places))
-    axes[0, 0].invert_yaxis()
-    if axes[0, 0].get_legend_handles_labels()[1]:
-        axes[0, 0].legend(fontsize="small")
+    axis.set_yticks(range(len(places)), list(places))
+    axis.invert_yaxis()
+    if len(parts) > 1:
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
