@@ -160,3 +160,6 @@ def test_methods_on_pictures_ask_for_them(capsys):
         study.parse_args(["table2"])
     assert "LCM, sCM, Sana-Sprint on pictures, --train_data_dir is None" in capsys.readouterr().err
     assert study.parse_args(["table4"]).seeds == [0, 1, 2]
+    with pytest.raises(SystemExit):
+        study.parse_args(["table4", "--prompts", "100"])
+    assert "--prompts is 100" in capsys.readouterr().err

@@ -28,6 +28,8 @@ from common import default_device, machine
 from study_report import RESULTS, report
 from study_runs import ROWS_PER_STEP, Setting, measure_student, measure_teacher, train
 
+from diffusers_tbcm.features import NUM_COMPONENTS
+
 
 TBCM = "TBCM"
 METHODS = {
@@ -132,6 +134,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_train_steps < 1:
         parser.error(f"--max_train_steps is {args.max_train_steps}: it has to be positive")
+    if args.prompts <= NUM_COMPONENTS:
+        parser.error(f"--prompts is {args.prompts}: the Frechet distance takes more than {NUM_COMPONENTS} pictures")
     on_pictures = [name for name, setting in TABLES[args.table].items() if setting.needs_pictures]
     if on_pictures and (args.train_data_dir is None or not args.train_data_dir.is_dir()):
         parser.error(

@@ -56,7 +56,7 @@ def plot(runs: pandas.DataFrame, path: Path) -> None:
     names = [name for name in QUALITY if name in runs] or list(COSTS)[:2]
     parts = {"": trained}
     if "inference steps" in runs:
-        parts = {f"{steps} steps": part for steps, part in trained.groupby("inference steps")}
+        parts = {f"steps: {steps}": part for steps, part in trained.groupby("inference steps")}
     figure, axes = pyplot.subplots(
         1, len(names), figsize=(1.5 + 3 * len(names), 1.5 + 0.4 * len(places)), sharey=True, layout="constrained"
     )
@@ -65,7 +65,7 @@ def plot(runs: pandas.DataFrame, path: Path) -> None:
             heights = labels[part.index].map(places) + 0.2 * (index - (len(parts) - 1) / 2)
             axis.scatter(part[name], heights, s=14, color=f"C{index}", label=label)
         for _, row in teacher.iterrows():
-            axis.axvline(row[name], color="grey", linestyle="--", label=f"teacher, {row['inference steps']} steps")
+            axis.axvline(row[name], color="grey", linestyle="--", label=f"teacher, steps: {row['inference steps']}")
         axis.set(title=name)
     axis.set_yticks(range(len(places)), list(places))
     axis.invert_yaxis()
