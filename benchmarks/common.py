@@ -88,11 +88,13 @@ def markdown(frame: pandas.DataFrame) -> str:
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def write_results(name: str, table: pandas.DataFrame, details: dict[str, Any]) -> None:
-    """Print a table and keep it as benchmarks/results/<name>.json and .md, beside what it was measured on."""
-    record = {"details": details, "rows": json.loads(table.to_json(orient="records"))}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def write_results(
+    name: str, table: pandas.DataFrame, details: dict[str, Any], folder: Path = RESULTS, **more: Any
+) -> None:
+    """Print a table and keep it as <name>.json and .md, beside what it was measured on; `more` goes into the JSON."""
+    record = {"details": details, "rows": json.loads(table.to_json(orient="records")), **more}
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     settings = ", ".join(f"{key} {value}" for key, value in details.items())
     text = f"{settings}\n\n{markdown(table.set_index(table.columns[0]))}"
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    print(table.to_string(index=False, na_rep=""), f"\n{settings}\n{RESULTS / name}.json, .md")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    print(table.to_string(index=False, na_rep=""), f"\n{settings}\n{folder / name}.json, .md")

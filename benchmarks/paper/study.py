@@ -1,0 +1,166 @@
+#!/usr/bin/env python
+"""The tables of arXiv 2511.20410 that need training, on the embedded emoji teacher, and our own choices.
+
+    python benchmarks/paper/study.py table2 --train_data_dir PICTURES    # LCM, sCM, Sana-Sprint, TBCM at 1, 2, 4 steps
+    python benchmarks/paper/study.py table3 --train_data_dir PICTURES    # their time a row and memory
+    python benchmarks/paper/study.py table4      # sampling schemes
+    python benchmarks/paper/study.py table5      # steps of a route
+    python benchmarks/paper/study.py table6      # the tangent's final ratio
+    python benchmarks/paper/study.py table7      # warm-up against warm-up and cooldown
+    python benchmarks/paper/study.py extras      # filter, norm of the tangent, EMA, endpoint warm-up, replay
+
+PICTURES is what examples/tbcm/emoji_data.py writes. Every method trains on 30 rows a step, with one optimiser and
+schedule. Runs and their measurements are kept in --work_dir and shared by the tables: the same command continues what
+was interrupted, and does nothing twice. Writes benchmarks/paper/results/<table>.json, .md and .png.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tbcm"))
+
+from common import default_device, machine
+from study_report import RESULTS, report
+from study_runs import ROWS_PER_STEP, Setting, measure_student, measure_teacher, train
+
+from diffusers_tbcm.features import NUM_COMPONENTS
+
+
+TBCM = "TBCM"
+METHODS = {
+    "LCM": Setting("lcm"),
+    "sCM": Setting("scm"),
+    "Sana-Sprint": Setting("sana_sprint"),
+    TBCM: Setting(),
+}
+BUFFER = {"replay_buffer_size": 64}
+TABLES = {
+    "table2": METHODS,
+    "table3": METHODS,
+    "table4": {
+        "random": Setting(flags={"sampling_scheme": "random"}),
+        "logit_normal": Setting(flags={"sampling_scheme": "logit_normal"}),
+        "reference": Setting(),
+    },
+    "table5": {  # 30, 28, 30 and 31 rows a step
+        "4 route steps": Setting(flags={"route_steps": 4, "train_batch_size": 10, "teacher_batch_size": 20}),
+        "8 route steps": Setting(flags={"route_steps": 8, "train_batch_size": 4}),
+        "16 route steps": Setting(),
+        "32 route steps": Setting(flags={"route_steps": 32, "train_batch_size": 1}),
+    },
+    "table6": {
+        "final ratio 0.25": Setting(flags={"tangent_final_ratio": 0.25}),
+        "final ratio 0.5": Setting(flags={"tangent_final_ratio": 0.5}),
+        "final ratio 0.75": Setting(),
+        "final ratio 1": Setting(flags={"tangent_final_ratio": 1}),
+    },
+    "table7": {
+        "warm-up to 0.75": Setting(flags={"tangent_cooldown_start_step": -1}),
+        "warm-up to 1": Setting(flags={"tangent_cooldown_start_step": -1, "tangent_final_ratio": 1}),
+        "warm-up to 1, cooldown to 0.75": Setting(),
+    },
+    "extras": {
+        "the tables' setting": Setting(),
+        "no filter": Setting(flags={"brightness_threshold": 0}),
+        "hard filter": Setting(flags={"brightness_hard": True}),
+        "resolution-invariant norm": Setting(flags={"tangent_resolution_invariant": True}),
+        "no EMA": Setting(flags={"use_ema": False}),
+        "endpoint warm-up": Setting(flags={"endpoint_warmup_steps": 0.7}),
+        "rows shuffled": Setting(flags=BUFFER),
+        "rows shuffled, used twice": Setting(flags={**BUFFER, "replay_steps": 2}),
+    },
+}
+EQUAL_ROWS, EQUAL_TIME = "equal rows", "equal time"
+
+
+def steps_in_equal_time(steps: int, ms_per_row: float, reference_ms_per_row: float) -> int:
+    """How many steps fit into the time of `steps` of the reference."""
+    return max(1, round(steps * reference_ms_per_row / ms_per_row))
+
+
+def run(name: str, setting: Setting, steps: int, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train and measure a student: a record for each number of inference steps, one for table 3."""
+    costs = train(setting, steps, seed, args.work_dir, args.train_data_dir)
+    rate = setting.all_flags(steps, seed)["learning_rate"]
+    record = {"setting": name, "seed": seed, "train steps": steps, "learning rate": rate, **costs}
+    if args.table == "table3":
+        return [record]
+    rows = measure_student(args.work_dir / setting.run_name(steps, seed), args.prompts)
+    return [{**record, **row} for row in rows]
+
+
+def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Everything that a table needs; seeds outside, so that what else the machine does meets all settings alike."""
+    settings, steps = TABLES[args.table], args.max_train_steps
+    if any(setting.needs_pictures for setting in settings.values()):
+        # Encodes the pictures, whose time and memory are then no method's.
+        train(Setting("scm"), 1, 0, args.work_dir, args.train_data_dir)
+    records = []
+    for seed in args.seeds:
+        for name, setting in settings.items():
+            records += run(name, setting, steps, seed, args)
+            print(records[-1], flush=True)
+    if args.table == "table2":
+        costs = {
+            name: mean(record["ms / row"] for record in records if record["setting"] == name) for name in settings
+        }
+        records = [{**record, "compared at": EQUAL_ROWS} for record in records]
+        for seed in args.seeds:
+            for name, setting in settings.items():
+                fitting = steps_in_equal_time(steps, costs[name], costs[TBCM])
+                found = run(name, setting, fitting, seed, args)
+                records += [{**record, "compared at": EQUAL_TIME} for record in found]
+                print(records[-1], flush=True)
+    if args.table != "table3":
+        for name, rows in measure_teacher(args.work_dir, args.prompts).items():
+            records += [{"setting": name, **row} for row in rows]
+    return records
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--train_data_dir", type=Path, help="pictures for the methods that train on them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max_train_steps", type=int, default=240)
+    parser.add_argument("--prompts", type=int, default=500, help="that the students are measured on")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/study"), help="of the runs, some 100 MB each")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    if args.max_train_steps < 1:
+        parser.error(f"--max_train_steps is {args.max_train_steps}: it has to be positive")
+    if args.prompts <= NUM_COMPONENTS:
+        parser.error(f"--prompts is {args.prompts}: the Frechet distance takes more than {NUM_COMPONENTS} pictures")
+    on_pictures = [name for name, setting in TABLES[args.table].items() if setting.needs_pictures]
+    if on_pictures and (args.train_data_dir is None or not args.train_data_dir.is_dir()):
+        parser.error(
+            f"{args.table} trains {', '.join(on_pictures)} on pictures, --train_data_dir is {args.train_data_dir}:"
+            " give the folder that examples/tbcm/emoji_data.py writes"
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    records = collect(args)
+    details = {
+        "seeds": args.seeds,
+        "max_train_steps": args.max_train_steps,
+        "rows a step": ROWS_PER_STEP,
+        "prompts": args.prompts,
+        **machine(default_device()),
+    }
+    flags = {
+        name: setting.all_flags(args.max_train_steps, args.seeds[0]) for name, setting in TABLES[args.table].items()
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    report(args.table, records, details, flags, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The study's tables, means and standard deviations over seeds, and plots of every run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas
+from common import write_results
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+RESULTS = Path(__file__).parent / "results"
+GROUP = ["setting", "compared at", "inference steps"]
+# What a table shows where its runs have it, with so many digits.
+RECIPE = {"train steps": 0, "learning rate": 4}  # the same for all seeds
+COSTS = {"ms / row": 1, "peak memory (GiB)": 2, "filtered share": 3}
+QUALITY = {"MobileNet-FD": 1, "top-5 retrieval": 3, "text-image head score": 2, "diversity": 3}
+DIGITS = {**RECIPE, **COSTS, **QUALITY}
+
+
+def summarize(runs: pandas.DataFrame) -> pandas.DataFrame:
+    """Average over seeds.
+
+    Args:
+        runs: a row for each run and number of inference steps; `seed`, and those of `GROUP` and `DIGITS` that it has.
+
+    Returns:
+        A row for each group, in their order: the number of seeds, and "mean ± standard deviation" of every figure, the
+        latter where there are several seeds; empty where there is no figure.
+    """
+    groups = runs.groupby([name for name in GROUP if name in runs], sort=False, dropna=False)
+    table = groups["seed"].nunique().rename("seeds").to_frame()
+    for name, digits in DIGITS.items():
+        if name not in runs:
+            continue
+        cells = []
+        for mean, deviation in zip(groups[name].mean(), groups[name].std(), strict=True):
+            cell = "" if pandas.isna(mean) else f"{mean:.{digits}f}"
+            if name not in RECIPE and not pandas.isna(deviation):
+                cell += f" ± {deviation:.{digits}f}"
+            cells.append(cell)
+        table[name] = cells
+    return table.reset_index()
+
+
+def plot(runs: pandas.DataFrame, path: Path) -> None:
+    """A panel for every figure of quality, or for the costs; a dot for every run, a line for the teacher."""
+    trained, teacher = runs[runs["seed"].notna()], runs[runs["setting"] == "teacher"]
+    labels = trained[[name for name in GROUP[:2] if name in runs]].agg(", ".join, axis=1)
+    places = {label: place for place, label in enumerate(labels.unique())}
+    names = [name for name in QUALITY if name in runs] or list(COSTS)[:2]
+    parts = {"": trained}
+    if "inference steps" in runs:
+        parts = {f"steps: {steps}": part for steps, part in trained.groupby("inference steps")}
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(1.5 + 3 * len(names), 1.5 + 0.4 * len(places)), sharey=True, layout="constrained"
+    )
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        for index, (label, part) in enumerate(parts.items()):
+            heights = labels[part.index].map(places) + 0.2 * (index - (len(parts) - 1) / 2)
+            axis.scatter(part[name], heights, s=14, color=f"C{index}", label=label)
+        for _, row in teacher.iterrows():
+            axis.axvline(row[name], color="grey", linestyle="--", label=f"teacher, steps: {row['inference steps']}")
+        axis.set(title=name)
+    axis.set_yticks(range(len(places)), list(places))
+    axis.invert_yaxis()
+    if len(parts) > 1:
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def report(
+    name: str,
+    records: Sequence[dict[str, Any]],
+    details: dict[str, Any],
+    flags: dict[str, dict[str, Any]],
+    folder: Path = RESULTS,
+) -> None:
+    """Write a table as Markdown, JSON with every run and its flags, and PNG."""
+    runs = pandas.DataFrame(records)
+    write_results(name, summarize(runs), details, folder, runs=list(records), flags=flags)
+    plot(runs, folder / f"{name}.png")
