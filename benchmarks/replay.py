@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does a student lose by training on every teacher row several times? The quickstart's recipe, shortened.
 
-    python benchmarks/replay.py --output_dir runs/replay        # 18 runs, 50 minutes on one CPU core; it can be resumed
+    python benchmarks/replay.py --output_dir runs/replay        # 18 runs, 50 minutes on a CPU core; can be resumed
 
 Every setting trains with every seed for the same number of optimiser steps, so on equally many rows; those with replay
 once more for the steps that fit into the time of the run without. Writes benchmarks/results/replay_<device>.json, .md
