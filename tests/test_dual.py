@@ -93,6 +93,21 @@ def test_attention_agrees_with_forward_mode_in_any_chunks(monkeypatch, mask, mov
     torch.testing.assert_close(actual.tangent, derivative)
 
 
+def test_attention_keeps_its_scores_in_float32_under_autocast():
+    parts = [(3 * randn(2, 3, tokens, 16, seed=seed)).bfloat16() for seed, tokens in enumerate((7, 9, 9))]
+    query, tangent = directions(parts[0])
+    with sdpa_kernel(SDPBackend.MATH):
+        _, exact = torch.func.jvp(
+            lambda q: F.scaled_dot_product_attention(q, *(part.double() for part in parts[1:])),
+            (query.double(),), (tangent.double(),),
+        )  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = F.scaled_dot_product_attention(Dual(query, tangent), *parts[1:]).tangent
+    assert actual.dtype == torch.bfloat16
+    # The result is rounded to 8 bits, the scores on the way are not.
+    assert (actual.double() - exact).norm() < 5e-3 * exact.norm()
+
+
 def test_only_the_primal_part_has_a_graph():
     weight = WEIGHT.clone().requires_grad_()
     x = Dual(*directions(randn(3, 4)))

@@ -239,7 +239,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """o = p v with p = softmax(s): o' = (p * s') v - rowsum(p * s') o + p v', for some queries at a time."""
+    """o = p v with p = softmax(s): o' = p' v + p v', p' = p * s' - p rowsum(p * s'), for some queries at a time."""
     if dropout_p > 0 or is_causal or enable_gqa:
         raise ValueError("A tangent cannot follow attention with dropout, a causal mask or grouped queries.")
     wide = torch.promote_types(output.dtype, torch.float32)
@@ -265,7 +265,7 @@ def _attention(
                     q[..., part, :] @ k_tangent.mT if k_tangent is not None else None,
                 )
                 s_tangent = p * s_tangent * scale
-                terms += [s_tangent @ v, -s_tangent.sum(-1, keepdim=True) * output[..., part, :].to(wide)]
+                terms.append((s_tangent - p * s_tangent.sum(-1, keepdim=True)) @ v)
             if v_tangent is not None:
                 terms.append(p @ v_tangent)
             tangents.append(_sum(*terms).to(output.dtype))
