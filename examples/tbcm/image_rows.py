@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderDC
-from teacher_rows import Encoder
+from row_stream import Encoder, RowSource
 
 from diffusers_tbcm.diffusion_rows import diffusion_rows, sample_diffusion_timesteps
 from diffusers_tbcm.discrete import neighbouring_timesteps
@@ -19,7 +19,7 @@ from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
-class ImageRows:
+class ImageRows(RowSource):
     """One row a picture; where it lies on the way to noise is a subclass's choice, `sample_timesteps`.
 
     The pictures are encoded once, before training, in float32.
@@ -50,17 +50,8 @@ class ImageRows:
         *,
         sigma_data: float,
     ) -> None:
-        self.args = args
-        self.device = accelerator.device
-        self.teacher = teacher
-        self.encoder = encoder
+        super().__init__(args, accelerator, teacher, encoder, len(data), latent_shape, sigma_data)
         self.images = data
-        self.num_prompts = len(data)
-        self.latent_shape = latent_shape
-        self.sigma_data = sigma_data
-        self.guidance_choices = torch.tensor(args.guidance_scales)
-        self.negative_embeds, self.negative_mask = encoder([""])
-
         resolution = latent_shape[-1] * vae_scale_factor(teacher_folder)
         folder = Path(args.latents_cache or Path(args.output_dir) / "latents")
         fingerprint = latents_fingerprint(data, teacher_folder, resolution=resolution, dtype=torch.float32)
@@ -122,14 +113,12 @@ class ImageRows:
             for picture, generator in zip(pictures, generators, strict=True)
         ]
         prompt_embeds, prompt_mask = self.encoder(captions)
-        picks = [torch.randint(len(self.guidance_choices), (), generator=generator) for generator in generators]
-        guidance_scale = to_device(self.guidance_choices[torch.stack(picks)], self.device)
-        noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
+        guidance_scale, noise = self.draw_guidance_and_noise(generators)
 
         rows = diffusion_rows(
             self.teacher,
             to_device(self.latents(pictures), self.device),
-            to_device(noise, self.device),
+            noise,
             to_device(self.sample_timesteps(generators), self.device),
             prompt_embeds,
             self.negative_embeds,

@@ -1,27 +1,65 @@
 """The recordings of a run in order, each process its share of every one."""
 
 import argparse
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
 
 from diffusers_tbcm.prompts import prompt_at
 from diffusers_tbcm.replay import Recording
-from diffusers_tbcm.transfer import HostCopy
+from diffusers_tbcm.transfer import HostCopy, to_device
+from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
-class RowSource(Protocol):
-    """What a method's training rows come from: `teacher_rows.TeacherRows` or one of `image_rows`."""
+Encoder = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
-    num_prompts: int  # or pictures: what there is to draw from
+
+class RowSource:
+    """What a method's training rows come from: `teacher_rows.TeacherRows` or one of `image_rows`.
+
+    Args:
+        args: the flags.
+        accelerator: the run's.
+        teacher: the frozen network F.
+        encoder: embeds a list of prompts: (B, L, D) and their mask (B, L).
+        num_prompts: how many prompts, or pictures, there are to draw from.
+        latent_shape: channels, height, width.
+        sigma_data: standard deviation of the latents.
+    """
+
     rows_per_prompt: int
     filters: bool  # whether a prompt may be dropped
 
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        teacher: TrigFlowTransformer,
+        encoder: Encoder,
+        num_prompts: int,
+        latent_shape: tuple[int, int, int],
+        sigma_data: float,
+    ) -> None:
+        self.args = args
+        self.device = accelerator.device
+        self.teacher = teacher
+        self.encoder = encoder
+        self.num_prompts = num_prompts
+        self.latent_shape = latent_shape
+        self.sigma_data = sigma_data
+        self.guidance_choices = torch.tensor(args.guidance_scales)
+        self.negative_embeds, self.negative_mask = encoder([""])
+
+    def draw_guidance_and_noise(self, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give every draw its guidance scale, (draws,), and its noise, (draws, channels, height, width)."""
+        picks = [torch.randint(len(self.guidance_choices), (), generator=generator) for generator in generators]
+        noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
+        return to_device(self.guidance_choices[torch.stack(picks)], self.device), to_device(noise, self.device)
+
     def record(self, draws: list[int]) -> tuple[Recording, torch.Tensor]:
         """Make the rows of some draws, numbered over the whole run, and say which to keep, (draws,)."""
-        ...
+        raise NotImplementedError
 
 
 class RowStream:

@@ -1,25 +1,21 @@
 """Where TBCM's rows come from, steps 1 to 4 of Algorithm 1: a frozen teacher along its own denoising trajectories."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from row_stream import Encoder, RowSource
 
 from diffusers_tbcm.brightness import cached_black_latent, keep_mask
 from diffusers_tbcm.pipeline_folder import vae_scale_factor
 from diffusers_tbcm.prompts import PromptList, draw_generator, load_prompts, prompt_at
 from diffusers_tbcm.replay import Recording
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, record_trajectory, sample_timesteps
-from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
-Encoder = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
-
-
-class TeacherRows:
+class TeacherRows(RowSource):
     """Rows on the teacher's trajectories, --route_steps - 1 a prompt.
 
     Args:
@@ -45,17 +41,9 @@ class TeacherRows:
         *,
         sigma_data: float,
     ) -> None:
-        self.args = args
-        self.device = accelerator.device
-        self.teacher = teacher
-        self.encoder = encoder
+        super().__init__(args, accelerator, teacher, encoder, len(data.prompts), latent_shape, sigma_data)
         self.prompts = data.prompts
-        self.num_prompts = len(data.prompts)
-        self.latent_shape = latent_shape
-        self.sigma_data = sigma_data
         self.rows_per_prompt = args.route_steps - 1
-        self.guidance_choices = torch.tensor(args.guidance_scales)
-        self.negative_embeds, self.negative_mask = encoder([""])
         self.filters = args.brightness_threshold > 0
         if self.filters:
             pixels = latent_shape[-1] * vae_scale_factor(teacher_folder)
@@ -113,15 +101,13 @@ class TeacherRows:
 
     def record(self, draws: list[int]) -> tuple[Recording, torch.Tensor]:
         """Record the trajectories of some draws; which of them the brightness filter keeps comes with them."""
-        args, device = self.args, self.device
+        args = self.args
 
         # 1. Prompts
         generators = [draw_generator(draw, args.seed) for draw in draws]
         prompts = [self.prompts[prompt_at(draw, self.num_prompts, args.seed)] for draw in draws]
         prompt_embeds, prompt_mask = self.encoder(prompts)
-        picks = [torch.randint(len(self.guidance_choices), (), generator=generator) for generator in generators]
-        guidance_scale = to_device(self.guidance_choices[torch.stack(picks)], device)
-        noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
+        guidance_scale, noise = self.draw_guidance_and_noise(generators)
 
         # 2. Timesteps
         timesteps = sample_timesteps(
@@ -133,13 +119,13 @@ class TeacherRows:
             logit_std=args.logit_std,
             sigma_data=self.sigma_data,
             generator=generators,
-            device=device,
+            device=self.device,
         )
 
         # 3. The teacher's trajectory
         trajectory = record_trajectory(
             self.teacher,
-            to_device(noise, device),
+            noise,
             timesteps,
             prompt_embeds,
             self.negative_embeds,
