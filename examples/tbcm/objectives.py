@@ -12,7 +12,6 @@ from diffusers_tbcm.loss import consistency_error, consistency_loss, endpoint_lo
 from diffusers_tbcm.replay import TrainingRows
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
 from diffusers_tbcm.trajectory import reference_route
-from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
@@ -179,6 +178,19 @@ class TBCMObjective(ConsistencyObjective):
 class DiscreteObjective(Objective):
     """LCM's: predictions at neighbouring times of a grid are to agree; the target is the student, without gradient."""
 
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        teacher: TrigFlowTransformer,
+        *,
+        sigma_data: float,
+    ) -> None:
+        super().__init__(args, accelerator, model, teacher, sigma_data=sigma_data)
+        route = reference_route(args.num_ddim_timesteps, args.flow_shift)
+        self.grid = torch.cat([route, route.new_zeros(1)]).to(accelerator.device)
+
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         loss = parser.add_argument_group("loss")
@@ -196,10 +208,8 @@ class DiscreteObjective(Objective):
 
     def __call__(self, rows: TrainingRows, step: int, draw: int) -> tuple[torch.Tensor, Measures]:
         # 5. The student at both ends of an interval, at the earlier one without gradient
-        route = reference_route(self.args.num_ddim_timesteps, self.args.flow_shift)
-        grid = to_device(torch.cat([route, route.new_zeros(1)]), rows.timesteps.device)
         later = rows.timesteps.unsqueeze(1)
-        next_timesteps = grid.expand(len(rows), -1).where(grid < later, 0).amax(1)
+        next_timesteps = self.grid.expand(len(rows), -1).where(self.grid < later, 0).amax(1)
         target = discrete_target(lambda *inputs: self.model(*inputs)[0], rows, next_timesteps, self.sigma_data)
         trig_output, logvar = self.model(
             rows.latents / self.sigma_data,
