@@ -25,7 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import pandas
 import torch
-from common import CONFIGS, RESULTS, machine, markdown, medians
+from common import CONFIGS, RESULTS, default_device, machine, markdown, medians
 from diffusers import DiffusionPipeline, SanaPipeline, SanaSprintPipeline
 from random_teacher import random_pipeline
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="our student's blocks too, beside the others")
     parser.add_argument("--no_instruction", action="store_true", help="leave out the instruction before the prompt")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     torch.manual_seed(0)
 
     pipelines = build(args.size, args.resolution, args.text_layers, device, args.compile)

@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import CONFIGS, RESULTS, machine
+from common import CONFIGS, RESULTS, default_device, machine, markdown
 from memory_meter import KINDS
 from memory_step import SETTINGS, run
 
@@ -85,13 +85,10 @@ def by_stage(records: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """A table in Markdown; pandas would need another package for it."""
-    lines = [["setting", *frame.columns], ["---"] * (1 + len(frame.columns))]
-    for name, row in frame.iterrows():
-        values = ("" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}" for value in row)
-        lines.append([name, *values])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+def written(frame: pd.DataFrame) -> str:
+    """A table of GB in Markdown."""
+    cells = frame.map(lambda value: f"{value:.2f}" if isinstance(value, float) else value, na_action="ignore")
+    return markdown(cells.rename_axis("setting"))
 
 
 def plot(frame: pd.DataFrame, title: str, path: Path) -> None:
@@ -139,7 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if args.route_steps is None:
         args.route_steps = 17 if device.type == "cuda" else 2
     torch.manual_seed(0)
@@ -168,7 +165,7 @@ def main() -> None:
     title = f"Peak memory of a training step, {name}: {args.model}, {args.rows} rows, {args.resolution} px"
     versions = ", ".join(f"{key} {record[key]}" for key in ("device", "torch", "diffusers", "python"))
     text = f"# {title}\n\n{versions}; LoRA of rank {args.rank}\n{MODELLED if name == 'modelled' else ''}{NOTES}\n"
-    text += f"## By kind, GB\n\n{markdown(kinds)}\n## By stage, GB\n\n{markdown(stages)}"
+    text += f"## By kind, GB\n\n{written(kinds)}\n## By stage, GB\n\n{written(stages)}"
     print(f"\n{kinds.round(2).to_string()}\n\n{stages.round(2).to_string()}")
     path = RESULTS / f"memory_{name}"
     path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from diffusers_tbcm import diffusion_rows
 from diffusers_tbcm.embeddings import UNCONDITIONAL, PromptEncoder
 from diffusers_tbcm.guidance import guided_output
 from diffusers_tbcm.prompts import draw_generator
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
-from diffusers_tbcm.trigflow import TrigFlowTransformer, broadcast_time, consistency_output
+from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 
 
 SIGMA_DATA = 0.5
@@ -177,8 +178,7 @@ def diffuse(original: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor)
     Returns:
         x_t, the shape of `original`.
     """
-    timestep = broadcast_time(timestep, original)
-    return torch.cos(timestep) * original + torch.sin(timestep) * noise
+    return diffusion_rows.diffuse(original, noise, timestep, sigma_data=1.0)
 
 
 def kept(
