@@ -6,9 +6,11 @@ import pytest
 import study
 import study_runs
 from distill_args import parse_args
+from emoji_metrics import REFERENCE_FILE, TEACHER_DIR
 from methods import LCM, SANA_SPRINT, SCM, TBCM
-from study_report import summarize
-from study_runs import Setting, train, training_arguments, training_costs
+from study_report import report, summarize
+from study_runs import Setting, Study, training_costs
+from tbcm_variants import VARIANTS
 
 
 METHODS = {"tbcm": TBCM, "scm": SCM, "sana_sprint": SANA_SPRINT, "lcm": LCM}
@@ -16,29 +18,31 @@ ALL_SETTINGS = [(table, name) for table, settings in study.TABLES.items() for na
 STEPS = 240
 
 
-def parsed(setting, folder, steps=STEPS):
-    pictures = folder if setting.needs_pictures else None
-    flags = setting.all_flags(steps, seed=3)
-    return parse_args(
-        training_arguments(flags, setting.method, folder / "run", pictures), method=METHODS[setting.method]
-    )
+@pytest.fixture
+def runs(tmp_path):
+    return Study(TEACHER_DIR, tmp_path / "runs", 500, tmp_path)
+
+
+def parsed(setting, runs, steps=STEPS):
+    method = VARIANTS[setting.variant] if setting.variant else METHODS[setting.method]
+    return parse_args(runs.training_arguments(setting, steps, seed=3), method=method)
 
 
 @pytest.mark.parametrize(("table", "name"), ALL_SETTINGS)
-def test_every_setting_is_accepted_by_its_script_and_differs_in_nothing_else(table, name, tmp_path):
+def test_every_setting_is_accepted_by_its_script_and_differs_in_nothing_else(table, name, runs):
     setting = study.TABLES[table][name]
-    assert (study_runs.EXAMPLES / study_runs.SCRIPTS[setting.method]).is_file()
-    for steps in (1, STEPS):
-        args = parsed(setting, tmp_path, steps)
+    assert study_runs.Path(setting.script[0]).is_file()
+    for steps in (12, STEPS):
+        args = parsed(setting, runs, steps)
         assert (args.max_train_steps, args.seed, args.resume_from_checkpoint) == (steps, 3, "latest")
     rows = args.train_batch_size * (args.route_steps - 1 if setting.method == "tbcm" else 1)
     assert abs(rows - study_runs.ROWS_PER_STEP) <= 2
-    paths = {"output_dir", "prompts_file", "train_data_dir", "latents_cache"}
-    plain = vars(parsed(Setting(setting.method), tmp_path))
+    paths = {"output_dir", "hub_model_id", "prompts_file", "train_data_dir", "latents_cache"}
+    plain = vars(parsed(Setting(setting.method), runs))
     different = {flag for flag, value in vars(args).items() if plain[flag] != value} - paths
     assert different <= set(setting.flags)
     for flag in ("optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "weight_decay", "max_grad_norm"):
-        assert getattr(args, flag) == getattr(parsed(Setting(), tmp_path), flag)
+        assert flag in setting.flags or getattr(args, flag) == getattr(parsed(Setting(), runs), flag)
 
 
 @pytest.mark.parametrize("table", study.TABLES)
@@ -69,7 +73,8 @@ class FakeTraining:
         rate = {"train_lcm.py": 60.0, "train_scm.py": 30.0}.get(study_runs.Path(command[1]).name, 20.0)
         line = {"rows_per_second": rate, "peak_memory_gib": 1.5, "filtered_share": 0.0}
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        (folder / "checkpoint-240").mkdir()
+        for step in (120, 240):
+            (folder / f"checkpoint-{step}").mkdir()
 
 
 @pytest.fixture
@@ -79,25 +84,31 @@ def fake(monkeypatch):
     return training
 
 
-def test_a_run_that_is_done_is_not_done_again_and_one_that_failed_is(fake, tmp_path):
+def test_a_run_that_is_done_is_not_done_again_and_one_that_failed_is(fake, runs):
     fake.failures = 1
     with pytest.raises(subprocess.CalledProcessError):
-        train(Setting(), STEPS, 0, tmp_path, None)
-    first = train(Setting(), STEPS, 0, tmp_path, None)
+        runs.train(Setting(), STEPS, 0)
+    first = runs.train(Setting(), STEPS, 0)
     assert fake.commands[0] == fake.commands[1]
-    assert train(Setting(), STEPS, 0, tmp_path, None) == first
+    assert runs.train(Setting(), STEPS, 0) == first
     assert len(fake.commands) == 2
     assert first["ms / row"] == 50
-    assert not list(tmp_path.glob("*/checkpoint-*"))
-    train(Setting(), STEPS, 1, tmp_path, None)
+    assert not list(runs.work_dir.glob("*/checkpoint-*"))
+    runs.train(Setting(), STEPS, 1)
     assert len(fake.commands) == 3
 
 
-def test_a_folder_with_other_flags_is_refused(fake, tmp_path, monkeypatch):
-    train(Setting(), STEPS, 0, tmp_path, None)
+def test_a_folder_with_other_flags_is_refused(fake, runs, monkeypatch):
+    runs.train(Setting(), STEPS, 0)
     monkeypatch.setitem(study_runs.METHOD_FLAGS["tbcm"], "teacher_batch_size", 4)
     with pytest.raises(ValueError, match="with other flags"):
-        train(Setting(), STEPS, 0, tmp_path, None)
+        runs.train(Setting(), STEPS, 0)
+
+
+def test_a_folder_with_runs_of_another_teacher_is_refused(runs, tmp_path):
+    Study(TEACHER_DIR, runs.work_dir, 200)
+    with pytest.raises(ValueError, match="another teacher"):
+        Study(tmp_path / "fashion_teacher", runs.work_dir, 500)
 
 
 def test_costs_are_typical_ones_after_the_first_steps(tmp_path):
@@ -131,8 +142,8 @@ def test_summarize_gives_mean_and_deviation_over_seeds_by_setting_and_steps():
 
 def test_table_2_compares_at_equal_rows_and_at_equal_time(fake, tmp_path, monkeypatch):
     row = {"inference steps": 1, "MobileNet-FD": 150.0, "intervals": {"MobileNet-FD": [140.0, 160.0]}}
-    monkeypatch.setattr(study, "measure_student", lambda folder, prompts: [row])
-    monkeypatch.setattr(study, "measure_teacher", lambda folder, prompts: {"teacher": [row]})
+    monkeypatch.setattr(Study, "measure_student", lambda *run: [row])
+    monkeypatch.setattr(Study, "measure_teacher", lambda self: {"teacher": [row]})
     command = ["table2", "--seeds", "0", "1", "--max_train_steps", "100", "--train_data_dir", str(tmp_path)]
     study.main([*command, "--work_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "results")])
     record = json.loads((tmp_path / "results" / "table2.json").read_text())
@@ -145,6 +156,37 @@ def test_table_2_compares_at_equal_rows_and_at_equal_time(fake, tmp_path, monkey
     text = (tmp_path / "results" / "table2.md").read_text()
     assert "| LCM | equal time | 1 | 2 | 300 |" in text and "| teacher |" in text
     assert (tmp_path / "results" / "table2.png").stat().st_size > 1000
+
+
+def test_a_table_of_another_teacher_has_its_name(fake, tmp_path, monkeypatch):
+    teacher = tmp_path / "fashion_teacher"
+    teacher.mkdir()
+    command = ["table3", "--teacher", str(teacher), "--train_data_dir", str(tmp_path), "--seeds", "0"]
+    with pytest.raises(SystemExit):
+        study.parse_args(command)
+    (teacher / REFERENCE_FILE).touch()
+    monkeypatch.chdir(tmp_path)
+    study.main([*command, "--output_dir", "results"])
+    assert json.loads((tmp_path / "results/table3_fashion_teacher.json").read_text())["details"]["teacher"]
+    assert (tmp_path / "runs/study/fashion_teacher/tbcm-240_steps-seed_0").is_dir()
+
+
+def test_progress_measures_every_checkpoint_that_a_run_kept(fake, runs, monkeypatch):
+    drawn = []
+
+    def measure(self, make_pipeline, all_steps, folder):
+        drawn.append((folder.name, all_steps))
+        return [{"inference steps": 1, "MobileNet-FD": 100.0}]
+
+    monkeypatch.setattr(Study, "measure", measure)
+    setting = study.TABLES["progress"][study.TBCM]
+    records = study.run("progress", study.TBCM, setting, STEPS, 0, runs)
+    assert [record["after steps"] for record in records] == [120, 240]
+    assert drawn == [("checkpoint-120", (1,)), ("checkpoint-240", (1,))]
+    teacher = {"setting": "teacher", "inference steps": 20, "MobileNet-FD": 90.0}
+    report("progress", [*records, teacher], {"seeds": [0]}, {}, runs.work_dir)
+    assert f"| {study.TBCM} | 120 | 1 | 1 |" in (runs.work_dir / "progress.md").read_text()
+    assert (runs.work_dir / "progress.png").stat().st_size > 1000
 
 
 def test_table_3_needs_no_pictures_drawn(fake, tmp_path):

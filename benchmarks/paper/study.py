@@ -7,15 +7,19 @@
     python benchmarks/paper/study.py table5      # steps of a route
     python benchmarks/paper/study.py table6      # the tangent's final ratio
     python benchmarks/paper/study.py table7      # warm-up against warm-up and cooldown
-    python benchmarks/paper/study.py extras      # filter, norm of the tangent, EMA, endpoint warm-up, replay
+    python benchmarks/paper/study.py extras      # filter, norm of the tangent, EMA, endpoint warm-up, replay, ...
+    python benchmarks/paper/study.py progress --seeds 0 --max_train_steps 2400 --train_data_dir PICTURES
+                                                 # quality of one step over the training
 
 PICTURES is what examples/tbcm/emoji_data.py writes. Every method trains on 30 rows a step, with one optimiser and
 schedule. Runs and their measurements are kept in --work_dir and shared by the tables: the same command continues what
-was interrupted, and does nothing twice. Writes benchmarks/paper/results/<table>.json, .md and .png.
+was interrupted, and does nothing twice. Writes benchmarks/paper/results/<table>.json, .md and .png; for another
+--teacher, such as make_fashion_teacher.py's, <table>_<its folder's name>.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,9 +28,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tbcm"))
 
-from common import default_device, machine
+from common import EMBEDDED_TEACHER, default_device, machine
+from emoji_metrics import REFERENCE_FILE
 from study_report import RESULTS, report
-from study_runs import ROWS_PER_STEP, Setting, measure_student, measure_teacher, train
+from study_runs import ROWS_PER_STEP, Setting, Study
 
 from diffusers_tbcm.features import NUM_COMPONENTS
 
@@ -39,6 +44,15 @@ METHODS = {
     TBCM: Setting(),
 }
 BUFFER = {"replay_buffer_size": 64}
+QUICKSTART = {  # what serves the embedded teacher best
+    **BUFFER,
+    "learning_rate": 3e-4,
+    "lr_warmup_steps": 50,
+    "endpoint_warmup_steps": 0.7,
+    "tangent_warmup_steps": 0,
+    "tangent_cooldown_start_step": 0.8,
+}
+ALL_CHECKPOINTS = {"checkpointing_steps": 0.0833, "checkpoints_total_limit": False, "logging_steps": 50}
 TABLES = {
     "table2": METHODS,
     "table3": METHODS,
@@ -73,6 +87,13 @@ TABLES = {
         "endpoint warm-up": Setting(flags={"endpoint_warmup_steps": 0.7}),
         "rows shuffled": Setting(flags=BUFFER),
         "rows shuffled, used twice": Setting(flags={**BUFFER, "replay_steps": 2}),
+        "one route a batch": Setting(variant="one_route"),
+        "empty prompt masked as the prompt": Setting(variant="prompt_mask"),
+    },
+    "progress": {
+        "TBCM, the quickstart's flags": Setting(flags={**QUICKSTART, **ALL_CHECKPOINTS}),
+        TBCM: Setting(flags=ALL_CHECKPOINTS),
+        "sCM": Setting("scm", ALL_CHECKPOINTS),
     },
 }
 EQUAL_ROWS, EQUAL_TIME = "equal rows", "equal time"
@@ -83,41 +104,41 @@ def steps_in_equal_time(steps: int, ms_per_row: float, reference_ms_per_row: flo
     return max(1, round(steps * reference_ms_per_row / ms_per_row))
 
 
-def run(name: str, setting: Setting, steps: int, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train and measure a student: a record for each number of inference steps, one for table 3."""
-    costs = train(setting, steps, seed, args.work_dir, args.train_data_dir)
+def run(table: str, name: str, setting: Setting, steps: int, seed: int, study: Study) -> list[dict[str, Any]]:
+    """Train and measure a student: a record for each number of inference steps or checkpoint, one for table 3."""
+    costs = study.train(setting, steps, seed)
     rate = setting.all_flags(steps, seed)["learning_rate"]
     record = {"setting": name, "seed": seed, "train steps": steps, "learning rate": rate, **costs}
-    if args.table == "table3":
+    if table == "table3":
         return [record]
-    rows = measure_student(args.work_dir / setting.run_name(steps, seed), args.prompts)
-    return [{**record, **row} for row in rows]
+    measure = study.measure_checkpoints if table == "progress" else study.measure_student
+    return [{**record, **row} for row in measure(setting, steps, seed)]
 
 
-def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
+def collect(table: str, steps: int, seeds: Sequence[int], study: Study) -> list[dict[str, Any]]:
     """Everything that a table needs; seeds outside, so that what else the machine does meets all settings alike."""
-    settings, steps = TABLES[args.table], args.max_train_steps
+    settings = TABLES[table]
     if any(setting.needs_pictures for setting in settings.values()):
         # Encodes the pictures, whose time and memory are then no method's.
-        train(Setting("scm"), 1, 0, args.work_dir, args.train_data_dir)
+        study.train(Setting("scm"), 1, 0)
     records = []
-    for seed in args.seeds:
+    for seed in seeds:
         for name, setting in settings.items():
-            records += run(name, setting, steps, seed, args)
+            records += run(table, name, setting, steps, seed, study)
             print(records[-1], flush=True)
-    if args.table == "table2":
+    if table == "table2":
         costs = {
             name: mean(record["ms / row"] for record in records if record["setting"] == name) for name in settings
         }
         records = [{**record, "compared at": EQUAL_ROWS} for record in records]
-        for seed in args.seeds:
+        for seed in seeds:
             for name, setting in settings.items():
                 fitting = steps_in_equal_time(steps, costs[name], costs[TBCM])
-                found = run(name, setting, fitting, seed, args)
+                found = run(table, name, setting, fitting, seed, study)
                 records += [{**record, "compared at": EQUAL_TIME} for record in found]
                 print(records[-1], flush=True)
-    if args.table != "table3":
-        for name, rows in measure_teacher(args.work_dir, args.prompts).items():
+    if table != "table3":
+        for name, rows in study.measure_teacher().items():
             records += [{"setting": name, **row} for row in rows]
     return records
 
@@ -125,11 +146,12 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--teacher", type=Path, default=EMBEDDED_TEACHER, help="folder such as the embedded teacher's")
     parser.add_argument("--train_data_dir", type=Path, help="pictures for the methods that train on them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max_train_steps", type=int, default=240)
     parser.add_argument("--prompts", type=int, default=500, help="that the students are measured on")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/study"), help="of the runs, some 100 MB each")
+    parser.add_argument("--work_dir", type=Path, help="of the runs, some 100 MB each; default: runs/study/<teacher>")
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.max_train_steps < 1:
@@ -142,13 +164,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"{args.table} trains {', '.join(on_pictures)} on pictures, --train_data_dir is {args.train_data_dir}:"
             " give the folder that examples/tbcm/emoji_data.py writes"
         )
+    if not (args.teacher / REFERENCE_FILE).is_file():
+        parser.error(f"--teacher is {args.teacher}: it takes a folder with a {REFERENCE_FILE}")
+    args.work_dir = args.work_dir or Path("runs/study") / args.teacher.name
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    records = collect(args)
+    study = Study(args.teacher, args.work_dir, args.prompts, args.train_data_dir)
+    records = collect(args.table, args.max_train_steps, args.seeds, study)
     details = {
+        "teacher": args.teacher.name,
         "seeds": args.seeds,
         "max_train_steps": args.max_train_steps,
         "rows a step": ROWS_PER_STEP,
@@ -159,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         name: setting.all_flags(args.max_train_steps, args.seeds[0]) for name, setting in TABLES[args.table].items()
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    report(args.table, records, details, flags, args.output_dir)
+    name = args.table if args.teacher == EMBEDDED_TEACHER else f"{args.table}_{args.teacher.name}"
+    report(name, records, details, flags, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from matplotlib import pyplot
 
 
 RESULTS = Path(__file__).parent / "results"
-GROUP = ["setting", "compared at", "inference steps"]
+GROUP = ["setting", "compared at", "after steps", "inference steps"]
 # What a table shows where its runs have it, with so many digits.
 RECIPE = {"train steps": 0, "learning rate": 4}  # the same for all seeds
 COSTS = {"ms / row": 1, "peak memory (GiB)": 2, "filtered share": 3}
@@ -45,7 +45,8 @@ def summarize(runs: pandas.DataFrame) -> pandas.DataFrame:
                 cell += f" ± {deviation:.{digits}f}"
             cells.append(cell)
         table[name] = cells
-    return table.reset_index()
+    table = table.reset_index()
+    return table.astype({name: "Int64" for name in ("after steps",) if name in table})
 
 
 def plot(runs: pandas.DataFrame, path: Path) -> None:
@@ -75,6 +76,26 @@ def plot(runs: pandas.DataFrame, path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_progress(runs: pandas.DataFrame, path: Path) -> None:
+    """A panel for every figure of quality over training steps, a line for every run, the teacher and the untrained."""
+    trained = runs[runs["after steps"].notna()]
+    names = [name for name in QUALITY if name in runs]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 4), layout="constrained")
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        for index, (setting, of_setting) in enumerate(trained.groupby("setting", sort=False)):
+            for seed, part in of_setting.groupby("seed"):
+                label = setting if seed == of_setting["seed"].min() else None
+                axis.plot(part["after steps"], part[name], marker=".", color=f"C{index}", label=label)
+        for (setting, steps), row in runs[runs["seed"].isna()].groupby(["setting", "inference steps"]):
+            if setting == "teacher" or steps == 1:
+                style = "--" if setting == "teacher" else ":"
+                axis.axhline(row[name].item(), color="grey", linestyle=style, label=f"{setting}, steps: {steps}")
+        axis.set(title=name, xlabel="training steps")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def report(
     name: str,
     records: Sequence[dict[str, Any]],
@@ -85,4 +106,4 @@ def report(
     """Write a table as Markdown, JSON with every run and its flags, and PNG."""
     runs = pandas.DataFrame(records)
     write_results(name, summarize(runs), details, folder, runs=list(records), flags=flags)
-    plot(runs, folder / f"{name}.png")
+    (plot_progress if "after steps" in runs else plot)(runs, folder / f"{name}.png")

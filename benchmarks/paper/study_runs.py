@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import EMBEDDED_TEACHER, EXAMPLES, default_device, machine
+import torch
+from common import EXAMPLES, default_device, machine
 from diffusers import DiffusionPipeline, SanaPipeline
 from emoji_metrics import DISTILLATION_PROMPTS_FILE, MAX_SEQUENCE_LENGTH, REFERENCE_FILE, draw, load_evaluation
 
@@ -19,7 +20,7 @@ from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.checkpoints import list_checkpoints
 from diffusers_tbcm.evaluation import Evaluator, FeatureReference, MobileNetFeatures
 from diffusers_tbcm.pipeline_folder import read_json, write_json
-from diffusers_tbcm.text_image import HeadScorer
+from diffusers_tbcm.text_image import HEAD_FILE, HeadScorer
 from diffusers_tbcm.trigflow import make_student
 
 
@@ -53,28 +54,44 @@ METHOD_FLAGS: Mapping[str, Flags] = {
     "sana_sprint": {"train_batch_size": ROWS_PER_STEP, "tangent_warmup_steps": 0.2},
     "lcm": {"train_batch_size": ROWS_PER_STEP},
 }
-SCRIPTS = {method: f"train_{method}.py" for method in METHOD_FLAGS} | {"tbcm": "train_tbcm_distill.py"}
+SCRIPTS = {method: EXAMPLES / f"train_{method}.py" for method in METHOD_FLAGS}
+SCRIPTS["tbcm"] = EXAMPLES / "train_tbcm_distill.py"
+VARIANTS_SCRIPT = Path(__file__).with_name("tbcm_variants.py")
 STUDENT_STEPS = (1, 2, 4)
 TEACHER_STEPS = 20
 DIVERSITY_PROMPTS, DIVERSITY_PICTURES = 50, 4
 LATENTS = "latents"
-FLAGS_FILE, TRAINING_FILE = "study_flags.json", "study_training.json"
+TEACHER_FILE, FLAGS_FILE, TRAINING_FILE = "study_teacher.json", "study_flags.json", "study_training.json"
+# What accelerate calls the averaged weights in a checkpoint: registered after the learning rate's schedule.
+EMA_FILE = "custom_checkpoint_1.pkl"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and the flags in which it differs from its method's others."""
+    """What is trained, and the flags in which it differs from its method's others.
+
+    Args:
+        method: of `METHOD_FLAGS`.
+        flags: of the method's script.
+        variant: of `tbcm_variants`; empty for none.
+    """
 
     method: str = "tbcm"
     flags: Flags = field(default_factory=dict)
+    variant: str = ""
 
     @property
     def needs_pictures(self) -> bool:
         return self.method != "tbcm"
 
+    @property
+    def script(self) -> list[str]:
+        return [str(VARIANTS_SCRIPT), self.variant] if self.variant else [str(SCRIPTS[self.method])]
+
     def run_name(self, steps: int, seed: int) -> str:
         changes = [f"{name}={value}" for name, value in self.flags.items()]
-        return "-".join([self.method, *changes, f"{steps}_steps", f"seed_{seed}"])
+        parts = [self.method, self.variant, *changes, f"{steps}_steps", f"seed_{seed}"]
+        return "-".join(part for part in parts if part)
 
     def all_flags(self, steps: int, seed: int) -> dict[str, Any]:
         """Every flag of a run but those that name files."""
@@ -85,46 +102,139 @@ class Setting:
         return flags
 
 
-def training_arguments(flags: Flags, method: str, folder: Path, train_data_dir: Path | None) -> list[str]:
-    """The command line of a method's script; a run that was interrupted goes on."""
-    files: dict[str, Any] = {"pretrained_model_name_or_path": EMBEDDED_TEACHER, "output_dir": folder}
-    if train_data_dir is None:
-        files["prompts_file"] = EMBEDDED_TEACHER / DISTILLATION_PROMPTS_FILE
-    else:
-        files |= {"train_data_dir": train_data_dir, "latents_cache": folder.parent / LATENTS}
-    arguments = []
-    for name, value in {**files, **flags, "resume_from_checkpoint": "latest"}.items():
-        if value is not False:
-            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return arguments
+@dataclass(frozen=True)
+class Study:
+    """What all runs have in common.
 
-
-def train(setting: Setting, steps: int, seed: int, work_dir: Path, train_data_dir: Path | None) -> dict[str, Any]:
-    """Train a student, unless that has been done.
-
-    Returns:
-        Its time a row and peak memory, as the training script logged them, and the machine.
+    Args:
+        teacher: its pipeline's folder, with prompts, evaluation prompts and reference features as the embedded one's.
+        work_dir: of the runs.
+        prompts: how many of the evaluation prompts are drawn.
+        train_data_dir: pictures for the methods that train on them.
 
     Raises:
-        ValueError: where the run's folder holds one with other flags.
+        ValueError: where `work_dir` holds runs of another teacher.
     """
-    folder = work_dir / setting.run_name(steps, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = setting.all_flags(steps, seed)
-    if not (folder / FLAGS_FILE).exists():
-        write_json(folder / FLAGS_FILE, flags)
-    elif read_json(folder / FLAGS_FILE) != flags:
-        raise ValueError(f"work_dir {str(work_dir)!r} holds a {folder.name} with other flags: choose another folder")
-    if (folder / TRAINING_FILE).exists():
-        return read_json(folder / TRAINING_FILE)
-    pictures = train_data_dir if setting.needs_pictures else None
-    arguments = training_arguments(flags, setting.method, folder, pictures)
-    subprocess.run([sys.executable, str(EXAMPLES / SCRIPTS[setting.method]), *arguments], check=True)
-    record = training_costs(folder / "metrics.jsonl") | {"machine": machine(default_device())}
-    write_json(folder / TRAINING_FILE, record)
-    for checkpoint in list_checkpoints(folder):
-        shutil.rmtree(checkpoint)
-    return record
+
+    teacher: Path
+    work_dir: Path
+    prompts: int
+    train_data_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        file, name = self.work_dir / TEACHER_FILE, {"teacher": self.teacher.name}
+        if not file.exists():
+            write_json(file, name)
+        elif read_json(file) != name:
+            raise ValueError(f"work_dir {str(self.work_dir)!r} holds runs of another teacher: choose another folder")
+
+    def training_arguments(self, setting: Setting, steps: int, seed: int) -> list[str]:
+        """The command line of a method's script; a run that was interrupted goes on."""
+        files: dict[str, Any] = {
+            "pretrained_model_name_or_path": self.teacher,
+            "output_dir": self.work_dir / setting.run_name(steps, seed),
+        }
+        if setting.needs_pictures:
+            files |= {"train_data_dir": self.train_data_dir, "latents_cache": self.work_dir / LATENTS}
+        else:
+            files["prompts_file"] = self.teacher / DISTILLATION_PROMPTS_FILE
+        arguments = []
+        for name, value in {**files, **setting.all_flags(steps, seed), "resume_from_checkpoint": "latest"}.items():
+            if value is not False:
+                arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return arguments
+
+    def train(self, setting: Setting, steps: int, seed: int) -> dict[str, Any]:
+        """Train a student, unless that has been done; only a limited number of checkpoints is deleted afterwards.
+
+        Returns:
+            Its time a row and peak memory, as the training script logged them, and the machine.
+
+        Raises:
+            ValueError: where the run's folder holds one with other flags.
+        """
+        folder = self.work_dir / setting.run_name(steps, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = setting.all_flags(steps, seed)
+        if not (folder / FLAGS_FILE).exists():
+            write_json(folder / FLAGS_FILE, flags)
+        elif read_json(folder / FLAGS_FILE) != flags:
+            raise ValueError(
+                f"work_dir {str(self.work_dir)!r} holds a {folder.name} with other flags: choose another folder"
+            )
+        if (folder / TRAINING_FILE).exists():
+            return read_json(folder / TRAINING_FILE)
+        command = [sys.executable, *setting.script, *self.training_arguments(setting, steps, seed)]
+        subprocess.run(command, check=True)
+        record = training_costs(folder / "metrics.jsonl") | {"machine": machine(default_device())}
+        write_json(folder / TRAINING_FILE, record)
+        if flags["checkpoints_total_limit"]:
+            for checkpoint in list_checkpoints(folder):
+                shutil.rmtree(checkpoint)
+        return record
+
+    def measure_student(self, setting: Setting, steps: int, seed: int) -> list[dict[str, Any]]:
+        folder = self.work_dir / setting.run_name(steps, seed)
+        return self.measure(lambda: SanaTBCMPipeline.from_pretrained(folder), STUDENT_STEPS, folder)
+
+    def measure_checkpoints(self, setting: Setting, steps: int, seed: int) -> list[dict[str, Any]]:
+        """Measure the averaged weights of every checkpoint that a run has kept, at one step; with `after steps`."""
+        folder = self.work_dir / setting.run_name(steps, seed)
+
+        def averaged(checkpoint: Path) -> SanaTBCMPipeline:
+            pipeline = SanaTBCMPipeline.from_pretrained(folder)
+            weights = torch.load(checkpoint / EMA_FILE, map_location="cpu", weights_only=True)["shadow_params"]
+            with torch.no_grad():
+                for parameter, weight in zip(pipeline.transformer.parameters(), weights, strict=True):
+                    parameter.copy_(weight)
+            return pipeline
+
+        rows = []
+        for checkpoint in list_checkpoints(folder):
+            (row,) = self.measure(partial(averaged, checkpoint), STUDENT_STEPS[:1], checkpoint)
+            rows.append({"after steps": int(checkpoint.name.rpartition("-")[2]), **row})
+        return rows
+
+    def measure_teacher(self) -> dict[str, list[dict[str, Any]]]:
+        """What students lie between: the teacher, and a student as it is before training."""
+
+        def untrained() -> SanaTBCMPipeline:
+            teacher = SanaPipeline.from_pretrained(self.teacher)
+            parts = (teacher.tokenizer, teacher.text_encoder, teacher.vae)
+            return SanaTBCMPipeline(*parts, make_student(teacher.transformer), TBCMScheduler())
+
+        teacher = partial(SanaPipeline.from_pretrained, self.teacher)
+        return {
+            "teacher": self.measure(teacher, (TEACHER_STEPS,), self.work_dir / "teacher"),
+            "untrained student": self.measure(untrained, STUDENT_STEPS, self.work_dir / "untrained"),
+        }
+
+    def measure(
+        self, make_pipeline: Callable[[], DiffusionPipeline], all_steps: Sequence[int], folder: Path
+    ) -> list[dict[str, Any]]:
+        """Draw with a pipeline and measure its pictures, unless that has been done.
+
+        Returns:
+            For each number of steps: `inference steps`, every metric by name, and `intervals`, 95% over prompts.
+        """
+        file = folder / f"study_measured_{self.prompts}_prompts.json"
+        if file.exists():
+            return read_json(file)["rows"]
+        items = [item for item in load_evaluation(self.teacher) if not item.held_out][: self.prompts]
+        texts, concepts = [item.prompt for item in items], [item.concept for item in items]
+        repeated = [text for text in texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_PICTURES)]
+        pipeline = make_pipeline().to(default_device())
+        quality, diversity = evaluators(self.teacher)
+        rows = []
+        for steps in all_steps:
+            found = quality(folder.name, steps, draw(pipeline, texts, steps), texts, concepts)
+            spread = diversity(folder.name, steps, draw(pipeline, repeated, steps), texts[:DIVERSITY_PROMPTS])
+            metrics = {**found.metrics, **spread.metrics}
+            rows.append({"inference steps": steps, **metrics, "intervals": {**found.intervals, **spread.intervals}})
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"rows": rows})
+        return rows
 
 
 def training_costs(log: Path) -> dict[str, float]:
@@ -139,56 +249,9 @@ def training_costs(log: Path) -> dict[str, float]:
 
 
 @cache
-def evaluators() -> tuple[Evaluator, Evaluator]:
+def evaluators(teacher: Path) -> tuple[Evaluator, Evaluator]:
     """For pictures against the teacher's training pictures and their prompts; for several pictures a prompt."""
     device = default_device()
     extractor = MobileNetFeatures().to(device)
-    reference = FeatureReference.load(EMBEDDED_TEACHER / REFERENCE_FILE)
-    return Evaluator(extractor, reference, HeadScorer(EMBEDDED_TEACHER, device)), Evaluator(extractor)
-
-
-def measure(
-    make_pipeline: Callable[[], DiffusionPipeline], all_steps: Sequence[int], prompts: int, folder: Path
-) -> list[dict[str, Any]]:
-    """Draw with a pipeline and measure its pictures, unless that has been done.
-
-    Returns:
-        For each number of steps: `inference steps`, every metric by name, and `intervals`, 95% over prompts.
-    """
-    file = folder / f"study_measured_{prompts}_prompts.json"
-    if file.exists():
-        return read_json(file)["rows"]
-    items = [item for item in load_evaluation() if not item.held_out][:prompts]
-    texts, concepts = [item.prompt for item in items], [item.concept for item in items]
-    repeated = [text for text in texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_PICTURES)]
-    pipeline = make_pipeline().to(default_device())
-    quality, diversity = evaluators()
-    rows = []
-    for steps in all_steps:
-        found = quality(folder.name, steps, draw(pipeline, texts, steps), texts, concepts)
-        spread = diversity(folder.name, steps, draw(pipeline, repeated, steps), texts[:DIVERSITY_PROMPTS])
-        metrics = {**found.metrics, **spread.metrics}
-        rows.append({"inference steps": steps, **metrics, "intervals": {**found.intervals, **spread.intervals}})
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"rows": rows})
-    return rows
-
-
-def measure_student(folder: Path, prompts: int) -> list[dict[str, Any]]:
-    return measure(lambda: SanaTBCMPipeline.from_pretrained(folder), STUDENT_STEPS, prompts, folder)
-
-
-def measure_teacher(work_dir: Path, prompts: int) -> dict[str, list[dict[str, Any]]]:
-    """What students lie between: the teacher, and a student as it is before training."""
-
-    def untrained() -> SanaTBCMPipeline:
-        teacher = SanaPipeline.from_pretrained(EMBEDDED_TEACHER)
-        parts = (teacher.tokenizer, teacher.text_encoder, teacher.vae)
-        return SanaTBCMPipeline(*parts, make_student(teacher.transformer), TBCMScheduler())
-
-    return {
-        "teacher": measure(
-            lambda: SanaPipeline.from_pretrained(EMBEDDED_TEACHER), (TEACHER_STEPS,), prompts, work_dir / "teacher"
-        ),
-        "untrained student": measure(untrained, STUDENT_STEPS, prompts, work_dir / "untrained"),
-    }
+    scorer = HeadScorer(teacher, device) if (teacher / HEAD_FILE).exists() else None
+    return Evaluator(extractor, FeatureReference.load(teacher / REFERENCE_FILE), scorer), Evaluator(extractor)

@@ -22,7 +22,9 @@ import inspect
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -255,11 +257,15 @@ class TextToLatent(torch.nn.Module):
         self.transformer = transformer
 
 
+def draw_lesson(lessons: list[Emoji], styleless_probability: float, index: int, rng: random.Random) -> str:
+    return random_caption(lessons[index], rng, styleless_probability)
+
+
 def train_teacher(
     stage: str,
     model: TextToLatent,
     latents: torch.Tensor,
-    pictures: list[Emoji],
+    draw_caption: Callable[[int, random.Random], str],
     tokenizer: GemmaTokenizerFast,
     steps: int,
     args: argparse.Namespace,
@@ -267,7 +273,8 @@ def train_teacher(
 ) -> TextToLatent:
     """Flow matching, v = e - x_0 at x_s = (1 - s) x_0 + s e, with logit-normal s; gives the averaged weights.
 
-    `latents` holds the versions of every picture that its captions do not tell apart, (pictures, versions, C, H, W).
+    `latents` holds the versions of every picture that its captions do not tell apart, (pictures, versions, C, H, W);
+    `draw_caption` gives one of the captions of a picture, by its number.
     """
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -280,10 +287,7 @@ def train_teacher(
         rng = random.Random(args.seed + step)
         index = torch.randint(len(latents), (args.train_batch_size,), generator=generator)
         version = torch.randint(latents.shape[1], (args.train_batch_size,), generator=generator)
-        captions = [
-            "" if rng.random() < CAPTION_DROPOUT else random_caption(pictures[i], rng, STYLELESS_PROBABILITY[stage])
-            for i in index.tolist()
-        ]
+        captions = ["" if rng.random() < CAPTION_DROPOUT else draw_caption(i, rng) for i in index.tolist()]
         x0 = latents[index, version].to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         normal = torch.randn(len(x0), generator=generator).to(device)
@@ -499,7 +503,8 @@ def main():
         ("mirrored_teacher", args.mirrored_train_steps, versions),
     ):
         stacked = torch.stack(latents, dim=1)
-        model = train_teacher(stage, model, stacked, lessons, tokenizer, steps, args, device)
+        draw_caption = partial(draw_lesson, lessons, STYLELESS_PROBABILITY[stage])
+        model = train_teacher(stage, model, stacked, draw_caption, tokenizer, steps, args, device)
 
     # 5. The pipeline folder
     save_pipeline(model, vae, tokenizer, args.output_dir)

@@ -99,6 +99,25 @@ class TeacherRows(RowSource):
             max_prompts=args.max_prompts,
         )
 
+    def draw_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
+        """Give every draw a route of its own, (draws, route_steps)."""
+        args = self.args
+        return sample_timesteps(
+            args.sampling_scheme,
+            len(generators),
+            args.route_steps,
+            shift=args.flow_shift,
+            logit_mean=args.logit_mean,
+            logit_std=args.logit_std,
+            sigma_data=self.sigma_data,
+            generator=generators,
+            device=self.device,
+        )
+
+    def negative_prompt(self, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the unconditional branch reads, and its mask, beside prompts of mask (draws, L): the empty prompt."""
+        return self.negative_embeds, self.negative_mask
+
     def record(self, draws: list[int]) -> tuple[Recording, torch.Tensor]:
         """Record the trajectories of some draws; which of them the brightness filter keeps comes with them."""
         args = self.args
@@ -110,28 +129,19 @@ class TeacherRows(RowSource):
         guidance_scale, noise = self.draw_guidance_and_noise(generators)
 
         # 2. Timesteps
-        timesteps = sample_timesteps(
-            args.sampling_scheme,
-            len(draws),
-            args.route_steps,
-            shift=args.flow_shift,
-            logit_mean=args.logit_mean,
-            logit_std=args.logit_std,
-            sigma_data=self.sigma_data,
-            generator=generators,
-            device=self.device,
-        )
+        timesteps = self.draw_timesteps(generators)
 
         # 3. The teacher's trajectory
+        negative_embeds, negative_mask = self.negative_prompt(prompt_mask)
         trajectory = record_trajectory(
             self.teacher,
             noise,
             timesteps,
             prompt_embeds,
-            self.negative_embeds,
+            negative_embeds,
             guidance_scale,
             prompt_attention_mask=prompt_mask,
-            negative_prompt_attention_mask=self.negative_mask,
+            negative_prompt_attention_mask=negative_mask,
             sigma_data=self.sigma_data,
         )
 
