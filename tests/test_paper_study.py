@@ -150,8 +150,8 @@ def test_table_2_compares_at_equal_rows_and_at_equal_time(fake, tmp_path, monkey
     steps = {(run["setting"], run["compared at"]): run["train steps"] for run in record["runs"] if "seed" in run}
     assert {steps[name, "equal rows"] for name in study.METHODS} == {100}
     assert [steps[name, "equal time"] for name in study.METHODS] == [300, 150, 100, 100]
-    # 4 methods and 2 of them longer, by 2 seeds, and one to encode the pictures
-    assert len(fake.commands) == 2 * 6 + 1
+    # 4 methods for their costs, 4 at equal rows and 2 of them longer, by 2 seeds, and one to encode the pictures
+    assert len(fake.commands) == 2 * 10 + 1
     assert record["flags"]["sCM"]["train_batch_size"] == 30
     text = (tmp_path / "results" / "table2.md").read_text()
     assert "| LCM | equal time | 1 | 2 | 300 |" in text and "| teacher |" in text
@@ -168,7 +168,7 @@ def test_a_table_of_another_teacher_has_its_name(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study.main([*command, "--output_dir", "results"])
     assert json.loads((tmp_path / "results/table3_fashion_teacher.json").read_text())["details"]["teacher"]
-    assert (tmp_path / "runs/study/fashion_teacher/tbcm-240_steps-seed_0").is_dir()
+    assert (tmp_path / "runs/study/fashion_teacher/tbcm-60_steps-seed_0").is_dir()
 
 
 def test_progress_measures_every_checkpoint_that_a_run_kept(fake, runs, monkeypatch):
@@ -185,14 +185,15 @@ def test_progress_measures_every_checkpoint_that_a_run_kept(fake, runs, monkeypa
     assert drawn == [("checkpoint-120", (1,)), ("checkpoint-240", (1,))]
     teacher = {"setting": "teacher", "inference steps": 20, "MobileNet-FD": 90.0}
     report("progress", [*records, teacher], {"seeds": [0]}, {}, runs.work_dir)
-    assert f"| {study.TBCM} | 120 | 1 | 1 |" in (runs.work_dir / "progress.md").read_text()
+    assert f"| {study.TBCM} | 120 | 1 | 1 | 240 | 0.0001 | 100.0 |" in (runs.work_dir / "progress.md").read_text()
     assert (runs.work_dir / "progress.png").stat().st_size > 1000
 
 
-def test_table_3_needs_no_pictures_drawn(fake, tmp_path):
+def test_table_3_is_made_of_short_runs_and_draws_nothing(fake, tmp_path):
     command = ["table3", "--seeds", "0", "--train_data_dir", str(tmp_path)]
     study.main([*command, "--work_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path)])
     rows = json.loads((tmp_path / "table3.json").read_text())["rows"]
+    assert {row["train steps"] for row in rows} == {str(study.COST_STEPS)}
     assert [row["ms / row"] for row in rows] == ["16.7", "33.3", "50.0", "50.0"]
 
 

@@ -7,7 +7,7 @@
     python benchmarks/paper/study.py table5      # steps of a route
     python benchmarks/paper/study.py table6      # the tangent's final ratio
     python benchmarks/paper/study.py table7      # warm-up against warm-up and cooldown
-    python benchmarks/paper/study.py extras      # filter, norm of the tangent, EMA, endpoint warm-up, replay, ...
+    python benchmarks/paper/study.py extras      # EMA, endpoint warm-up, tbcm_variants.py, ...
     python benchmarks/paper/study.py progress --seeds 0 --max_train_steps 2400 --train_data_dir PICTURES
                                                  # quality of one step over the training
 
@@ -19,7 +19,7 @@ was interrupted, and does nothing twice. Writes benchmarks/paper/results/<table>
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -43,9 +43,8 @@ METHODS = {
     "Sana-Sprint": Setting("sana_sprint"),
     TBCM: Setting(),
 }
-BUFFER = {"replay_buffer_size": 64}
-QUICKSTART = {  # what serves the embedded teacher best
-    **BUFFER,
+QUICKSTART = {  # its flags where they differ from the tables'
+    "replay_buffer_size": 64,
     "learning_rate": 3e-4,
     "lr_warmup_steps": 50,
     "endpoint_warmup_steps": 0.7,
@@ -80,13 +79,9 @@ TABLES = {
     },
     "extras": {
         "the tables' setting": Setting(),
-        "no filter": Setting(flags={"brightness_threshold": 0}),
-        "hard filter": Setting(flags={"brightness_hard": True}),
         "resolution-invariant norm": Setting(flags={"tangent_resolution_invariant": True}),
         "no EMA": Setting(flags={"use_ema": False}),
         "endpoint warm-up": Setting(flags={"endpoint_warmup_steps": 0.7}),
-        "rows shuffled": Setting(flags=BUFFER),
-        "rows shuffled, used twice": Setting(flags={**BUFFER, "replay_steps": 2}),
         "one route a batch": Setting(variant="one_route"),
         "empty prompt masked as the prompt": Setting(variant="prompt_mask"),
     },
@@ -97,6 +92,7 @@ TABLES = {
     },
 }
 EQUAL_ROWS, EQUAL_TIME = "equal rows", "equal time"
+COST_STEPS = 60  # of the short runs that tell what a row costs: table 3, and what is equal time
 
 
 def steps_in_equal_time(steps: int, ms_per_row: float, reference_ms_per_row: float) -> int:
@@ -104,42 +100,46 @@ def steps_in_equal_time(steps: int, ms_per_row: float, reference_ms_per_row: flo
     return max(1, round(steps * reference_ms_per_row / ms_per_row))
 
 
+def measure_costs(settings: Mapping[str, Setting], seeds: Sequence[int], study: Study) -> list[dict[str, Any]]:
+    """Short runs, one after another, for time a row and peak memory; seeds outside, so that all meet the same load."""
+    # Encodes the pictures, whose time and memory are then no method's.
+    study.train(Setting("scm"), 1, 0)
+    return [
+        {"setting": name, "seed": seed, "train steps": COST_STEPS, **study.train(setting, COST_STEPS, seed)}
+        for seed in seeds
+        for name, setting in settings.items()
+    ]
+
+
 def run(table: str, name: str, setting: Setting, steps: int, seed: int, study: Study) -> list[dict[str, Any]]:
-    """Train and measure a student: a record for each number of inference steps or checkpoint, one for table 3."""
+    """Train and measure a student: a record for each number of inference steps or checkpoint."""
     costs = study.train(setting, steps, seed)
     rate = setting.all_flags(steps, seed)["learning_rate"]
     record = {"setting": name, "seed": seed, "train steps": steps, "learning rate": rate, **costs}
-    if table == "table3":
-        return [record]
     measure = study.measure_checkpoints if table == "progress" else study.measure_student
-    return [{**record, **row} for row in measure(setting, steps, seed)]
+    records = [{**record, **row} for row in measure(setting, steps, seed)]
+    print(records[-1], flush=True)
+    return records
 
 
 def collect(table: str, steps: int, seeds: Sequence[int], study: Study) -> list[dict[str, Any]]:
-    """Everything that a table needs; seeds outside, so that what else the machine does meets all settings alike."""
+    """Everything that a table needs; seeds outside, so that a table that is not finished has all settings."""
     settings = TABLES[table]
-    if any(setting.needs_pictures for setting in settings.values()):
-        # Encodes the pictures, whose time and memory are then no method's.
-        study.train(Setting("scm"), 1, 0)
-    records = []
-    for seed in seeds:
-        for name, setting in settings.items():
-            records += run(table, name, setting, steps, seed, study)
-            print(records[-1], flush=True)
+    if table == "table3":
+        return measure_costs(settings, seeds, study)
+    budgets = {EQUAL_ROWS: dict.fromkeys(settings, steps)}
     if table == "table2":
-        costs = {
-            name: mean(record["ms / row"] for record in records if record["setting"] == name) for name in settings
-        }
-        records = [{**record, "compared at": EQUAL_ROWS} for record in records]
+        costs = measure_costs(settings, seeds, study)
+        per_row = {name: mean(cost["ms / row"] for cost in costs if cost["setting"] == name) for name in settings}
+        budgets[EQUAL_TIME] = {name: steps_in_equal_time(steps, per_row[name], per_row[TBCM]) for name in settings}
+    records = []
+    for compared_at, all_steps in budgets.items():
         for seed in seeds:
             for name, setting in settings.items():
-                fitting = steps_in_equal_time(steps, costs[name], costs[TBCM])
-                found = run(table, name, setting, fitting, seed, study)
-                records += [{**record, "compared at": EQUAL_TIME} for record in found]
-                print(records[-1], flush=True)
-    if table != "table3":
-        for name, rows in study.measure_teacher().items():
-            records += [{"setting": name, **row} for row in rows]
+                found = run(table, name, setting, all_steps[name], seed, study)
+                records += [{**record, "compared at": compared_at} for record in found] if len(budgets) > 1 else found
+    for name, rows in study.measure_teacher().items():
+        records += [{"setting": name, **row} for row in rows]
     return records
 
 

@@ -20,22 +20,23 @@ GROUP = ["setting", "compared at", "after steps", "inference steps"]
 RECIPE = {"train steps": 0, "learning rate": 4}  # the same for all seeds
 COSTS = {"ms / row": 1, "peak memory (GiB)": 2, "filtered share": 3}
 QUALITY = {"MobileNet-FD": 1, "top-5 retrieval": 3, "text-image head score": 2, "diversity": 3}
-DIGITS = {**RECIPE, **COSTS, **QUALITY}
 
 
 def summarize(runs: pandas.DataFrame) -> pandas.DataFrame:
     """Average over seeds.
 
     Args:
-        runs: a row for each run and number of inference steps; `seed`, and those of `GROUP` and `DIGITS` that it has.
+        runs: a row for each run and number of inference steps; `seed`, and those of `GROUP`, `RECIPE`, `QUALITY` and
+            `COSTS` that it has.
 
     Returns:
-        A row for each group, in their order: the number of seeds, and "mean ± standard deviation" of every figure, the
-        latter where there are several seeds; empty where there is no figure.
+        A row for each group, in their order: the number of seeds, and "mean ± standard deviation" of every figure of
+        quality, or of cost where none was drawn, the latter where there are several seeds; empty where there is none.
     """
     groups = runs.groupby([name for name in GROUP if name in runs], sort=False, dropna=False)
     table = groups["seed"].nunique().rename("seeds").to_frame()
-    for name, digits in DIGITS.items():
+    figures = QUALITY if set(QUALITY) & set(runs) else COSTS
+    for name, digits in (RECIPE | figures).items():
         if name not in runs:
             continue
         cells = []

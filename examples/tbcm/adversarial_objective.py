@@ -47,7 +47,8 @@ class AdversarialObjective(ConsistencyObjective):
         config = teacher.transformer.config
         blocks = head_blocks(config.num_layers, args.head_block_ids)
         heads = DiscriminatorHeads(config.num_attention_heads * config.attention_head_dim, blocks)
-        self.heads, optimizer = accelerator.prepare(heads, build_optimizer(args, list(heads.parameters())))
+        rate = args.learning_rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
+        self.heads, optimizer = accelerator.prepare(heads, build_optimizer(args, list(heads.parameters()), rate))
         self.modules, self.optimizers = (self.heads,), (optimizer,)
         self.rows_per_draw = args.train_batch_size
 
@@ -61,6 +62,9 @@ class AdversarialObjective(ConsistencyObjective):
         adversary = parser.add_argument_group("discriminator")
         adversary.add_argument("--scm_lambda", type=float, default=1.0, help="weight of the consistency loss")
         adversary.add_argument("--adv_lambda", type=float, default=0.5, help="weight of the adversarial loss")
+        adversary.add_argument(
+            "--discriminator_learning_rate", type=float, help="constant; default: --learning_rate before its schedule"
+        )
         adversary.add_argument(
             "--head_block_ids",
             type=int,
@@ -85,6 +89,8 @@ class AdversarialObjective(ConsistencyObjective):
         for name in ("scm_lambda", "adv_lambda"):
             if getattr(args, name) < 0:
                 parser.error(f"--{name} is {getattr(args, name)}: it must not be negative")
+        if args.discriminator_learning_rate is not None and not args.discriminator_learning_rate > 0:
+            parser.error(f"--discriminator_learning_rate is {args.discriminator_learning_rate}: it has to be positive")
         if not args.logit_std_discriminator > 0:
             parser.error(f"--logit_std_discriminator is {args.logit_std_discriminator}: it has to be positive")
         if not 0 <= args.largest_timestep_prob <= 1:

@@ -16,20 +16,22 @@ STATE_BYTES = {"adamw": 8, "came": 4}  # of the optimiser, per trained weight
 STATE_BYTES_8BIT = 2
 
 
-def build_optimizer(args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    args: argparse.Namespace, parameters: list[torch.nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
     if args.optimizer == "adamw":
         if args.use_8bit_adam:
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+            return AdamW8bit(parameters, lr=learning_rate, weight_decay=args.weight_decay)
         # Fused: one pass over the weights, and no temporary copies of them.
-        return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=args.weight_decay, fused=True)
     from came_pytorch import CAME
 
     # Betas and epsilons of the reference.
     return CAME(
         parameters,
-        lr=args.learning_rate,
+        lr=learning_rate,
         weight_decay=args.weight_decay,
         betas=(0.9, 0.999, 0.9999),
         eps=(1e-30, 1e-16),

@@ -194,7 +194,7 @@ def train(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accele
         )
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
         print(f"Memory plan: {sum(plan.values()) / 2**30:.2f} GiB a process, before any sharding = {parts}")
-    optimizer = build_optimizer(args, [p for p in model.parameters() if p.requires_grad])
+    optimizer = build_optimizer(args, [p for p in model.parameters() if p.requires_grad], args.learning_rate)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
