@@ -187,6 +187,16 @@ def test_the_student_learns_from_the_heads_and_leaves_them_alone(picture_flags, 
     assert not same(first, second)
 
 
+@pytest.mark.parametrize(("changes", "factor"), [({}, 1), ({"discriminator_learning_rate": 5e-3}, 5)])
+def test_the_heads_may_have_a_learning_rate_of_their_own(picture_flags, tmp_path, changes, factor):
+    options = {"max_train_steps": 2, "checkpointing_steps": 1, "learning_rate": 1e-3, "weight_decay": 0}
+    train(SANA_SPRINT, picture_flags(**options, **changes))
+    states = [torch.load(tmp_path / "run" / f"checkpoint-{step}" / "optimizer_1.bin") for step in (1, 2)]
+    assert [group["lr"] for state in states for group in state["param_groups"]] == [factor * 1e-3] * 2
+    student = torch.load(tmp_path / "run" / "checkpoint-1" / "optimizer.bin")
+    assert student["param_groups"][0]["lr"] == 1e-3
+
+
 def test_a_dry_run_is_of_the_method_and_leaves_nothing(picture_flags, tmp_path, capsys):
     train(SANA_SPRINT, picture_flags(dry_run=True))
     assert '"discriminator_loss"' in capsys.readouterr().out and list(tmp_path.iterdir()) == []
@@ -288,6 +298,7 @@ def test_options_run_and_stay_finite(picture_flags, tmp_path, method, changes):
         (SANA_SPRINT, {"scm_lambda": -1}, "--scm_lambda is -1"),
         (SANA_SPRINT, {"largest_timestep_prob": 2}, "--largest_timestep_prob is 2"),
         (SANA_SPRINT, {"logit_std_discriminator": 0}, "--logit_std_discriminator is 0"),
+        (SANA_SPRINT, {"discriminator_learning_rate": 0}, "--discriminator_learning_rate is 0"),
         (
             SANA_SPRINT,
             {"misaligned_pairs_D": True, "train_batch_size": 1},
