@@ -5,12 +5,16 @@ import pandas
 import pytest
 import study
 import study_runs
+import torch
 from distill_args import parse_args
 from emoji_metrics import REFERENCE_FILE, TEACHER_DIR
 from methods import LCM, SANA_SPRINT, SCM, TBCM
+from PIL import Image
 from study_report import report, summarize
 from study_runs import Setting, Study, training_costs
 from tbcm_variants import VARIANTS
+
+from diffusers_tbcm.features import NUM_COMPONENTS
 
 
 METHODS = {"tbcm": TBCM, "scm": SCM, "sana_sprint": SANA_SPRINT, "lcm": LCM}
@@ -144,6 +148,9 @@ def test_table_2_compares_at_equal_rows_and_at_equal_time(fake, tmp_path, monkey
     row = {"inference steps": 1, "MobileNet-FD": 150.0, "intervals": {"MobileNet-FD": [140.0, 160.0]}}
     monkeypatch.setattr(Study, "measure_student", lambda *run: [row])
     monkeypatch.setattr(Study, "measure_teacher", lambda self: {"teacher": [row]})
+    monkeypatch.setattr(
+        study, "differences", lambda *of: [{"setting": "sCM", "FD less that of: TBCM": [-5.0, -6, -4]}]
+    )
     command = ["table2", "--seeds", "0", "1", "--max_train_steps", "100", "--train_data_dir", str(tmp_path)]
     study.main([*command, "--work_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "results")])
     record = json.loads((tmp_path / "results" / "table2.json").read_text())
@@ -155,6 +162,7 @@ def test_table_2_compares_at_equal_rows_and_at_equal_time(fake, tmp_path, monkey
     assert record["flags"]["sCM"]["train_batch_size"] == 30
     text = (tmp_path / "results" / "table2.md").read_text()
     assert "| LCM | equal time | 1 | 2 | 300 |" in text and "| teacher |" in text
+    assert "| sCM | -5.0 (-6.0 to -4.0) |" in text
     assert (tmp_path / "results" / "table2.png").stat().st_size > 1000
 
 
@@ -184,7 +192,7 @@ def test_progress_measures_every_checkpoint_that_a_run_kept(fake, runs, monkeypa
     assert [record["after steps"] for record in records] == [120, 240]
     assert drawn == [("checkpoint-120", (1,)), ("checkpoint-240", (1,))]
     teacher = {"setting": "teacher", "inference steps": 20, "MobileNet-FD": 90.0}
-    report("progress", [*records, teacher], {"seeds": [0]}, {}, runs.work_dir)
+    report("progress", [*records, teacher], [], {"seeds": [0]}, {}, runs.work_dir)
     assert f"| {study.TBCM} | 120 | 1 | 1 | 240 | 0.0001 | 100.0 |" in (runs.work_dir / "progress.md").read_text()
     assert (runs.work_dir / "progress.png").stat().st_size > 1000
 
@@ -205,3 +213,42 @@ def test_methods_on_pictures_ask_for_them(capsys):
     with pytest.raises(SystemExit):
         study.parse_args(["table4", "--prompts", "100"])
     assert "--prompts is 100" in capsys.readouterr().err
+
+
+def test_differences_are_paired_over_prompts(runs, monkeypatch):
+    """Features that only move: the Frechet distance's change is that of its means, and no resample changes it much."""
+    everyone = torch.Generator().manual_seed(0)
+    base = torch.randn(500, NUM_COMPONENTS, generator=everyone)
+    centre = study_runs.evaluators(TEACHER_DIR)[0].reference.gaussian[0].float()
+
+    def features(self, make_pipeline, folder):
+        towards = {"untrained": 0.0, "random": 0.5, "logit_normal": 1.0, "tbcm": 0.75}
+        name = next(key for key in towards if key in folder.name)
+        return base - base.mean(0) + centre + 3 * (1 - towards[name])
+
+    monkeypatch.setattr(Study, "features", features)
+    rows = {row.pop("setting"): row for row in study.differences("table4", STEPS, [0, 1], runs)}
+    assert rows.keys() == study.TABLES["table4"].keys() and len(rows["reference"]) == 1
+
+    def expected(one, other):
+        return 9 * NUM_COMPONENTS * ((1 - one) ** 2 - (1 - other) ** 2)
+
+    for name, place in (("random", 0.5), ("logit_normal", 1.0)):
+        for baseline, other in (("untrained student", 0.0), ("reference", 0.75)):
+            value, low, high = rows[name][f"FD less that of: {baseline}"]
+            assert value == pytest.approx(expected(place, other), rel=1e-3)
+            assert low < value < high
+    assert study.differences("progress", STEPS, [0], runs) == []
+
+
+def test_features_are_drawn_once(runs, monkeypatch):
+    pictures = [Image.new("RGB", (64, 64), (40 * i, 0, 0)) for i in range(3)]
+    calls = []
+    monkeypatch.setattr(
+        study_runs, "draw", lambda pipeline, prompts, steps: calls.append((len(prompts), steps)) or pictures
+    )
+    folder = runs.work_dir / "run"
+    folder.mkdir()
+    first = runs.features(lambda: torch.nn.Identity(), folder)
+    assert first.shape == (3, NUM_COMPONENTS) and torch.equal(runs.features(None, folder), first)
+    assert calls == [(500, 1)]

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas
-from common import write_results
+from common import markdown, write_results
 
 
 matplotlib.use("Agg")
@@ -100,11 +100,33 @@ def plot_progress(runs: pandas.DataFrame, path: Path) -> None:
 def report(
     name: str,
     records: Sequence[dict[str, Any]],
+    differences: Sequence[dict[str, Any]],
     details: dict[str, Any],
     flags: dict[str, dict[str, Any]],
     folder: Path = RESULTS,
 ) -> None:
-    """Write a table as Markdown, JSON with every run and its flags, and PNG."""
+    """Write a table as Markdown, JSON with every run and its flags, and PNG.
+
+    Args:
+        name: of the files.
+        records: every run at every number of steps.
+        differences: for each setting, its name and [value, low, high] of its differences by name.
+        details: what stands above the table.
+        flags: of each setting.
+        folder: for the files.
+    """
     runs = pandas.DataFrame(records)
-    write_results(name, summarize(runs), details, folder, runs=list(records), flags=flags)
+    more = {"runs": list(records), "differences": list(differences), "flags": flags}
+    write_results(name, summarize(runs), details, folder, **more)
+    if differences:
+        cells = [
+            {
+                key: cell if isinstance(cell, str) else "{:+.1f} ({:+.1f} to {:+.1f})".format(*cell)
+                for key, cell in row.items()
+            }
+            for row in differences
+        ]
+        table = markdown(pandas.DataFrame(cells).set_index("setting"))
+        with (folder / f"{name}.md").open("a", encoding="utf-8") as file:
+            file.write(f"\nAt one step and equal rows, the same prompts and noise, 95% intervals:\n\n{table}")
     (plot_progress if "after steps" in runs else plot)(runs, folder / f"{name}.png")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,10 +15,12 @@ import torch
 from common import EXAMPLES, default_device, machine
 from diffusers import DiffusionPipeline, SanaPipeline
 from emoji_metrics import DISTILLATION_PROMPTS_FILE, MAX_SEQUENCE_LENGTH, REFERENCE_FILE, draw, load_evaluation
+from safetensors.torch import load_file, save_file
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.checkpoints import list_checkpoints
 from diffusers_tbcm.evaluation import Evaluator, FeatureReference, MobileNetFeatures
+from diffusers_tbcm.metrics import frechet_distance
 from diffusers_tbcm.pipeline_folder import read_json, write_json
 from diffusers_tbcm.text_image import HEAD_FILE, HeadScorer
 from diffusers_tbcm.trigflow import make_student
@@ -64,7 +66,7 @@ VARIANTS_SCRIPT = Path(__file__).with_name("tbcm_variants.py")
 STUDENT_STEPS = (1, 2, 4)
 TEACHER_STEPS = 20
 DIVERSITY_PROMPTS, DIVERSITY_PICTURES = 50, 4
-LATENTS = "latents"
+LATENTS, UNTRAINED = "latents", "untrained"
 TEACHER_FILE, FLAGS_FILE, TRAINING_FILE = "study_teacher.json", "study_flags.json", "study_training.json"
 # What accelerate calls the averaged weights in a checkpoint: registered after the learning rate's schedule.
 EMA_FILE = "custom_checkpoint_1.pkl"
@@ -180,7 +182,14 @@ class Study:
 
     def measure_student(self, setting: Setting, steps: int, seed: int) -> list[dict[str, Any]]:
         folder = self.work_dir / setting.run_name(steps, seed)
-        return self.measure(lambda: SanaTBCMPipeline.from_pretrained(folder), STUDENT_STEPS, folder)
+        return self.measure(partial(SanaTBCMPipeline.from_pretrained, folder), STUDENT_STEPS, folder)
+
+    def student_features(self, setting: Setting, steps: int, seed: int) -> torch.Tensor:
+        folder = self.work_dir / setting.run_name(steps, seed)
+        return self.features(partial(SanaTBCMPipeline.from_pretrained, folder), folder)
+
+    def untrained_features(self) -> torch.Tensor:
+        return self.features(self.untrained, self.work_dir / UNTRAINED)
 
     def measure_checkpoints(self, setting: Setting, steps: int, seed: int) -> list[dict[str, Any]]:
         """Measure the averaged weights of every checkpoint that a run has kept, at one step; with `after steps`."""
@@ -202,17 +211,37 @@ class Study:
 
     def measure_teacher(self) -> dict[str, list[dict[str, Any]]]:
         """What students lie between: the teacher, and a student as it is before training."""
-
-        def untrained() -> SanaTBCMPipeline:
-            teacher = SanaPipeline.from_pretrained(self.teacher)
-            parts = (teacher.tokenizer, teacher.text_encoder, teacher.vae)
-            return SanaTBCMPipeline(*parts, make_student(teacher.transformer), TBCMScheduler())
-
         teacher = partial(SanaPipeline.from_pretrained, self.teacher)
         return {
             "teacher": self.measure(teacher, (TEACHER_STEPS,), self.work_dir / "teacher"),
-            "untrained student": self.measure(untrained, STUDENT_STEPS, self.work_dir / "untrained"),
+            "untrained student": self.measure(self.untrained, STUDENT_STEPS, self.work_dir / UNTRAINED),
         }
+
+    def untrained(self) -> SanaTBCMPipeline:
+        teacher = SanaPipeline.from_pretrained(self.teacher)
+        parts = (teacher.tokenizer, teacher.text_encoder, teacher.vae)
+        return SanaTBCMPipeline(*parts, make_student(teacher.transformer), TBCMScheduler())
+
+    @cached_property
+    def evaluation(self) -> tuple[list[str], list[str]]:
+        """The evaluation prompts and the concepts that they ask for."""
+        items = [item for item in load_evaluation(self.teacher) if not item.held_out][: self.prompts]
+        return [item.prompt for item in items], [item.concept for item in items]
+
+    def features(self, make_pipeline: Callable[[], DiffusionPipeline], folder: Path) -> torch.Tensor:
+        """What the Frechet distance sees of a picture of every prompt, drawn in one step: (prompts, components)."""
+        file = folder / f"study_features_{self.prompts}_prompts.safetensors"
+        if not file.exists():
+            quality, _ = evaluators(self.teacher)
+            pictures = draw(make_pipeline().to(default_device()), self.evaluation[0], STUDENT_STEPS[0])
+            projected = quality.reference.project(quality.extractor.extract(pictures))
+            save_file({"features": projected.contiguous()}, file)
+        return load_file(file)["features"]
+
+    def frechet_distance(self, features: torch.Tensor) -> float:
+        """The distance of rows of `features` from the reference."""
+        quality, _ = evaluators(self.teacher)
+        return frechet_distance(*quality.reference.gaussian, features)
 
     def measure(
         self, make_pipeline: Callable[[], DiffusionPipeline], all_steps: Sequence[int], folder: Path
@@ -225,8 +254,7 @@ class Study:
         file = folder / f"study_measured_{self.prompts}_prompts.json"
         if file.exists():
             return read_json(file)["rows"]
-        items = [item for item in load_evaluation(self.teacher) if not item.held_out][: self.prompts]
-        texts, concepts = [item.prompt for item in items], [item.concept for item in items]
+        texts, concepts = self.evaluation
         repeated = [text for text in texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_PICTURES)]
         pipeline = make_pipeline().to(default_device())
         quality, diversity = evaluators(self.teacher)
