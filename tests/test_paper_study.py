@@ -210,6 +210,10 @@ def test_methods_on_pictures_ask_for_them(capsys):
         study.parse_args(["table2"])
     assert "LCM, sCM, Sana-Sprint on pictures, --train_data_dir is None" in capsys.readouterr().err
     assert study.parse_args(["table4"]).seeds == [0, 1, 2]
+    assert study.parse_args(["progress", "--settings", study.TBCM]).settings == [study.TBCM]
+    with pytest.raises(SystemExit):
+        study.parse_args(["table4", "--settings", "uniform"])
+    assert "--settings names 'uniform', table4 has 'random', 'logit_normal', 'reference'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         study.parse_args(["table4", "--prompts", "100"])
     assert "--prompts is 100" in capsys.readouterr().err
@@ -227,7 +231,7 @@ def test_differences_are_paired_over_prompts(runs, monkeypatch):
         return base - base.mean(0) + centre + 3 * (1 - towards[name])
 
     monkeypatch.setattr(Study, "features", features)
-    rows = {row.pop("setting"): row for row in study.differences("table4", STEPS, [0, 1], runs)}
+    rows = {row.pop("setting"): row for row in study.differences(study.TABLES["table4"], STEPS, [0, 1], runs)}
     assert rows.keys() == study.TABLES["table4"].keys() and len(rows["reference"]) == 1
 
     def expected(one, other):
@@ -238,7 +242,6 @@ def test_differences_are_paired_over_prompts(runs, monkeypatch):
             value, low, high = rows[name][f"FD less that of: {baseline}"]
             assert value == pytest.approx(expected(place, other), rel=1e-3)
             assert low < value < high
-    assert study.differences("progress", STEPS, [0], runs) == []
 
 
 def test_features_are_drawn_once(runs, monkeypatch):

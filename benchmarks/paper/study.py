@@ -126,13 +126,14 @@ def run(table: str, name: str, setting: Setting, steps: int, seed: int, study: S
     return records
 
 
-def collect(table: str, steps: int, seeds: Sequence[int], study: Study) -> list[dict[str, Any]]:
+def collect(
+    table: str, settings: Mapping[str, Setting], steps: int, seeds: Sequence[int], study: Study
+) -> list[dict[str, Any]]:
     """Everything that a table needs; seeds outside, so that a table that is not finished has all settings."""
-    settings = TABLES[table]
     if table == "table3":
         return measure_costs(settings, seeds, study)
     budgets = {EQUAL_ROWS: dict.fromkeys(settings, steps)}
-    if table == "table2":
+    if table == "table2" and TBCM in settings:
         costs = measure_costs(settings, seeds, study)
         per_row = {name: mean(cost["ms / row"] for cost in costs if cost["setting"] == name) for name in settings}
         budgets[EQUAL_TIME] = {name: steps_in_equal_time(steps, per_row[name], per_row[TBCM]) for name in settings}
@@ -147,20 +148,19 @@ def collect(table: str, steps: int, seeds: Sequence[int], study: Study) -> list[
     return records
 
 
-def differences(table: str, steps: int, seeds: Sequence[int], study: Study) -> list[dict[str, Any]]:
+def differences(
+    settings: Mapping[str, Setting], steps: int, seeds: Sequence[int], study: Study
+) -> list[dict[str, Any]]:
     """How much lower each setting's FD is at one step than without training, and than TBCM's as the paper has it.
 
     All draw the same prompts from the same noise, so that differences are known better than the distances: means over
     seeds, with the 95% interval of a paired bootstrap over prompts.
     """
-    if table in ("table3", "progress"):
-        return []
     features = {
-        name: [study.student_features(setting, steps, seed) for seed in seeds]
-        for name, setting in TABLES[table].items()
+        name: [study.student_features(setting, steps, seed) for seed in seeds] for name, setting in settings.items()
     }
-    plain = next(name for name, setting in TABLES[table].items() if setting == Setting())
-    against = {"untrained student": [study.untrained_features()] * len(seeds), plain: features[plain]}
+    against = {"untrained student": [study.untrained_features()] * len(seeds)}
+    against |= {name: features[name] for name, setting in settings.items() if setting == Setting()}
 
     def difference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], index: torch.Tensor) -> float:
         return mean(study.frechet_distance(one[index]) - study.frechet_distance(other[index]) for one, other in pairs)
@@ -181,6 +181,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--teacher", type=Path, default=EMBEDDED_TEACHER, help="folder such as the embedded teacher's")
     parser.add_argument("--train_data_dir", type=Path, help="pictures for the methods that train on them")
+    parser.add_argument("--settings", nargs="+", help="part of the table, by name; default: all of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max_train_steps", type=int, default=240)
     parser.add_argument("--prompts", type=int, default=500, help="that the students are measured on")
@@ -191,7 +192,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--max_train_steps is {args.max_train_steps}: it has to be positive")
     if args.prompts <= NUM_COMPONENTS:
         parser.error(f"--prompts is {args.prompts}: the Frechet distance takes more than {NUM_COMPONENTS} pictures")
-    on_pictures = [name for name, setting in TABLES[args.table].items() if setting.needs_pictures]
+    args.settings = args.settings or list(TABLES[args.table])
+    for name in args.settings:
+        if name not in TABLES[args.table]:
+            parser.error(f"--settings names {name!r}, {args.table} has {', '.join(map(repr, TABLES[args.table]))}")
+    on_pictures = [name for name in args.settings if TABLES[args.table][name].needs_pictures]
     if on_pictures and (args.train_data_dir is None or not args.train_data_dir.is_dir()):
         parser.error(
             f"{args.table} trains {', '.join(on_pictures)} on pictures, --train_data_dir is {args.train_data_dir}:"
@@ -206,7 +211,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     study = Study(args.teacher, args.work_dir, args.prompts, args.train_data_dir)
-    records = collect(args.table, args.max_train_steps, args.seeds, study)
+    settings = {name: TABLES[args.table][name] for name in args.settings}
+    records = collect(args.table, settings, args.max_train_steps, args.seeds, study)
     details = {
         "teacher": args.teacher.name,
         "seeds": args.seeds,
@@ -215,12 +221,12 @@ def main(argv: list[str] | None = None) -> None:
         "prompts": args.prompts,
         **machine(default_device()),
     }
-    flags = {
-        name: setting.all_flags(args.max_train_steps, args.seeds[0]) for name, setting in TABLES[args.table].items()
-    }
+    flags = {name: setting.all_flags(args.max_train_steps, args.seeds[0]) for name, setting in settings.items()}
+    compared = []
+    if args.table not in ("table3", "progress"):
+        compared = differences(settings, args.max_train_steps, args.seeds, study)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     name = args.table if args.teacher == EMBEDDED_TEACHER else f"{args.table}_{args.teacher.name}"
-    compared = differences(args.table, args.max_train_steps, args.seeds, study)
     report(name, records, compared, details, flags, args.output_dir)
 
 
