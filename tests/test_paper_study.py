@@ -55,6 +55,18 @@ def test_settings_of_a_table_are_different_runs(table):
     assert len(names) == len(study.TABLES[table])
 
 
+def test_students_are_drawn_with_the_guidance_that_they_were_trained_with(runs, monkeypatch):
+    setting = study.TABLES["guidance"]["guidance 1.5 to 2.5"]
+    assert parsed(setting, runs).guidance_scales == [1.5, 2.0, 2.5]
+    assert " " not in setting.run_name(STEPS, 0)
+    drawn = []
+    monkeypatch.setattr(Study, "measure", lambda self, *what: drawn.append((what[2].name, *what[3:])) or [])
+    runs.measure_student(setting, STEPS, 0)
+    runs.measure_teacher([2.0, 4.5])
+    assert [scale for _, scale in drawn[:1]] == [2.0]
+    assert drawn[1:] == [("untrained",), ("teacher-guidance 2", 2.0), ("teacher", 4.5)]
+
+
 def test_floats_that_count_steps_are_shares_of_the_run():
     flags = Setting(flags={"endpoint_warmup_steps": 0.7, "tangent_final_ratio": 0.5}).all_flags(240, 0)
     assert (flags["tangent_warmup_steps"], flags["tangent_cooldown_start_step"]) == (48, 180)
@@ -147,7 +159,7 @@ def test_summarize_gives_mean_and_deviation_over_seeds_by_setting_and_steps():
 def test_table_2_compares_at_equal_rows_and_at_equal_time(fake, tmp_path, monkeypatch):
     row = {"inference steps": 1, "MobileNet-FD": 150.0, "intervals": {"MobileNet-FD": [140.0, 160.0]}}
     monkeypatch.setattr(Study, "measure_student", lambda *run: [row])
-    monkeypatch.setattr(Study, "measure_teacher", lambda self: {"teacher": [row]})
+    monkeypatch.setattr(Study, "measure_teacher", lambda *scales: {"teacher": [row]})
     monkeypatch.setattr(
         study, "differences", lambda *of: [{"setting": "sCM", "FD less that of: TBCM": [-5.0, -6, -4]}]
     )
@@ -182,7 +194,7 @@ def test_a_table_of_another_teacher_has_its_name(fake, tmp_path, monkeypatch):
 def test_progress_measures_every_checkpoint_that_a_run_kept(fake, runs, monkeypatch):
     drawn = []
 
-    def measure(self, make_pipeline, all_steps, folder):
+    def measure(self, make_pipeline, all_steps, folder, guidance_scale):
         drawn.append((folder.name, all_steps))
         return [{"inference steps": 1, "MobileNet-FD": 100.0}]
 

@@ -8,8 +8,8 @@
     python benchmarks/paper/study.py table6      # the tangent's final ratio
     python benchmarks/paper/study.py table7      # warm-up against warm-up and cooldown
     python benchmarks/paper/study.py extras      # EMA, endpoint warm-up, tbcm_variants.py, ...
-    python benchmarks/paper/study.py progress --seeds 0 --max_train_steps 2400 --train_data_dir PICTURES
-                                                 # quality of one step over the training
+    python benchmarks/paper/study.py guidance --max_train_steps 1000    # the quickstart's flags, less guided
+    python benchmarks/paper/study.py progress --max_train_steps 2400 --train_data_dir PICTURES    # over the training
 
 PICTURES is what examples/tbcm/emoji_data.py writes. Every method trains on 30 rows a step, with one optimiser and
 schedule. Runs and their measurements are kept in --work_dir and shared by the tables: the same command continues what
@@ -89,12 +89,17 @@ TABLES = {
         "one route a batch": Setting(variant="one_route"),
         "empty prompt masked as the prompt": Setting(variant="prompt_mask"),
     },
+    "guidance": {
+        "guidance 4 to 5": Setting(flags=QUICKSTART),
+        "guidance 1.5 to 2.5": Setting(flags={**QUICKSTART, "guidance_scales": [1.5, 2.0, 2.5]}),
+    },
     "progress": {
         "TBCM, the quickstart's flags": Setting(flags={**QUICKSTART, **ALL_CHECKPOINTS}),
         TBCM: Setting(flags=ALL_CHECKPOINTS),
         "sCM": Setting("scm", ALL_CHECKPOINTS),
     },
 }
+PAIRED = ("table2", "table4", "table5", "table6", "table7", "extras")  # shown with differences at one step
 EQUAL_ROWS, EQUAL_TIME = "equal rows", "equal time"
 COST_STEPS = 60  # of the short runs that tell what a row costs: table 3, and what is equal time
 
@@ -143,7 +148,8 @@ def collect(
             for name, setting in settings.items():
                 found = run(table, name, setting, all_steps[name], seed, study)
                 records += [{**record, "compared at": compared_at} for record in found] if len(budgets) > 1 else found
-    for name, rows in study.measure_teacher().items():
+    scales = sorted({setting.guidance_scale for setting in settings.values()})
+    for name, rows in study.measure_teacher(scales).items():
         records += [{"setting": name, **row} for row in rows]
     return records
 
@@ -223,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     flags = {name: setting.all_flags(args.max_train_steps, args.seeds[0]) for name, setting in settings.items()}
     compared = []
-    if args.table not in ("table3", "progress"):
+    if args.table in PAIRED:
         compared = differences(settings, args.max_train_steps, args.seeds, study)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     name = args.table if args.teacher == EMBEDDED_TEACHER else f"{args.table}_{args.teacher.name}"

@@ -52,7 +52,7 @@ def summarize(runs: pandas.DataFrame) -> pandas.DataFrame:
 
 def plot(runs: pandas.DataFrame, path: Path) -> None:
     """A panel for every figure of quality, or for the costs; a dot for every run, a line for the teacher."""
-    trained, teacher = runs[runs["seed"].notna()], runs[runs["setting"] == "teacher"]
+    trained, teacher = runs[runs["seed"].notna()], runs[runs["setting"].str.startswith("teacher")]
     labels = trained[[name for name in GROUP[:2] if name in runs]].agg(", ".join, axis=1)
     places = {label: place for place, label in enumerate(labels.unique())}
     names = [name for name in QUALITY if name in runs] or list(COSTS)[:2]
@@ -67,7 +67,9 @@ def plot(runs: pandas.DataFrame, path: Path) -> None:
             heights = labels[part.index].map(places) + 0.2 * (index - (len(parts) - 1) / 2)
             axis.scatter(part[name], heights, s=14, color=f"C{index}", label=label)
         for _, row in teacher.iterrows():
-            axis.axvline(row[name], color="grey", linestyle="--", label=f"teacher, steps: {row['inference steps']}")
+            axis.axvline(
+                row[name], color="grey", linestyle="--", label=f"{row['setting']}, steps: {row['inference steps']}"
+            )
         axis.set(title=name)
     axis.set_yticks(range(len(places)), list(places))
     axis.invert_yaxis()
@@ -88,8 +90,9 @@ def plot_progress(runs: pandas.DataFrame, path: Path) -> None:
                 label = setting if seed == of_setting["seed"].min() else None
                 axis.plot(part["after steps"], part[name], marker=".", color=f"C{index}", label=label)
         for (setting, steps), row in runs[runs["seed"].isna()].groupby(["setting", "inference steps"]):
-            if setting == "teacher" or steps == 1:
-                style = "--" if setting == "teacher" else ":"
+            of_teacher = setting.startswith("teacher")
+            if of_teacher or steps == 1:
+                style = "--" if of_teacher else ":"
                 axis.axhline(row[name].item(), color="grey", linestyle=style, label=f"{setting}, steps: {steps}")
         axis.set(title=name, xlabel="training steps")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")

@@ -8,13 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import torch
 from common import EXAMPLES, default_device, machine
 from diffusers import DiffusionPipeline, SanaPipeline
-from emoji_metrics import DISTILLATION_PROMPTS_FILE, MAX_SEQUENCE_LENGTH, REFERENCE_FILE, draw, load_evaluation
+from emoji_metrics import (
+    DISTILLATION_PROMPTS_FILE,
+    GUIDANCE_SCALE,
+    MAX_SEQUENCE_LENGTH,
+    REFERENCE_FILE,
+    draw,
+    load_evaluation,
+)
 from safetensors.torch import load_file, save_file
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
@@ -91,11 +98,19 @@ class Setting:
         return self.method != "tbcm"
 
     @property
+    def guidance_scale(self) -> float:
+        """What the student is drawn with: the one in the middle of those that it is trained with."""
+        return median_low(self.flags.get("guidance_scales", [GUIDANCE_SCALE]))
+
+    @property
     def script(self) -> list[str]:
         return [str(VARIANTS_SCRIPT), self.variant] if self.variant else [str(SCRIPTS[self.method])]
 
     def run_name(self, steps: int, seed: int) -> str:
-        changes = [f"{name}={value}" for name, value in self.flags.items()]
+        changes = [
+            f"{name}={'_'.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in self.flags.items()
+        ]
         parts = [self.method, self.variant, *changes, f"{steps}_steps", f"seed_{seed}"]
         return "-".join(part for part in parts if part)
 
@@ -148,7 +163,8 @@ class Study:
         arguments = []
         for name, value in {**files, **setting.all_flags(steps, seed), "resume_from_checkpoint": "latest"}.items():
             if value is not False:
-                arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+                values = [] if value is True else value if isinstance(value, list) else [value]
+                arguments += [f"--{name}", *map(str, values)]
         return arguments
 
     def train(self, setting: Setting, steps: int, seed: int) -> dict[str, Any]:
@@ -182,7 +198,8 @@ class Study:
 
     def measure_student(self, setting: Setting, steps: int, seed: int) -> list[dict[str, Any]]:
         folder = self.work_dir / setting.run_name(steps, seed)
-        return self.measure(partial(SanaTBCMPipeline.from_pretrained, folder), STUDENT_STEPS, folder)
+        load = partial(SanaTBCMPipeline.from_pretrained, folder)
+        return self.measure(load, STUDENT_STEPS, folder, setting.guidance_scale)
 
     def student_features(self, setting: Setting, steps: int, seed: int) -> torch.Tensor:
         folder = self.work_dir / setting.run_name(steps, seed)
@@ -205,17 +222,18 @@ class Study:
 
         rows = []
         for checkpoint in list_checkpoints(folder):
-            (row,) = self.measure(partial(averaged, checkpoint), STUDENT_STEPS[:1], checkpoint)
+            (row,) = self.measure(partial(averaged, checkpoint), STUDENT_STEPS[:1], checkpoint, setting.guidance_scale)
             rows.append({"after steps": int(checkpoint.name.rpartition("-")[2]), **row})
         return rows
 
-    def measure_teacher(self) -> dict[str, list[dict[str, Any]]]:
-        """What students lie between: the teacher, and a student as it is before training."""
+    def measure_teacher(self, guidance_scales: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
+        """What students lie between: the teacher at each guidance scale, and a student as it is before training."""
         teacher = partial(SanaPipeline.from_pretrained, self.teacher)
-        return {
-            "teacher": self.measure(teacher, (TEACHER_STEPS,), self.work_dir / "teacher"),
-            "untrained student": self.measure(self.untrained, STUDENT_STEPS, self.work_dir / UNTRAINED),
-        }
+        found = {"untrained student": self.measure(self.untrained, STUDENT_STEPS, self.work_dir / UNTRAINED)}
+        for scale in guidance_scales:
+            name = "teacher" if scale == GUIDANCE_SCALE else f"teacher, guidance {scale:g}"
+            found[name] = self.measure(teacher, (TEACHER_STEPS,), self.work_dir / name.replace(", ", "-"), scale)
+        return found
 
     def untrained(self) -> SanaTBCMPipeline:
         teacher = SanaPipeline.from_pretrained(self.teacher)
@@ -244,7 +262,11 @@ class Study:
         return frechet_distance(*quality.reference.gaussian, features)
 
     def measure(
-        self, make_pipeline: Callable[[], DiffusionPipeline], all_steps: Sequence[int], folder: Path
+        self,
+        make_pipeline: Callable[[], DiffusionPipeline],
+        all_steps: Sequence[int],
+        folder: Path,
+        guidance_scale: float = GUIDANCE_SCALE,
     ) -> list[dict[str, Any]]:
         """Draw with a pipeline and measure its pictures, unless that has been done.
 
@@ -260,8 +282,11 @@ class Study:
         quality, diversity = evaluators(self.teacher)
         rows = []
         for steps in all_steps:
-            found = quality(folder.name, steps, draw(pipeline, texts, steps), texts, concepts)
-            spread = diversity(folder.name, steps, draw(pipeline, repeated, steps), texts[:DIVERSITY_PROMPTS])
+            pictures, several = (
+                draw(pipeline, prompts, steps, guidance_scale=guidance_scale) for prompts in (texts, repeated)
+            )
+            found = quality(folder.name, steps, pictures, texts, concepts)
+            spread = diversity(folder.name, steps, several, texts[:DIVERSITY_PROMPTS])
             metrics = {**found.metrics, **spread.metrics}
             rows.append({"inference steps": steps, **metrics, "intervals": {**found.intervals, **spread.intervals}})
         folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,11 @@ def load_evaluation(folder: Path = TEACHER_DIR) -> list[EvaluationPrompt]:
 
 
 def draw(
-    pipeline: SanaPipeline | SanaTBCMPipeline, prompts: list[str], steps: int, batch_size: int = 50
+    pipeline: SanaPipeline | SanaTBCMPipeline,
+    prompts: list[str],
+    steps: int,
+    batch_size: int = 50,
+    guidance_scale: float = GUIDANCE_SCALE,
 ) -> list[Image.Image]:
     """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
@@ -51,7 +55,7 @@ def draw(
         pictures += pipeline(
             batch,
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
+            guidance_scale=guidance_scale,
             height=size,
             width=size,
             generator=[draw_generator(start + i, SEED) for i in range(len(batch))],
