@@ -156,26 +156,25 @@ def test_summarize_gives_mean_and_deviation_over_seeds_by_setting_and_steps():
     assert table["train steps"].tolist() == ["240", "240", ""]
 
 
-def test_table_2_compares_at_equal_rows_and_at_equal_time(fake, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("table", "expected"), [("table2", [100] * 4), ("table2_equal_time", [300, 150, 100, 100])])
+def test_table_2_compares_at_equal_rows_or_at_equal_time(fake, tmp_path, monkeypatch, table, expected):
     row = {"inference steps": 1, "MobileNet-FD": 150.0, "intervals": {"MobileNet-FD": [140.0, 160.0]}}
     monkeypatch.setattr(Study, "measure_student", lambda *run: [row])
     monkeypatch.setattr(Study, "measure_teacher", lambda *scales: {"teacher": [row]})
-    monkeypatch.setattr(
-        study, "differences", lambda *of: [{"setting": "sCM", "FD less that of: TBCM": [-5.0, -6, -4]}]
-    )
-    command = ["table2", "--seeds", "0", "1", "--max_train_steps", "100", "--train_data_dir", str(tmp_path)]
+    difference = {"setting": "sCM", "FD less that of: TBCM": [-5.0, -6.0, -4.0]}
+    monkeypatch.setattr(study, "differences", lambda *of: [difference])
+    command = [table, "--seeds", "0", "1", "--max_train_steps", "100", "--train_data_dir", str(tmp_path)]
     study.main([*command, "--work_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "results")])
-    record = json.loads((tmp_path / "results" / "table2.json").read_text())
-    steps = {(run["setting"], run["compared at"]): run["train steps"] for run in record["runs"] if "seed" in run}
-    assert {steps[name, "equal rows"] for name in study.METHODS} == {100}
-    assert [steps[name, "equal time"] for name in study.METHODS] == [300, 150, 100, 100]
-    # 4 methods for their costs, 4 at equal rows and 2 of them longer, by 2 seeds, and one to encode the pictures
-    assert len(fake.commands) == 2 * 10 + 1
+    record = json.loads((tmp_path / "results" / f"{table}.json").read_text())
+    steps = {run["setting"]: run["train steps"] for run in record["runs"] if "seed" in run}
+    assert [steps[name] for name in study.METHODS] == expected
+    # 4 methods by 2 seeds; for equal time their costs first, and one to encode the pictures
+    assert len(fake.commands) == (2 * 4 if table == "table2" else 2 * 8 + 1)
     assert record["flags"]["sCM"]["train_batch_size"] == 30
-    text = (tmp_path / "results" / "table2.md").read_text()
-    assert "| LCM | equal time | 1 | 2 | 300 |" in text and "| teacher |" in text
+    text = (tmp_path / "results" / f"{table}.md").read_text()
+    assert f"| LCM | 1 | 2 | {expected[0]} |" in text and "| teacher |" in text
     assert "| sCM | -5.0 (-6.0 to -4.0) |" in text
-    assert (tmp_path / "results" / "table2.png").stat().st_size > 1000
+    assert (tmp_path / "results" / f"{table}.png").stat().st_size > 1000
 
 
 def test_a_table_of_another_teacher_has_its_name(fake, tmp_path, monkeypatch):
@@ -243,8 +242,11 @@ def test_differences_are_paired_over_prompts(runs, monkeypatch):
         return base - base.mean(0) + centre + 3 * (1 - towards[name])
 
     monkeypatch.setattr(Study, "features", features)
-    rows = {row.pop("setting"): row for row in study.differences(study.TABLES["table4"], STEPS, [0, 1], runs)}
-    assert rows.keys() == study.TABLES["table4"].keys() and len(rows["reference"]) == 1
+    settings = study.TABLES["table4"]
+    rows = {
+        row.pop("setting"): row for row in study.differences(settings, dict.fromkeys(settings, STEPS), [0, 1], runs)
+    }
+    assert rows.keys() == settings.keys() and len(rows["reference"]) == 1
 
     def expected(one, other):
         return 9 * NUM_COMPONENTS * ((1 - one) ** 2 - (1 - other) ** 2)

@@ -2,12 +2,13 @@
 """The tables of arXiv 2511.20410 that need training, on the embedded emoji teacher, and our own choices.
 
     python benchmarks/paper/study.py table2 --train_data_dir PICTURES    # LCM, sCM, Sana-Sprint, TBCM at 1, 2, 4 steps
+    python benchmarks/paper/study.py table2_equal_time --train_data_dir PICTURES    # the same, trained equally long
     python benchmarks/paper/study.py table3 --train_data_dir PICTURES    # their time a row and memory
     python benchmarks/paper/study.py table4      # sampling schemes
     python benchmarks/paper/study.py table5      # steps of a route
     python benchmarks/paper/study.py table6      # the tangent's final ratio
     python benchmarks/paper/study.py table7      # warm-up against warm-up and cooldown
-    python benchmarks/paper/study.py extras      # EMA, endpoint warm-up, tbcm_variants.py, ...
+    python benchmarks/paper/study.py extras      # norm of the tangent, EMA, tbcm_variants.py
     python benchmarks/paper/study.py guidance --max_train_steps 1000    # the quickstart's flags, less guided
     python benchmarks/paper/study.py progress --max_train_steps 2400 --train_data_dir PICTURES    # over the training
 
@@ -57,7 +58,8 @@ QUICKSTART = {  # its flags where they differ from the tables'
 }
 ALL_CHECKPOINTS = {"checkpointing_steps": 0.0833, "checkpoints_total_limit": False, "logging_steps": 50}
 TABLES = {
-    "table2": METHODS,
+    "table2": METHODS,  # at equal rows
+    "table2_equal_time": METHODS,
     "table3": METHODS,
     "table4": {
         "random": Setting(flags={"sampling_scheme": "random"}),
@@ -85,7 +87,6 @@ TABLES = {
         "the tables' setting": Setting(),
         "resolution-invariant norm": Setting(flags={"tangent_resolution_invariant": True}),
         "no EMA": Setting(flags={"use_ema": False}),
-        "endpoint warm-up": Setting(flags={"endpoint_warmup_steps": 0.7}),
         "one route a batch": Setting(variant="one_route"),
         "empty prompt masked as the prompt": Setting(variant="prompt_mask"),
     },
@@ -99,9 +100,8 @@ TABLES = {
         "sCM": Setting("scm", ALL_CHECKPOINTS),
     },
 }
-PAIRED = ("table2", "table4", "table5", "table6", "table7", "extras")  # shown with differences at one step
-EQUAL_ROWS, EQUAL_TIME = "equal rows", "equal time"
-COST_STEPS = 60  # of the short runs that tell what a row costs: table 3, and what is equal time
+UNPAIRED = ("table3", "guidance", "progress")  # the others are shown with differences at one step
+COST_STEPS = 60  # of the short runs that tell what a row costs, and so what is equal time
 
 
 def steps_in_equal_time(steps: int, ms_per_row: float, reference_ms_per_row: float) -> int:
@@ -131,23 +131,27 @@ def run(table: str, name: str, setting: Setting, steps: int, seed: int, study: S
     return records
 
 
-def collect(
+def steps_of(
     table: str, settings: Mapping[str, Setting], steps: int, seeds: Sequence[int], study: Study
+) -> dict[str, int]:
+    """How long each setting trains: equally many steps, or equally long as TBCM does."""
+    if table != "table2_equal_time":
+        return dict.fromkeys(settings, steps)
+    costs = measure_costs({TBCM: METHODS[TBCM], **settings}, seeds, study)
+    per_row = {name: mean(cost["ms / row"] for cost in costs if cost["setting"] == name) for name in (TBCM, *settings)}
+    return {name: steps_in_equal_time(steps, per_row[name], per_row[TBCM]) for name in settings}
+
+
+def collect(
+    table: str, settings: Mapping[str, Setting], all_steps: Mapping[str, int], seeds: Sequence[int], study: Study
 ) -> list[dict[str, Any]]:
     """Everything that a table needs; seeds outside, so that a table that is not finished has all settings."""
     if table == "table3":
         return measure_costs(settings, seeds, study)
-    budgets = {EQUAL_ROWS: dict.fromkeys(settings, steps)}
-    if table == "table2" and TBCM in settings:
-        costs = measure_costs(settings, seeds, study)
-        per_row = {name: mean(cost["ms / row"] for cost in costs if cost["setting"] == name) for name in settings}
-        budgets[EQUAL_TIME] = {name: steps_in_equal_time(steps, per_row[name], per_row[TBCM]) for name in settings}
     records = []
-    for compared_at, all_steps in budgets.items():
-        for seed in seeds:
-            for name, setting in settings.items():
-                found = run(table, name, setting, all_steps[name], seed, study)
-                records += [{**record, "compared at": compared_at} for record in found] if len(budgets) > 1 else found
+    for seed in seeds:
+        for name, setting in settings.items():
+            records += run(table, name, setting, all_steps[name], seed, study)
     scales = sorted({setting.guidance_scale for setting in settings.values()})
     for name, rows in study.measure_teacher(scales).items():
         records += [{"setting": name, **row} for row in rows]
@@ -155,7 +159,7 @@ def collect(
 
 
 def differences(
-    settings: Mapping[str, Setting], steps: int, seeds: Sequence[int], study: Study
+    settings: Mapping[str, Setting], all_steps: Mapping[str, int], seeds: Sequence[int], study: Study
 ) -> list[dict[str, Any]]:
     """How much lower each setting's FD is at one step than without training, and than TBCM's as the paper has it.
 
@@ -163,7 +167,8 @@ def differences(
     seeds, with the 95% interval of a paired bootstrap over prompts.
     """
     features = {
-        name: [study.student_features(setting, steps, seed) for seed in seeds] for name, setting in settings.items()
+        name: [study.student_features(setting, all_steps[name], seed) for seed in seeds]
+        for name, setting in settings.items()
     }
     against = {"untrained student": [study.untrained_features()] * len(seeds)}
     against |= {name: features[name] for name, setting in settings.items() if setting == Setting()}
@@ -218,7 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     study = Study(args.teacher, args.work_dir, args.prompts, args.train_data_dir)
     settings = {name: TABLES[args.table][name] for name in args.settings}
-    records = collect(args.table, settings, args.max_train_steps, args.seeds, study)
+    all_steps = steps_of(args.table, settings, args.max_train_steps, args.seeds, study)
+    records = collect(args.table, settings, all_steps, args.seeds, study)
     details = {
         "teacher": args.teacher.name,
         "seeds": args.seeds,
@@ -227,10 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         "prompts": args.prompts,
         **machine(default_device()),
     }
-    flags = {name: setting.all_flags(args.max_train_steps, args.seeds[0]) for name, setting in settings.items()}
-    compared = []
-    if args.table in PAIRED:
-        compared = differences(settings, args.max_train_steps, args.seeds, study)
+    flags = {name: setting.all_flags(all_steps[name], args.seeds[0]) for name, setting in settings.items()}
+    compared = [] if args.table in UNPAIRED else differences(settings, all_steps, args.seeds, study)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     name = args.table if args.teacher == EMBEDDED_TEACHER else f"{args.table}_{args.teacher.name}"
     report(name, records, compared, details, flags, args.output_dir)

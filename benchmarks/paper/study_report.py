@@ -15,7 +15,7 @@ from matplotlib import pyplot
 
 
 RESULTS = Path(__file__).parent / "results"
-GROUP = ["setting", "compared at", "after steps", "inference steps"]
+GROUP = ["setting", "after steps", "inference steps"]
 # What a table shows where its runs have it, with so many digits.
 RECIPE = {"train steps": 0, "learning rate": 4}  # the same for all seeds
 COSTS = {"ms / row": 1, "peak memory (GiB)": 2, "filtered share": 3}
@@ -53,8 +53,7 @@ def summarize(runs: pandas.DataFrame) -> pandas.DataFrame:
 def plot(runs: pandas.DataFrame, path: Path) -> None:
     """A panel for every figure of quality, or for the costs; a dot for every run, a line for the teacher."""
     trained, teacher = runs[runs["seed"].notna()], runs[runs["setting"].str.startswith("teacher")]
-    labels = trained[[name for name in GROUP[:2] if name in runs]].agg(", ".join, axis=1)
-    places = {label: place for place, label in enumerate(labels.unique())}
+    places = {setting: place for place, setting in enumerate(trained["setting"].unique())}
     names = [name for name in QUALITY if name in runs] or list(COSTS)[:2]
     parts = {"": trained}
     if "inference steps" in runs:
@@ -64,7 +63,7 @@ def plot(runs: pandas.DataFrame, path: Path) -> None:
     )
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         for index, (label, part) in enumerate(parts.items()):
-            heights = labels[part.index].map(places) + 0.2 * (index - (len(parts) - 1) / 2)
+            heights = part["setting"].map(places) + 0.2 * (index - (len(parts) - 1) / 2)
             axis.scatter(part[name], heights, s=14, color=f"C{index}", label=label)
         for _, row in teacher.iterrows():
             axis.axvline(
@@ -131,5 +130,5 @@ def report(
         ]
         table = markdown(pandas.DataFrame(cells).set_index("setting"))
         with (folder / f"{name}.md").open("a", encoding="utf-8") as file:
-            file.write(f"\nAt one step and equal rows, the same prompts and noise, 95% intervals:\n\n{table}")
+            file.write(f"\nAt one step, the same prompts and noise, 95% intervals:\n\n{table}")
     (plot_progress if "after steps" in runs else plot)(runs, folder / f"{name}.png")
