@@ -236,9 +236,10 @@ def test_differences_are_paired_over_prompts(runs, monkeypatch):
     base = torch.randn(500, NUM_COMPONENTS, generator=everyone)
     centre = study_runs.evaluators(TEACHER_DIR)[0].reference.gaussian[0].float()
 
-    def features(self, make_pipeline, folder):
-        towards = {"untrained": 0.0, "random": 0.5, "logit_normal": 1.0, "tbcm": 0.75}
+    def features(self, make_pipeline, folder, steps=1):
+        towards = {"untrained": 0.0, "random": 0.5, "logit_normal": 1.0, "tbcm": 0.75, "teacher": -1.0}
         name = next(key for key in towards if key in folder.name)
+        assert steps == (20 if name == "teacher" else 1)
         return base - base.mean(0) + centre + 3 * (1 - towards[name])
 
     monkeypatch.setattr(Study, "features", features)
@@ -246,16 +247,15 @@ def test_differences_are_paired_over_prompts(runs, monkeypatch):
     rows = {
         row.pop("setting"): row for row in study.differences(settings, dict.fromkeys(settings, STEPS), [0, 1], runs)
     }
-    assert rows.keys() == settings.keys() and len(rows["reference"]) == 1
-
-    def expected(one, other):
-        return 9 * NUM_COMPONENTS * ((1 - one) ** 2 - (1 - other) ** 2)
+    assert rows.keys() == settings.keys() and len(rows["reference"]) == 2
 
     for name, place in (("random", 0.5), ("logit_normal", 1.0)):
         for baseline, other in (("untrained student", 0.0), ("reference", 0.75)):
-            value, low, high = rows[name][f"FD less that of: {baseline}"]
-            assert value == pytest.approx(expected(place, other), rel=1e-3)
-            assert low < value < high
+            for measured, target in (("FD", 1.0), ("FD to the teacher", -1.0)):
+                value, low, high = rows[name][f"{measured} less that of: {baseline}"]
+                expected = 9 * NUM_COMPONENTS * ((target - place) ** 2 - (target - other) ** 2)
+                assert value == pytest.approx(expected, rel=1e-3)
+                assert low < value < high
 
 
 def test_features_are_drawn_once(runs, monkeypatch):

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.checkpoints import list_checkpoints
 from diffusers_tbcm.evaluation import Evaluator, FeatureReference, MobileNetFeatures
-from diffusers_tbcm.metrics import frechet_distance
+from diffusers_tbcm.metrics import fit_gaussian, symmetric_root
 from diffusers_tbcm.pipeline_folder import read_json, write_json
 from diffusers_tbcm.text_image import HEAD_FILE, HeadScorer
 from diffusers_tbcm.trigflow import make_student
@@ -246,20 +246,25 @@ class Study:
         items = [item for item in load_evaluation(self.teacher) if not item.held_out][: self.prompts]
         return [item.prompt for item in items], [item.concept for item in items]
 
-    def features(self, make_pipeline: Callable[[], DiffusionPipeline], folder: Path) -> torch.Tensor:
-        """What the Frechet distance sees of a picture of every prompt, drawn in one step: (prompts, components)."""
+    def features(
+        self, make_pipeline: Callable[[], DiffusionPipeline], folder: Path, steps: int = STUDENT_STEPS[0]
+    ) -> torch.Tensor:
+        """What the Frechet distance sees of a picture of every prompt: (prompts, components)."""
         file = folder / f"study_features_{self.prompts}_prompts.safetensors"
         if not file.exists():
             quality, _ = evaluators(self.teacher)
-            pictures = draw(make_pipeline().to(default_device()), self.evaluation[0], STUDENT_STEPS[0])
+            pictures = draw(make_pipeline().to(default_device()), self.evaluation[0], steps)
             projected = quality.reference.project(quality.extractor.extract(pictures))
             save_file({"features": projected.contiguous()}, file)
         return load_file(file)["features"]
 
-    def frechet_distance(self, features: torch.Tensor) -> float:
-        """The distance of rows of `features` from the reference."""
+    @cached_property
+    def references(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The Gaussians, for `metrics.frechet_distance`, of the teacher's training pictures and of its own."""
+        teacher = partial(SanaPipeline.from_pretrained, self.teacher)
+        mean, covariance = fit_gaussian(self.features(teacher, self.work_dir / "teacher", TEACHER_STEPS))
         quality, _ = evaluators(self.teacher)
-        return frechet_distance(*quality.reference.gaussian, features)
+        return {"FD": quality.reference.gaussian, "FD to the teacher": (mean, symmetric_root(covariance))}
 
     def measure(
         self,
