@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     latents = encode_images(vae, images, device)
     vae.register_to_config(scaling_factor=1.0 / latents.std().item())
     latents = latents * vae.config.scaling_factor
-    psnr = reconstruction_psnr(vae, images[:: len(images) // 200], device)
+    psnr = reconstruction_psnr(vae, images[:: max(1, len(images) // 200)], device)
     print(f"Autoencoder: PSNR {psnr:.2f} dB, scaling_factor {vae.config.scaling_factor:.4f}")
 
     model = train_teacher(
