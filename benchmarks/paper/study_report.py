@@ -65,9 +65,9 @@ def plot(runs: pandas.DataFrame, path: Path) -> None:
         for index, (label, part) in enumerate(parts.items()):
             heights = part["setting"].map(places) + 0.2 * (index - (len(parts) - 1) / 2)
             axis.scatter(part[name], heights, s=14, color=f"C{index}", label=label)
-        for _, row in teacher.iterrows():
+        for style, (_, row) in zip(("--", ":"), teacher.iterrows(), strict=False):
             axis.axvline(
-                row[name], color="grey", linestyle="--", label=f"{row['setting']}, steps: {row['inference steps']}"
+                row[name], color="grey", linestyle=style, label=f"{row['setting']}, steps: {row['inference steps']}"
             )
         axis.set(title=name)
     axis.set_yticks(range(len(places)), list(places))
