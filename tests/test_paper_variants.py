@@ -8,10 +8,8 @@ from distill_args import parse_args
 from emoji_metrics import DISTILLATION_PROMPTS_FILE, TEACHER_DIR
 from methods import TBCM
 from tbcm_variants import VARIANTS
-from train_tbcm_distill import main
 
 from diffusers_tbcm.embeddings import PromptEncoder
-from diffusers_tbcm.pipeline_folder import read_json
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
@@ -80,19 +78,3 @@ def test_prompt_mask_guides_by_the_padded_empty_prompt(record, pipeline):
         unconditional = teacher(*inputs, empty[:, : mask.shape[1]], mask)
     guided = unconditional + variant.guidance_scale[index] * (conditional - unconditional)
     torch.testing.assert_close(variant.trajectory.velocity[index, :1], 0.5 * guided, atol=1e-4, rtol=1e-4)
-
-
-def test_adversarial_trains_without_a_picture_and_cools_r_down(tmp_path):
-    method = VARIANTS["adversarial"]
-    schedule = {"tangent_warmup_steps": 0, "tangent_cooldown_start_step": 0, "tangent_cooldown_steps": 1}
-    changes = schedule | {"max_train_steps": 2, "logging_steps": 1, "discriminator_learning_rate": 1e-3}
-    main(parse_args(flags(tmp_path, **changes), method=method), method)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert '"tangent_ratio": 0.75' in lines[-1] and '"discriminator_loss"' in lines[-1]
-    assert read_json(tmp_path / "training_config.json")["flags"]["prompts_file"]
-
-
-def test_adversarial_refuses_an_endpoint_warm_up(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse_args(flags(tmp_path, endpoint_warmup_steps=5), method=VARIANTS["adversarial"])
-    assert "--endpoint_warmup_steps is 5" in capsys.readouterr().err

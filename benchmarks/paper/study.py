@@ -127,7 +127,7 @@ def run(table: str, name: str, setting: Setting, steps: int, seed: int, study: S
     record = {"setting": name, "seed": seed, "train steps": steps, "learning rate": rate, **costs}
     measure = study.measure_checkpoints if table == "progress" else study.measure_student
     records = [{**record, **row} for row in measure(setting, steps, seed)]
-    print(records[-1], flush=True)
+    print(f"{table}: {name}, seed {seed}, is trained and measured", flush=True)
     return records
 
 

@@ -1,12 +1,10 @@
 #!/usr/bin/env python
-"""TBCM with the choices of the published code where this project made others, and with a discriminator.
+"""TBCM with the choices of the published code where this project made others: rows of the study's table `extras`.
 
     python benchmarks/paper/tbcm_variants.py VARIANT ...    # ... are the flags of examples/tbcm/train_tbcm_distill.py
 
     one_route      all prompts of a batch share a route
     prompt_mask    the unconditional branch reads the padded empty prompt as far as the prompt beside it is long
-    adversarial    Sana-Sprint's discriminator beside TBCM's loss; what it takes for real is the end of the teacher's
-                   trajectory, so that there is still no picture; its flags are those of train_sana_sprint.py
 
 (A third difference, the row at pi/2 that is left out here, changes nothing: its weight 1 / tan(pi/2) is 0.)
 """
@@ -21,7 +19,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tbcm"))
 
-from adversarial_objective import AdversarialObjective
 from distill_args import parse_args
 from methods import Method
 from objectives import TBCMObjective
@@ -54,33 +51,8 @@ class PromptMaskRows(TeacherRows):
         return self.padded_empty_prompt[:, : prompt_mask.shape[1]], prompt_mask
 
 
-class AdversarialTBCMObjective(AdversarialObjective, TBCMObjective):
-    """TBCM's loss with its schedule of r, and the discriminator's; there is no endpoint warm-up."""
-
-    def __init__(self, args: argparse.Namespace, *parts: Any, **options: Any) -> None:
-        super().__init__(args, *parts, **options)
-        self.rows_per_draw = args.train_batch_size * (args.route_steps - 1)
-
-    @staticmethod
-    def add_flags(parser: argparse.ArgumentParser) -> None:
-        TBCMObjective.add_flags(parser)
-        AdversarialObjective.add_discriminator_flags(parser)
-
-    @staticmethod
-    def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-        TBCMObjective.check_flags(parser, args)
-        AdversarialObjective.check_flags(parser, args)
-        if args.endpoint_warmup_steps > 0:
-            parser.error(f"--endpoint_warmup_steps is {args.endpoint_warmup_steps}: the discriminator goes without")
-
-    @staticmethod
-    def describe(args: argparse.Namespace) -> dict[str, object]:
-        return AdversarialObjective.describe(args) | TBCMObjective.describe(args)
-
-
 VARIANTS = {
     "one_route": Method("TBCM, one route a batch", OneRouteRows, TBCMObjective, image_free=True),
-    "adversarial": Method("TBCM with a discriminator", TeacherRows, AdversarialTBCMObjective, image_free=True),
     "prompt_mask": Method("TBCM, empty prompt masked as the prompt", PromptMaskRows, TBCMObjective, image_free=True),
 }
 

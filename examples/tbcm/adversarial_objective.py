@@ -50,15 +50,10 @@ class AdversarialObjective(ConsistencyObjective):
         rate = args.learning_rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
         self.heads, optimizer = accelerator.prepare(heads, build_optimizer(args, list(heads.parameters()), rate))
         self.modules, self.optimizers = (self.heads,), (optimizer,)
-        self.rows_per_draw = args.train_batch_size
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         ConsistencyObjective.add_flags(parser)
-        AdversarialObjective.add_discriminator_flags(parser)
-
-    @staticmethod
-    def add_discriminator_flags(parser: argparse.ArgumentParser) -> None:
         adversary = parser.add_argument_group("discriminator")
         adversary.add_argument("--scm_lambda", type=float, default=1.0, help="weight of the consistency loss")
         adversary.add_argument("--adv_lambda", type=float, default=0.5, help="weight of the adversarial loss")
@@ -122,7 +117,7 @@ class AdversarialObjective(ConsistencyObjective):
     def __call__(self, rows: TrainingRows, step: int, draw: int) -> tuple[torch.Tensor, Measures]:
         args = self.args
         # A row's noise and time for the discriminator depend on its number in the run only.
-        generators = [draw_generator(draw * self.rows_per_draw + i, args.seed, stream=2) for i in range(len(rows))]
+        generators = [draw_generator(draw * args.train_batch_size + i, args.seed, stream=2) for i in range(len(rows))]
         loss, measures, trig_output = self.consistency(rows, step)
         if args.train_largest_timestep:
             prediction = self.predict_elsewhere(rows, generators)
