@@ -85,10 +85,10 @@ TABLES = {
     },
     "extras": {
         "the tables' setting": Setting(),
-        "resolution-invariant norm": Setting(flags={"tangent_resolution_invariant": True}),
-        "no EMA": Setting(flags={"use_ema": False}),
         "one route a batch": Setting(variant="one_route"),
         "empty prompt masked as the prompt": Setting(variant="prompt_mask"),
+        "resolution-invariant norm": Setting(flags={"tangent_resolution_invariant": True}),
+        "no EMA": Setting(flags={"use_ema": False}),
     },
     "guidance": {
         "guidance 4 to 5": Setting(flags=QUICKSTART),

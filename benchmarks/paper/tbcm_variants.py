@@ -6,7 +6,7 @@
     one_route      all prompts of a batch share a route
     prompt_mask    the unconditional branch reads the padded empty prompt as far as the prompt beside it is long
 
-(A third difference, the row at pi/2 that is left out here, changes nothing: its weight 1 / tan(pi/2) is 0.)
+(A third difference is the row at pi/2, which is left out here: its weight 1 / tan(pi/2) is 0, it gives no gradient.)
 """
 
 import argparse
