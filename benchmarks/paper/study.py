@@ -8,7 +8,7 @@
     python benchmarks/paper/study.py table5      # steps of a route
     python benchmarks/paper/study.py table6      # the tangent's final ratio
     python benchmarks/paper/study.py table7      # warm-up against warm-up and cooldown
-    python benchmarks/paper/study.py extras      # norm of the tangent, EMA, tbcm_variants.py
+    python benchmarks/paper/study.py extras      # shuffled rows, norm of the tangent, EMA, tbcm_variants.py
     python benchmarks/paper/study.py guidance --max_train_steps 1000    # the quickstart's flags, less guided
     python benchmarks/paper/study.py progress --max_train_steps 2400 --train_data_dir PICTURES    # over the training
 
@@ -85,6 +85,7 @@ TABLES = {
     },
     "extras": {
         "the tables' setting": Setting(),
+        "rows shuffled": Setting(flags={"replay_buffer_size": 64}),
         "one route a batch": Setting(variant="one_route"),
         "empty prompt masked as the prompt": Setting(variant="prompt_mask"),
         "resolution-invariant norm": Setting(flags={"tangent_resolution_invariant": True}),
