@@ -60,7 +60,7 @@ METHOD_FLAGS: Mapping[str, Flags] = {
         "tangent_cooldown_steps": 0.1,
     },
     "scm": {"train_batch_size": ROWS_PER_STEP, "tangent_warmup_steps": 0.2},
-    "sana_sprint": {  # at the student's rate the heads learn next to nothing in 240 steps
+    "sana_sprint": {
         "train_batch_size": ROWS_PER_STEP,
         "tangent_warmup_steps": 0.2,
         "discriminator_learning_rate": 5e-3,
