@@ -19,7 +19,6 @@ import gzip
 import json
 import random
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tbcm"))
 
 from common import EMBEDDED_TEACHER, default_device
-from emoji_data import RESOLUTION, caption
+from emoji_data import RESOLUTION, caption, write_image_folder
 from emoji_metrics import (
     DISTILLATION_PROMPTS_FILE,
-    EVALUATION_FILE,
     REFERENCE_FILE,
     EvaluationPrompt,
     Meter,
     draw,
+    save_evaluation,
 )
 from make_mini_teacher import TextToLatent, encode_images, reconstruction_psnr, save_pipeline, train_teacher
 
@@ -91,21 +90,13 @@ def captions_of(concept: str) -> list[str]:
 
 def write_data(images: torch.Tensor, concepts: list[str], folder: Path, seed: int) -> list[EvaluationPrompt]:
     """Write the pictures with their captions, the distillation prompts and the evaluation prompts; give the last."""
-    pictures = folder / PICTURES
-    pictures.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number, (image, concept) in enumerate(zip(images, concepts, strict=True)):
-        name = f"{number:05d}.png"
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / name)
-        lines.append(json.dumps({"file_name": name, "text": captions_of(concept)}))
-    (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_image_folder(images, [captions_of(concept) for concept in concepts], folder / PICTURES)
     prompts = [text for concept in CLASSES for text in captions_of(concept)]
     (folder / DISTILLATION_PROMPTS_FILE).write_text("\n".join(prompts) + "\n", encoding="utf-8")
     rng = random.Random(seed)
     chosen = [CLASSES[number % len(CLASSES)] for number in range(EVALUATION_PROMPTS)]
     evaluation = [EvaluationPrompt(rng.choice(captions_of(concept)), concept, False) for concept in chosen]
-    text = "\n".join(json.dumps(asdict(item)) for item in evaluation)
-    (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+    save_evaluation(evaluation, folder)
     return evaluation
 
 

@@ -150,11 +150,14 @@ class Study:
         elif read_json(file) != name:
             raise ValueError(f"work_dir {str(self.work_dir)!r} holds runs of another teacher: choose another folder")
 
+    def run_folder(self, setting: Setting, steps: int, seed: int) -> Path:
+        return self.work_dir / setting.run_name(steps, seed)
+
     def training_arguments(self, setting: Setting, steps: int, seed: int) -> list[str]:
         """The command line of a method's script; a run that was interrupted goes on."""
         files: dict[str, Any] = {
             "pretrained_model_name_or_path": self.teacher,
-            "output_dir": self.work_dir / setting.run_name(steps, seed),
+            "output_dir": self.run_folder(setting, steps, seed),
         }
         if setting.needs_pictures:
             files |= {"train_data_dir": self.train_data_dir, "latents_cache": self.work_dir / LATENTS}
@@ -176,7 +179,7 @@ class Study:
         Raises:
             ValueError: where the run's folder holds one with other flags.
         """
-        folder = self.work_dir / setting.run_name(steps, seed)
+        folder = self.run_folder(setting, steps, seed)
         folder.mkdir(parents=True, exist_ok=True)
         flags = setting.all_flags(steps, seed)
         if not (folder / FLAGS_FILE).exists():
@@ -197,12 +200,12 @@ class Study:
         return record
 
     def measure_student(self, setting: Setting, steps: int, seed: int) -> list[dict[str, Any]]:
-        folder = self.work_dir / setting.run_name(steps, seed)
+        folder = self.run_folder(setting, steps, seed)
         load = partial(SanaTBCMPipeline.from_pretrained, folder)
         return self.measure(load, STUDENT_STEPS, folder, setting.guidance_scale)
 
     def student_features(self, setting: Setting, steps: int, seed: int) -> torch.Tensor:
-        folder = self.work_dir / setting.run_name(steps, seed)
+        folder = self.run_folder(setting, steps, seed)
         return self.features(partial(SanaTBCMPipeline.from_pretrained, folder), folder)
 
     def untrained_features(self) -> torch.Tensor:
@@ -210,7 +213,7 @@ class Study:
 
     def measure_checkpoints(self, setting: Setting, steps: int, seed: int) -> list[dict[str, Any]]:
         """Measure the averaged weights of every checkpoint that a run has kept, at one step; with `after steps`."""
-        folder = self.work_dir / setting.run_name(steps, seed)
+        folder = self.run_folder(setting, steps, seed)
 
         def averaged(checkpoint: Path) -> SanaTBCMPipeline:
             pipeline = SanaTBCMPipeline.from_pretrained(folder)

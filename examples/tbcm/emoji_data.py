@@ -105,14 +105,14 @@ def all_captions(picture: Emoji) -> list[str]:
     return [caption(template, name) for template in templates for name in sorted({picture.concept, picture.alias})]
 
 
-def write_image_folder(pictures: list[Emoji], folder: Path) -> None:
-    """Save pictures as PNG files beside a metadata.jsonl whose `text` lists all captions of each."""
+def write_image_folder(images: torch.Tensor, captions: list[list[str]], folder: Path) -> None:
+    """Save (N, 3, H, W) uint8 as PNG files beside a metadata.jsonl whose `text` lists all captions of each."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, (picture, image) in enumerate(zip(pictures, load_images(pictures), strict=True)):
+    for number, (image, texts) in enumerate(zip(images, captions, strict=True)):
         name = f"{number:05d}.png"
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": all_captions(picture)}) + "\n")
+        lines.append(json.dumps({"file_name": name, "text": texts}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the teacher's, which chooses what is held out")
     args = parser.parse_args()
     taught = [picture for picture in list_emoji(args.noto_dir, args.fluent_dir, args.seed) if picture.taught]
-    write_image_folder(taught, args.output_dir)
+    write_image_folder(load_images(taught), [all_captions(picture) for picture in taught], args.output_dir)
     print(f"{len(taught)} pictures in {args.output_dir}")
 
 

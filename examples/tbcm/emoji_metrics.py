@@ -1,7 +1,7 @@
 """Draw the evaluation prompts of the embedded teacher and measure what comes out: one code for teacher and student."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +36,11 @@ class EvaluationPrompt:
 def load_evaluation(folder: Path = TEACHER_DIR) -> list[EvaluationPrompt]:
     lines = (folder / EVALUATION_FILE).read_text(encoding="utf-8").splitlines()
     return [EvaluationPrompt(**json.loads(line)) for line in lines]
+
+
+def save_evaluation(items: list[EvaluationPrompt], folder: Path) -> None:
+    lines = [json.dumps(asdict(item), ensure_ascii=False) for item in items]
+    (folder / EVALUATION_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def draw(

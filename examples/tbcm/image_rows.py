@@ -20,7 +20,7 @@ from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
 class ImageRows(RowSource):
-    """One row a picture; where it lies on the way to noise is a subclass's choice, `sample_timesteps`.
+    """One row a picture; where it lies on the way to noise is a subclass's choice, `draw_timesteps`.
 
     The pictures are encoded once, before training, in float32.
 
@@ -100,7 +100,7 @@ class ImageRows(RowSource):
             max_images=args.max_train_samples,
         )
 
-    def sample_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
+    def draw_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
         raise NotImplementedError
 
     def record(self, draws: list[int]) -> tuple[Recording, torch.Tensor]:
@@ -119,7 +119,7 @@ class ImageRows(RowSource):
             self.teacher,
             to_device(self.latents(pictures), self.device),
             noise,
-            to_device(self.sample_timesteps(generators), self.device),
+            to_device(self.draw_timesteps(generators), self.device),
             prompt_embeds,
             self.negative_embeds,
             guidance_scale,
@@ -158,7 +158,7 @@ class LogitNormalRows(ImageRows):
         """What the model card says of the rows."""
         return {"times": f"logit-normal, mean {args.logit_mean}, standard deviation {args.logit_std}"}
 
-    def sample_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
+    def draw_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
         return sample_diffusion_timesteps(
             len(generators),
             logit_mean=self.args.logit_mean,
@@ -190,6 +190,6 @@ class GridRows(ImageRows):
         """What the model card says of the rows."""
         return {"grid": f"{args.num_ddim_timesteps} steps, shift {args.flow_shift}"}
 
-    def sample_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
+    def draw_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
         route = reference_route(self.args.num_ddim_timesteps, self.args.flow_shift)
         return neighbouring_timesteps(route, len(generators), generator=generators)[0]

@@ -23,7 +23,6 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -45,13 +44,13 @@ from emoji_data import (
 )
 from emoji_metrics import (
     DISTILLATION_PROMPTS_FILE,
-    EVALUATION_FILE,
     GUIDANCE_SCALE,
     REFERENCE_FILE,
     EvaluationPrompt,
     Meter,
     draw,
     load_evaluation,
+    save_evaluation,
 )
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -389,8 +388,7 @@ def write_prompts(pictures: list[Emoji], output_dir: Path, seed: int):
         if picture.held_out:
             prompt = caption(rng.choice(CAPTIONS[picture.style]), picture.concept)
             evaluation.append(EvaluationPrompt(prompt, picture.concept, True))
-    lines = [json.dumps(asdict(item), ensure_ascii=False) for item in evaluation]
-    (output_dir / EVALUATION_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_evaluation(evaluation, output_dir)
 
 
 def measure(output_dir: Path, images: torch.Tensor, pictures: list[Emoji]) -> dict[str, dict[str, float]]:

@@ -102,7 +102,8 @@ def test_the_written_folder_is_a_data_set_of_the_pictures_with_all_their_caption
     for index, concept in enumerate(("owl", "dog")):
         Image.new("RGBA", (64, 64), (255, 100 * index, 0, 255)).save(tmp_path / f"{concept}.png")
         pictures.append(Emoji(concept, concept, "noto", tmp_path / f"{concept}.png", in_teacher=True))
-    write_image_folder(pictures, tmp_path / "folder")
+    captions = [all_captions(picture) for picture in pictures]
+    write_image_folder(load_images(pictures), captions, tmp_path / "folder")
     images = CaptionedImages(tmp_path / "folder")
     assert images.captions == [tuple(all_captions(picture)) for picture in pictures]
     expected = load_images(pictures) / 127.5 - 1
