@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.lora import make_lora_student
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
-from diffusers_tbcm.memory import peak_memory
-from diffusers_tbcm.replay import Recording, TrainingRows
 from diffusers_tbcm.tangent import TangentOutput, consistency_tangent, dual_inputs, normalized_tangent
+from diffusers_tbcm.training.memory import peak_memory
+from diffusers_tbcm.training.replay import Recording, TrainingRows
 from diffusers_tbcm.trajectory import record_trajectory
 from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
 

@@ -25,10 +25,10 @@ import psutil
 import torch
 from diffusers import SanaPipeline
 
-from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
+from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
+from diffusers_tbcm.data.prompts import load_prompts
 from diffusers_tbcm.pipeline_folder import resolve_teacher
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_tbcm.prompts import load_prompts
 from diffusers_tbcm.versions import dtype_argument
 
 

@@ -15,7 +15,7 @@ from diffusers_tbcm.adversarial import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from diffusers_tbcm.diffusion_rows import diffuse
+from diffusers_tbcm.diffusion import diffuse
 from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output, make_student
 
 

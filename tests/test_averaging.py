@@ -6,14 +6,14 @@ import sys
 import torch
 from diffusers.training_utils import EMAModel
 
-from diffusers_tbcm.averaging import ShardedEMA
+from diffusers_tbcm.training.averaging import ShardedEMA
 
 
 SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from diffusers_tbcm.averaging import ShardedEMA
+from diffusers_tbcm.training.averaging import ShardedEMA
 
 torch.manual_seed(0)
 dist.init_process_group("gloo")

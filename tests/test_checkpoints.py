@@ -4,7 +4,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_tbcm.checkpoints import MANIFEST, checkpoint_step, find_checkpoint, list_checkpoints, save_checkpoint
+from diffusers_tbcm.training.checkpoints import (
+    MANIFEST,
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+)
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.__main__ import file_name, main
-from diffusers_tbcm.export import save_student_pipeline
-from diffusers_tbcm.generation import Drawing, draw, load_pipeline
-from diffusers_tbcm.hub import push_pipeline_to_hub
+from diffusers_tbcm.evaluation.drawing import Drawing, draw, load_pipeline
+from diffusers_tbcm.export.folders import save_student_pipeline
+from diffusers_tbcm.export.hub import push_pipeline_to_hub
 from diffusers_tbcm.lora import make_lora_student, save_lora
 
 
@@ -167,7 +167,7 @@ def test_errors_in_words(student, tmp_path, monkeypatch):
 def push(monkeypatch):
     """A stand-in for the function that pushes, which takes its arguments and no others."""
     stand_in = create_autospec(push_pipeline_to_hub, return_value="the commit's address")
-    monkeypatch.setattr("diffusers_tbcm.hub.push_pipeline_to_hub", stand_in)
+    monkeypatch.setattr("diffusers_tbcm.export.hub.push_pipeline_to_hub", stand_in)
     return stand_in
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sana_pipeline, write_tiny_pipeline
 
-from diffusers_tbcm import embeddings
-from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
+from diffusers_tbcm.data import embeddings
+from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 
 
 INSTRUCTION = ["Enhance the prompt.", "User Prompt: "]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from diffusers_tbcm.evaluation import (
+from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
     FeatureReference,
     MobileNetFeatures,
@@ -14,8 +14,8 @@ from diffusers_tbcm.evaluation import (
     pictures_to_tensor,
     seconds_per_image,
 )
-from diffusers_tbcm.features import FeatureExtractor, InceptionFeatures
-from diffusers_tbcm.metrics import diversity, kernel_distance, precision_recall
+from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures
+from diffusers_tbcm.evaluation.metrics import diversity, kernel_distance, precision_recall
 
 
 DIMENSIONS = 6
@@ -306,7 +306,7 @@ def test_importing_the_package_imports_no_evaluation_library():
 
 def test_latency_is_the_median_of_the_calls_after_a_warm_up(monkeypatch):
     clock = iter([0.0, 8.0, 10.0, 12.0, 20.0, 24.0])  # three calls of 8, 2 and 4 seconds
-    monkeypatch.setattr("diffusers_tbcm.evaluation.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("diffusers_tbcm.evaluation.evaluator.time.perf_counter", lambda: next(clock))
     calls = []
     picture = Image.new("RGB", (8, 8))
     assert seconds_per_image(lambda: calls.append(1) or [picture, picture], repeats=3) == 2.0

@@ -4,7 +4,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
-from diffusers_tbcm.evaluation_data import (
+from diffusers_tbcm.data.evaluation import (
     MJHQ_30K,
     DatasetPictures,
     EvaluationPrompts,
@@ -100,7 +100,7 @@ def test_mjhq_30k_is_known_by_name(labelled_images, monkeypatch, tmp_path):
     )
     asked = []
     monkeypatch.setattr(
-        "diffusers_tbcm.evaluation_data.hf_hub_download", lambda *names, **kind: asked.append((names, kind)) or file
+        "diffusers_tbcm.data.evaluation.hf_hub_download", lambda *names, **kind: asked.append((names, kind)) or file
     )
     monkeypatch.setattr("datasets.load_dataset", lambda source, config, split: {"test": labelled_images}[split])
     assert load_evaluation_prompts(MJHQ_30K) == EvaluationPrompts(["a red dog", "b"], ["red", "lime"])

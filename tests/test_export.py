@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_transformer, write_tiny_pipeline
 
-from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, export, pipeline_folder
-from diffusers_tbcm.export import Sample, save_student_pipeline
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, pipeline_folder
+from diffusers_tbcm.export import folders as export
+from diffusers_tbcm.export.folders import Sample, save_student_pipeline
+from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.pipeline_folder import VARIANTS
-from diffusers_tbcm.record import Measurement, save_metrics
 
 
 PROMPT = 'a "small" dolphin'

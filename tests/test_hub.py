@@ -19,8 +19,8 @@ from loopback_repo import File, Repo, card_errors
 from packaging.version import Version
 from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
-from diffusers_tbcm.export import save_student_lora, save_student_pipeline
-from diffusers_tbcm.hub import MIN_HUB_VERSION, push_or_warn, push_pipeline_to_hub
+from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
+from diffusers_tbcm.export.hub import MIN_HUB_VERSION, push_or_warn, push_pipeline_to_hub
 from diffusers_tbcm.lora import make_lora_student
 
 
@@ -36,7 +36,7 @@ LICENSE = "apache-2.0"
 PUSH = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the waits between retries
-from diffusers_tbcm.hub import push_pipeline_to_hub
+from diffusers_tbcm.export.hub import push_pipeline_to_hub
 
 for arguments in json.loads(sys.argv[1]):
     try:

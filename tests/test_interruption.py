@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from diffusers_tbcm.interruption import StopRequest
+from diffusers_tbcm.training.interruption import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import LATENT_CHANNELS, TEXT_HIDDEN_SIZE, tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.export import save_student_lora, save_student_pipeline
+from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
 from diffusers_tbcm.lora import LORA_FILE, drop_frozen_weights, make_lora_student, merge_lora, save_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
 from diffusers_tbcm.tangent import consistency_tangent

@@ -6,7 +6,7 @@ from tiny import TEXT_HIDDEN_SIZE, tiny_sana_pipeline
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
-from diffusers_tbcm.memory import activation_bytes, memory_plan, peak_memory, recomputed_bytes
+from diffusers_tbcm.training.memory import activation_bytes, memory_plan, peak_memory, recomputed_bytes
 from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
 
 

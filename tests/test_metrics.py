@@ -5,7 +5,7 @@ from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from diffusers_tbcm.metrics import (
+from diffusers_tbcm.evaluation.metrics import (
     bootstrap,
     diversity,
     fit_gaussian,
@@ -146,7 +146,7 @@ def test_precision_and_recall_of_equal_and_of_distant_sets():
 def test_many_features_are_compared_in_parts(monkeypatch):
     whole = within_balls(normal(30), normal(40, seed=1))
     kernel_of_whole = kernel_distance(normal(30), normal(40, seed=1))
-    monkeypatch.setattr("diffusers_tbcm.metrics.ROWS", 7)
+    monkeypatch.setattr("diffusers_tbcm.evaluation.metrics.ROWS", 7)
     assert torch.equal(within_balls(normal(30), normal(40, seed=1)), whole)
     assert kernel_distance(normal(30), normal(40, seed=1)) == pytest.approx(kernel_of_whole, rel=1e-9)
 

@@ -7,9 +7,9 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from tiny import tiny_transformer, write_tiny_pipeline
 
-from diffusers_tbcm.export import Sample, save_student_pipeline
-from diffusers_tbcm.model_card import render_model_card
-from diffusers_tbcm.record import Measurement, save_metrics
+from diffusers_tbcm.export.folders import Sample, save_student_pipeline
+from diffusers_tbcm.export.model_card import render_model_card
+from diffusers_tbcm.export.record import Measurement, save_metrics
 
 
 SAMPLES = [

@@ -10,8 +10,8 @@ from diffusers import SanaPipeline
 from emoji_metrics import DISTILLATION_PROMPTS_FILE, EVALUATION_FILE, REFERENCE_FILE, load_evaluation
 from study_runs import Study
 
-from diffusers_tbcm.image_latents import CaptionedImages
-from diffusers_tbcm.prompts import load_prompts
+from diffusers_tbcm.data.latents import CaptionedImages
+from diffusers_tbcm.data.prompts import load_prompts
 
 
 PER_CLASS = 13

@@ -14,7 +14,7 @@ from study_report import report, summarize
 from study_runs import Setting, Study, training_costs
 from tbcm_variants import VARIANTS
 
-from diffusers_tbcm.features import NUM_COMPONENTS
+from diffusers_tbcm.evaluation.features import NUM_COMPONENTS
 
 
 METHODS = {"tbcm": TBCM, "scm": SCM, "sana_sprint": SANA_SPRINT, "lcm": LCM}

@@ -9,7 +9,7 @@ from emoji_metrics import DISTILLATION_PROMPTS_FILE, TEACHER_DIR
 from methods import TBCM
 from tbcm_variants import VARIANTS
 
-from diffusers_tbcm.embeddings import PromptEncoder
+from diffusers_tbcm.data.embeddings import PromptEncoder
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 

@@ -4,7 +4,7 @@ import torch
 from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline
 
 from diffusers_tbcm import TBCMScheduler
-from diffusers_tbcm.picture_folder import PictureFolder, pipeline_digests
+from diffusers_tbcm.evaluation.picture_folder import PictureFolder, pipeline_digests
 
 
 PROMPTS = ["a dog", "a violin", "three little birds"]

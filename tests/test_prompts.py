@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, Image, IterableDataset, load_dataset
 
-from diffusers_tbcm.prompts import PromptList, draw_generator, load_prompts, prompt_at
+from diffusers_tbcm.data.prompts import PromptList, draw_generator, load_prompts, prompt_at
 
 
 ROWS = ["a dog", "", "a café", None, " a dog ", "a cat"]

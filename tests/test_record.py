@@ -4,7 +4,14 @@ import subprocess
 import pytest
 
 from diffusers_tbcm import __version__
-from diffusers_tbcm.record import Measurement, Metrics, git_revision, load_metrics, save_metrics, training_config
+from diffusers_tbcm.export.record import (
+    Measurement,
+    Metrics,
+    git_revision,
+    load_metrics,
+    save_metrics,
+    training_config,
+)
 
 
 def git(folder, *arguments):

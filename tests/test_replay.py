@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from diffusers_tbcm.replay import Recording, ReplayBuffer, TrainingRows
+from diffusers_tbcm.training.replay import Recording, ReplayBuffer, TrainingRows
 from diffusers_tbcm.trajectory import TrajectoryOutput
 
 

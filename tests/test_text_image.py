@@ -8,8 +8,8 @@ from safetensors import safe_open
 from tiny import CHARACTERS
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from diffusers_tbcm.features import MobileNetFeatures
-from diffusers_tbcm.text_image import HEAD_FILE, CLIPScorer, HeadScorer, TextImageHead, pooled_text
+from diffusers_tbcm.evaluation.features import MobileNetFeatures
+from diffusers_tbcm.evaluation.text_image import HEAD_FILE, CLIPScorer, HeadScorer, TextImageHead, pooled_text
 
 
 TEACHER = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini"

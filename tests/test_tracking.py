@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from diffusers_tbcm.tracking import MetricsLog
+from diffusers_tbcm.training.tracking import MetricsLog
 
 
 class Recorder(GeneralTracker):

@@ -42,7 +42,7 @@ from emoji_metrics import (
 )
 from make_mini_teacher import TextToLatent, encode_images, reconstruction_psnr, save_pipeline, train_teacher
 
-from diffusers_tbcm.evaluation import FeatureReference, MobileNetFeatures
+from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
 
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

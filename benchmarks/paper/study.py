@@ -37,8 +37,8 @@ from emoji_metrics import REFERENCE_FILE
 from study_report import RESULTS, report
 from study_runs import ROWS_PER_STEP, Setting, Study
 
-from diffusers_tbcm.features import NUM_COMPONENTS
-from diffusers_tbcm.metrics import bootstrap, frechet_distance
+from diffusers_tbcm.evaluation.features import NUM_COMPONENTS
+from diffusers_tbcm.evaluation.metrics import bootstrap, frechet_distance
 
 
 TBCM = "TBCM"

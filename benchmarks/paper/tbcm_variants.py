@@ -25,7 +25,7 @@ from objectives import TBCMObjective
 from teacher_rows import TeacherRows
 from train_tbcm_distill import main
 
-from diffusers_tbcm.embeddings import PromptEncoder
+from diffusers_tbcm.data.embeddings import PromptEncoder
 
 
 class OneRouteRows(TeacherRows):

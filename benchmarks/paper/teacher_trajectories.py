@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from diffusers_tbcm import diffusion_rows
-from diffusers_tbcm.embeddings import UNCONDITIONAL, PromptEncoder
+from diffusers_tbcm import diffusion as diffusion_rows
+from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
+from diffusers_tbcm.data.prompts import draw_generator
 from diffusers_tbcm.guidance import guided_output
-from diffusers_tbcm.prompts import draw_generator
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 

@@ -16,9 +16,9 @@ from diffusers_tbcm.adversarial import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from diffusers_tbcm.diffusion_rows import diffuse, sample_diffusion_timesteps
-from diffusers_tbcm.prompts import draw_generator
-from diffusers_tbcm.replay import TrainingRows
+from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.diffusion import diffuse, sample_diffusion_timesteps
+from diffusers_tbcm.training.replay import TrainingRows
 from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.generation import draw, load_pipeline
+from diffusers_tbcm.evaluation.drawing import draw, load_pipeline
 
 
 DEFAULT_MODEL = "outputs/quickstart"

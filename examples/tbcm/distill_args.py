@@ -6,8 +6,8 @@ from pathlib import Path
 from diffusers.optimization import SchedulerType
 from methods import TBCM, Method
 
-from diffusers_tbcm.checkpoints import list_checkpoints
 from diffusers_tbcm.pipeline_folder import MODEL_INDEX, VARIANTS
+from diffusers_tbcm.training.checkpoints import list_checkpoints
 
 
 def parse_args(

@@ -10,8 +10,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.evaluation import FeatureReference, MobileNetFeatures
-from diffusers_tbcm.prompts import draw_generator
+from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
 
 
 TEACHER_DIR = Path(__file__).parent / "sana_emoji_mini"

@@ -26,23 +26,23 @@ from diffusers import DiffusionPipeline, SanaPipeline
 from evaluate_args import parse_args
 from PIL import Image
 
-from diffusers_tbcm.evaluation import Evaluator, seconds_per_image
-from diffusers_tbcm.evaluation_data import (
+from diffusers_tbcm.data.evaluation import (
     MJHQ_30K,
     DatasetPictures,
     EvaluationPrompts,
     FolderPictures,
     load_evaluation_prompts,
 )
-from diffusers_tbcm.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
-from diffusers_tbcm.generation import load_pipeline
-from diffusers_tbcm.model_card import render_model_card
-from diffusers_tbcm.picture_folder import PictureFolder, pipeline_digests
+from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.evaluation.drawing import load_pipeline
+from diffusers_tbcm.evaluation.evaluator import Evaluator, seconds_per_image
+from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
+from diffusers_tbcm.evaluation.picture_folder import PictureFolder, pipeline_digests
+from diffusers_tbcm.evaluation.reference import FeatureReference
+from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
+from diffusers_tbcm.export.model_card import render_model_card
+from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.pipeline_folder import CARD
-from diffusers_tbcm.prompts import draw_generator
-from diffusers_tbcm.record import Measurement, save_metrics
-from diffusers_tbcm.reference import FeatureReference
-from diffusers_tbcm.text_image import CLIPScorer, HeadScorer
 from diffusers_tbcm.versions import dtype_argument
 
 

@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from diffusers import AutoencoderDC
 from row_stream import Encoder, RowSource
 
-from diffusers_tbcm.diffusion_rows import diffusion_rows, sample_diffusion_timesteps
+from diffusers_tbcm.data.latents import CaptionedImages, LatentCache, latents_fingerprint, precompute_latents
+from diffusers_tbcm.data.prompts import draw_generator, prompt_at
+from diffusers_tbcm.diffusion import diffusion_rows, sample_diffusion_timesteps
 from diffusers_tbcm.discrete import neighbouring_timesteps
-from diffusers_tbcm.image_latents import CaptionedImages, LatentCache, latents_fingerprint, precompute_latents
 from diffusers_tbcm.pipeline_folder import vae_scale_factor
-from diffusers_tbcm.prompts import draw_generator, prompt_at
-from diffusers_tbcm.replay import Recording
+from diffusers_tbcm.training.replay import Recording
 from diffusers_tbcm.trajectory import TrajectoryOutput, reference_route
 from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer

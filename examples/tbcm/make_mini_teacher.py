@@ -57,7 +57,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
-from diffusers_tbcm.evaluation import FeatureReference, MobileNetFeatures
+from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
 
 
 LATENT_CHANNELS = 16

@@ -33,8 +33,8 @@ from emoji_data import (
 from emoji_metrics import TEACHER_DIR
 from tqdm.auto import trange
 
-from diffusers_tbcm.features import MobileNetFeatures
-from diffusers_tbcm.text_image import HEAD_FILE, TextImageHead, pooled_text
+from diffusers_tbcm.evaluation.features import MobileNetFeatures
+from diffusers_tbcm.evaluation.text_image import HEAD_FILE, TextImageHead, pooled_text
 
 
 SIZE = 256  # of the common space

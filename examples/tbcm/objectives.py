@@ -9,8 +9,8 @@ from diffusers import SanaTransformer2DModel
 
 from diffusers_tbcm.discrete import HUBER_CONSTANT, LOSS_TYPES, discrete_loss, discrete_target
 from diffusers_tbcm.loss import consistency_error, consistency_loss, endpoint_loss
-from diffusers_tbcm.replay import TrainingRows
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
+from diffusers_tbcm.training.replay import TrainingRows
 from diffusers_tbcm.trajectory import reference_route
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 

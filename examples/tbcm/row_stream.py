@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator
 
-from diffusers_tbcm.prompts import prompt_at
-from diffusers_tbcm.replay import Recording
+from diffusers_tbcm.data.prompts import prompt_at
+from diffusers_tbcm.training.replay import Recording
 from diffusers_tbcm.transfer import HostCopy, to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from row_stream import Encoder, RowSource
 
 from diffusers_tbcm.brightness import cached_black_latent, keep_mask
+from diffusers_tbcm.data.prompts import PromptList, draw_generator, load_prompts, prompt_at
 from diffusers_tbcm.pipeline_folder import vae_scale_factor
-from diffusers_tbcm.prompts import PromptList, draw_generator, load_prompts, prompt_at
-from diffusers_tbcm.replay import Recording
+from diffusers_tbcm.training.replay import Recording
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 

@@ -29,7 +29,7 @@ def drawn(pipeline, prompt, steps, seed, guidance_scale=4.5) -> np.ndarray:
 
 def test_the_button_draws_the_pipeline_s_pictures_and_says_how_long_they_took(pipeline, monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 5.5])  # two pictures of 1 and 0.5 seconds
-    monkeypatch.setattr("diffusers_tbcm.generation.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("diffusers_tbcm.evaluation.drawing.time.perf_counter", lambda: next(clock))
     result = app.draw_pictures(pipeline, "a dog", 4, 7, False, 6.0, 2)
     assert result.seed == 7
     assert result.report == "**0.75 s** a picture · 4 steps · 64 x 64 pixels"

@@ -14,10 +14,10 @@ from evaluate_args import parse_args
 from PIL import Image
 from tiny import tiny_tbcm_pipeline, tiny_transformer
 
-from diffusers_tbcm.export import save_student_pipeline
-from diffusers_tbcm.features import MobileNetFeatures
-from diffusers_tbcm.record import load_metrics
-from diffusers_tbcm.reference import FeatureReference
+from diffusers_tbcm.evaluation.features import MobileNetFeatures
+from diffusers_tbcm.evaluation.reference import FeatureReference
+from diffusers_tbcm.export.folders import save_student_pipeline
+from diffusers_tbcm.export.record import load_metrics
 
 
 SCRIPT = Path(__file__).with_name("evaluate.py")

@@ -19,9 +19,9 @@ from make_mini_teacher import (
 )
 from PIL import Image
 
-from diffusers_tbcm.image_latents import CaptionedImages, to_pixels
+from diffusers_tbcm.data.latents import CaptionedImages, to_pixels
+from diffusers_tbcm.data.prompts import load_prompts
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_tbcm.prompts import load_prompts
 from diffusers_tbcm.trigflow import infer_timestep_scale
 
 

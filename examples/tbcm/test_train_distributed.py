@@ -31,7 +31,7 @@ import runpy, sys
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-import diffusers_tbcm.averaging as averaging
+import diffusers_tbcm.training.averaging as averaging
 
 initialise, plugins = AcceleratorState.__init__, []
 

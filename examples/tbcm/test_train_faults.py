@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from tiny import student_weights
 from train_tbcm_distill import main
 
-from diffusers_tbcm.checkpoints import MANIFEST, list_checkpoints
-from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE
+from diffusers_tbcm.training.checkpoints import MANIFEST, list_checkpoints
+from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE
 
 
 SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")

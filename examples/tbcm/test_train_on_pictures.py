@@ -26,7 +26,7 @@ from train_tbcm_distill import main
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.adversarial import DiscriminatorHeads
-from diffusers_tbcm.prompts import prompt_at
+from diffusers_tbcm.data.prompts import prompt_at
 from diffusers_tbcm.trajectory import reference_route
 from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
 

@@ -26,8 +26,8 @@ from tiny import student_weights, tiny_sana_pipeline, write_tiny_pipeline
 from train_tbcm_distill import check_accelerator, main
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.hub import MIN_HUB_VERSION
-from diffusers_tbcm.prompts import draw_generator
+from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.export.hub import MIN_HUB_VERSION
 from diffusers_tbcm.trigflow import make_student
 
 

@@ -52,22 +52,22 @@ from tqdm.auto import tqdm
 from validation import validate
 
 from diffusers_tbcm import TBCMScheduler
-from diffusers_tbcm.averaging import ShardedEMA
-from diffusers_tbcm.checkpoints import find_checkpoint, save_checkpoint
+from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
+from diffusers_tbcm.data.prompts import draw_generator
 from diffusers_tbcm.dual import checkpoint_dual
-from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
-from diffusers_tbcm.export import save_student_lora, save_student_pipeline
-from diffusers_tbcm.hub import choose_license, prepare_repo, push_or_warn
-from diffusers_tbcm.interruption import RESUMABLE_EXIT_CODE, StopRequest
+from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
+from diffusers_tbcm.export.hub import choose_license, prepare_repo, push_or_warn
+from diffusers_tbcm.export.record import training_config
 from diffusers_tbcm.lora import drop_frozen_weights, merge_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
-from diffusers_tbcm.memory import memory_plan, peak_memory
 from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, latent_size, resolve_teacher, write_json
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_tbcm.prompts import draw_generator
-from diffusers_tbcm.record import training_config
-from diffusers_tbcm.replay import Recording, ReplayBuffer
-from diffusers_tbcm.tracking import MetricsLog
+from diffusers_tbcm.training.averaging import ShardedEMA
+from diffusers_tbcm.training.checkpoints import find_checkpoint, save_checkpoint
+from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE, StopRequest
+from diffusers_tbcm.training.memory import memory_plan, peak_memory
+from diffusers_tbcm.training.replay import Recording, ReplayBuffer
+from diffusers_tbcm.training.tracking import MetricsLog
 from diffusers_tbcm.transfer import HostCopy, to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale
 from diffusers_tbcm.versions import dtype_argument

@@ -7,11 +7,11 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.embeddings import EmbeddingCache, PromptEncoder
-from diffusers_tbcm.evaluation import image_grid
-from diffusers_tbcm.export import Sample
-from diffusers_tbcm.prompts import draw_generator
-from diffusers_tbcm.tracking import MetricsLog
+from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder
+from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.evaluation.evaluator import image_grid
+from diffusers_tbcm.export.folders import Sample
+from diffusers_tbcm.training.tracking import MetricsLog
 
 
 STEPS = (1, 2, 4)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what is heavy is imported by the command that needs it
     from PIL import Image
 
-    from .generation import Drawing
+    from .evaluation.drawing import Drawing
 
 PROG = "diffusers-tbcm"
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -135,7 +135,7 @@ def check_generate(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if args.prompts_file is not None:
         if not args.prompts_file.is_file():
             parser.error(f"--prompts_file {str(args.prompts_file)!r} does not exist")
-        from .prompts import load_prompts
+        from .data.prompts import load_prompts
 
         try:
             args.prompt = load_prompts(args.prompts_file).prompts
@@ -151,7 +151,7 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from .generation import draw, load_pipeline
+    from .evaluation.drawing import draw, load_pipeline
 
     pipeline = load_pipeline(args.model, lora=args.lora, dtype=getattr(torch, args.dtype), device=args.device)
     options = {name: getattr(args, name) for name in ("guidance_scale", "height", "width")}
@@ -203,7 +203,7 @@ def grid(drawings: Sequence[Drawing], columns: int) -> Image.Image:
     Returns:
         The table.
     """
-    from .evaluation import image_grid
+    from .evaluation.evaluator import image_grid
 
     rows = [drawings[start : start + columns] for start in range(0, len(drawings), columns)]
     several_seeds = len({drawing.seed for drawing in drawings}) > 1
@@ -217,7 +217,7 @@ def grid(drawings: Sequence[Drawing], columns: int) -> Image.Image:
 
 def run_push(args: argparse.Namespace) -> None:
     """Push a folder to the Hub."""
-    from .hub import push_pipeline_to_hub
+    from .export.hub import push_pipeline_to_hub
 
     options = {name: getattr(args, name) for name in ("token", "private", "license", "tag", "include_training_state")}
     try:
@@ -228,7 +228,7 @@ def run_push(args: argparse.Namespace) -> None:
 
 def run_card(args: argparse.Namespace) -> None:
     """Write a folder's card."""
-    from .model_card import render_model_card
+    from .export.model_card import render_model_card
     from .pipeline_folder import CARD, TRAINING_RECORD
 
     if not (args.folder / TRAINING_RECORD).is_file():

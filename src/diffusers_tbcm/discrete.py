@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from .replay import TrainingRows
+from .training.replay import TrainingRows
 from .trajectory import per_prompt_generators, rotate
 from .trigflow import consistency_output
 

@@ -86,7 +86,9 @@ class _Module:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        source = OWN_SOURCE if name == "standalone" else (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+        self.package = name.split(".")[:-1]
+        path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+        source = OWN_SOURCE if name == "standalone" else path.read_text(encoding="utf-8")
         self.lines = source.splitlines()
         self.definitions: dict[str, ast.stmt] = {}
         self.imports: dict[str, tuple[str, str]] = {}  # by the name here: the module, and the name there
@@ -105,7 +107,8 @@ class _Module:
             case ast.ImportFrom(level=0, module=str(origin)):
                 for alias in node.names:
                     self.imports[alias.asname or alias.name] = (origin, _import_name(alias))
-            case ast.ImportFrom(module=str(sibling)):
+            case ast.ImportFrom(module=str(below)):
+                sibling = ".".join([*self.package[: len(self.package) + 1 - node.level], below])
                 for alias in node.names:
                     self.siblings[alias.asname or alias.name] = (sibling, alias.name)
             case ast.FunctionDef() | ast.ClassDef():

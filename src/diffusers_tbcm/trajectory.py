@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from .backbones.prompt_attention import keep_text
 from .guidance import guidance_branches, guided_output
-from .prompt_attention import keep_text
 from .transfer import to_device
 from .trigflow import TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
 

@@ -13,7 +13,7 @@ from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepG
 from diffusers.utils import logging
 from torch import nn
 
-from .prompt_attention import deal_out, share_prompts
+from .backbones.prompt_attention import deal_out, share_prompts
 
 
 logger = logging.get_logger(__name__)

@@ -19,9 +19,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 
-from .checkpoints import list_checkpoints
-from .lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
-from .pipeline_folder import CARD, LEGAL_FILES, MODEL_INDEX, TRAINING_RECORD, WEIGHTS_COMPONENTS, license_of, read_json
+from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
+from ..pipeline_folder import (
+    CARD,
+    LEGAL_FILES,
+    MODEL_INDEX,
+    TRAINING_RECORD,
+    WEIGHTS_COMPONENTS,
+    license_of,
+    read_json,
+)
+from ..training.checkpoints import list_checkpoints
 
 
 logger = logging.get_logger(__name__)

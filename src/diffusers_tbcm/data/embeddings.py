@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .pipeline_folder import SKIPPED_FILES
-from .transfer import to_device
+from ..pipeline_folder import SKIPPED_FILES
+from ..transfer import to_device
 
 
 logger = logging.get_logger(__name__)

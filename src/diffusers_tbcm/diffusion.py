@@ -8,7 +8,7 @@ import math
 import torch
 
 from .guidance import guidance_branches, guided_output
-from .replay import TrainingRows
+from .training.replay import TrainingRows
 from .trajectory import per_prompt_generators, sample_timesteps
 from .trigflow import TrigFlowTransformer, broadcast_time
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from .trajectory import TrajectoryOutput
-from .transfer import to_device
+from ..trajectory import TrajectoryOutput
+from ..transfer import to_device
 
 
 @dataclass

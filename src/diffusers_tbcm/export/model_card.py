@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .pipeline_folder import SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS, read_json
+from ..pipeline_folder import SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS, read_json
+from ..scheduling_tbcm import TBCMScheduler
+from ..trigflow import trig_to_flow_timestep
 from .record import Metrics, load_metrics
-from .scheduling_tbcm import TBCMScheduler
-from .trigflow import trig_to_flow_timestep
 
 
 TAGS = ("text-to-image", "diffusers", "sana", "distillation", "few-step")
@@ -121,6 +121,6 @@ def _samples_by_prompt(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[i
 
 
 def _template_path() -> Path:
-    """The card's template: beside this file when installed, at the top of the repository in a checkout."""
-    packaged = Path(__file__).with_name("model_card_template.md")
-    return packaged if packaged.is_file() else Path(__file__).parents[2] / packaged.name
+    """The card's template: in the package when installed, at the top of the repository in a checkout."""
+    packaged = Path(__file__).parents[1] / "model_card_template.md"
+    return packaged if packaged.is_file() else Path(__file__).parents[3] / packaged.name

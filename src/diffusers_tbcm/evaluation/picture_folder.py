@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from .pipeline_folder import read_json, write_json
-from .prompts import draw_generator
+from ..data.prompts import draw_generator
+from ..pipeline_folder import read_json, write_json
 
 
 SETTINGS = "settings.json"

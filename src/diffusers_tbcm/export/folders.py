@@ -15,9 +15,8 @@ from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 from PIL import Image
 
-from .lora import LORA_FILE, save_lora
-from .model_card import render_model_card
-from .pipeline_folder import (
+from ..lora import LORA_FILE, save_lora
+from ..pipeline_folder import (
     CARD,
     COPIED_COMPONENTS,
     LEGAL_FILES,
@@ -36,10 +35,11 @@ from .pipeline_folder import (
     vae_scale_factor,
     write_json,
 )
-from .scheduling_tbcm import TBCMScheduler
-from .standalone import standalone_pipeline_source
-from .trigflow import DENSE_TIME_CONFIG_SCALE
-from .versions import dtype_argument, tokenizer_class
+from ..scheduling_tbcm import TBCMScheduler
+from ..standalone import standalone_pipeline_source
+from ..trigflow import DENSE_TIME_CONFIG_SCALE
+from ..versions import dtype_argument, tokenizer_class
+from .model_card import render_model_card
 
 
 SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale

@@ -6,7 +6,7 @@ from test_trajectory import DATA_STD, cfg_arguments, gaussian_std, gaussian_teac
 from test_trigflow import SIGMA_DATA, four_axes, randn
 from tiny import tiny_transformer
 
-from diffusers_tbcm.diffusion_rows import diffuse, diffusion_rows, sample_diffusion_timesteps
+from diffusers_tbcm.diffusion import diffuse, diffusion_rows, sample_diffusion_timesteps
 from diffusers_tbcm.guidance import guidance_branches, guided_output
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 

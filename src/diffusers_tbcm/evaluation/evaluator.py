@@ -15,6 +15,7 @@ from typing import Protocol
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from ..export.record import Measurement
 from .features import FeatureExtractor, MobileNetFeatures, pictures_to_tensor
 from .metrics import (
     RESAMPLES,
@@ -25,7 +26,6 @@ from .metrics import (
     kernel_distance,
     within_balls,
 )
-from .record import Measurement
 from .reference import FeatureReference
 
 

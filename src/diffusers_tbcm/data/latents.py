@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..images import fit_image
 from .embeddings import digest_files
-from .images import fit_image
 
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny import LATENT_CHANNELS, tiny_vae, write_tiny_pipeline
 
-from diffusers_tbcm.image_latents import (
+from diffusers_tbcm.data.latents import (
     CaptionedImages,
     LatentCache,
     encode_pixels,

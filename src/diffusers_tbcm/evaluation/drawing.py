@@ -12,9 +12,9 @@ import torch
 from diffusers import SCMScheduler
 from PIL import Image
 
-from .pipeline_sana_tbcm import SanaTBCMPipeline
-from .scheduling_tbcm import TBCMScheduler
-from .versions import dtype_argument
+from ..pipeline_sana_tbcm import SanaTBCMPipeline
+from ..scheduling_tbcm import TBCMScheduler
+from ..versions import dtype_argument
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from diffusers_tbcm import __version__
 
-from .pipeline_folder import METRICS, read_json, write_json
+from ..pipeline_folder import METRICS, read_json, write_json
 
 
 RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")
