@@ -1,0 +1,110 @@
+"""What a network reads of its prompts, whatever the family: embeddings, their mask, and a pooled embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .transfer import to_device
+
+
+@dataclass(frozen=True)
+class Text:
+    """The embeddings of B prompts, padded to one length L.
+
+    Args:
+        embeds: one embedding a token, (B, L, D).
+        mask: 1 for a token, 0 for padding, (B, L).
+        pooled: one embedding a prompt, (B, P), for networks that read one.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    @classmethod
+    def unmasked(cls, embeds: torch.Tensor) -> Text:
+        """Take embeddings without padding.
+
+        Args:
+            embeds: (B, L, D).
+
+        Returns:
+            The text; its mask is all ones.
+        """
+        return cls(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device))
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, prompts: torch.Tensor | slice) -> Text:
+        """Take some of the prompts, by number; a prompt may be taken more than once."""
+        return self._map(lambda tensor: tensor[prompts])
+
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """Give the text as the keyword arguments of a network F."""
+        named = {"encoder_hidden_states": self.embeds, "encoder_attention_mask": self.mask}
+        return named if self.pooled is None else {**named, "pooled_projections": self.pooled}
+
+    def to(self, device: torch.device | str | None) -> Text:
+        """Move the text, without waiting for a GPU's queue."""
+        return self._map(lambda tensor: to_device(tensor, device))
+
+    def pad(self, length: int) -> Text:
+        """Pad to a length with masked tokens.
+
+        Args:
+            length: of the result, at least L.
+
+        Returns:
+            The text, (B, `length`, D).
+        """
+        padding = length - self.embeds.shape[1]
+        return Text(F.pad(self.embeds, (0, 0, 0, padding)), F.pad(self.mask, (0, padding)), self.pooled)
+
+    def expand(self, batch_size: int) -> Text:
+        """Let one prompt stand for a batch, without a copy.
+
+        Args:
+            batch_size: of the result; the text has 1 prompt, or this many already.
+
+        Returns:
+            The text, (`batch_size`, L, D).
+        """
+        return self._map(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]))
+
+    def repeat(self, times: int) -> Text:
+        """Repeat every prompt.
+
+        Args:
+            times: how often, next to each other.
+
+        Returns:
+            The text, (B * `times`, L, D).
+        """
+        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    @staticmethod
+    def cat(parts: Sequence[Text]) -> Text:
+        """Put texts together, padded to the longest with masked tokens.
+
+        Args:
+            parts: at least one; all with a pooled embedding or none.
+
+        Returns:
+            Their prompts, in order.
+        """
+        length = max(part.embeds.shape[1] for part in parts)
+        padded = [part.pad(length) for part in parts]
+        pooled = [part.pooled for part in padded if part.pooled is not None]
+        return Text(
+            torch.cat([part.embeds for part in padded]),
+            torch.cat([part.mask for part in padded]),
+            torch.cat(pooled) if pooled else None,
+        )
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Text:
+        return Text(change(self.embeds), change(self.mask), None if self.pooled is None else change(self.pooled))
