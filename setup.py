@@ -4,7 +4,12 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
-CARD_TEMPLATE = "model_card_template.md"
+# What lives elsewhere in the repository and travels inside the package: file or pattern, and the folder there.
+CARRIED = (
+    ("model_card_template.md", "diffusers_tbcm"),
+    ("examples/tbcm/train_*.py", "diffusers_tbcm/scripts"),
+    ("examples/tbcm/evaluate_student.py", "diffusers_tbcm/scripts"),
+)
 
 install_requires = [
     "accelerate>=1.13",
@@ -41,16 +46,19 @@ extras = {
 extras["dev"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 
 
-class BuildWithCardTemplate(build_py):
-    """The model card template lives at the top of the repository and travels inside the package."""
+class BuildWithCarried(build_py):
+    """Takes the files of `CARRIED` along; a checkout finds them where they live."""
 
     def run(self) -> None:
         super().run()
-        if not self.editable_mode:  # a checkout finds it where it lives
-            self.copy_file(CARD_TEMPLATE, str(Path(self.build_lib) / "diffusers_tbcm" / CARD_TEMPLATE))
+        if not self.editable_mode:
+            for pattern, folder in CARRIED:
+                for file in Path().glob(pattern):
+                    self.copy_file(str(file), str(Path(self.build_lib) / folder / file.name))
 
     def get_source_files(self) -> list[str]:
-        return [*super().get_source_files(), CARD_TEMPLATE]
+        carried = [str(file) for pattern, _ in CARRIED for file in Path().glob(pattern)]
+        return [*super().get_source_files(), *carried]
 
 
 setup(
@@ -67,7 +75,7 @@ setup(
     python_requires=">=3.11",
     install_requires=install_requires,
     extras_require=extras,
-    cmdclass={"build_py": BuildWithCardTemplate},
+    cmdclass={"build_py": BuildWithCarried},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

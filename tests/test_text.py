@@ -27,6 +27,7 @@ def test_whatever_is_done_to_a_text_every_prompt_keeps_its_tokens(pooled):
     assert tokens(short.repeat(2)) == [tokens(short)[i] for i in (0, 0, 1, 1)]
     assert tokens(long.expand(3)) == tokens(long) * 3
     assert tokens(short[1:].pad(7)) == tokens(short)[1:]
+    assert tokens(both.roll(1)) == [tokens(both)[i] for i in (2, 0, 1)]
     if pooled:
         assert both.pooled.tolist() == [[0, 1], [2, 3], [0, 1]]
         assert short.repeat(2).pooled.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]

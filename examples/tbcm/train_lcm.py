@@ -5,14 +5,146 @@
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \
         --train_data_dir pictures --output_dir outputs/lcm-sana-0.6b --mixed_precision bf16
 
-The loop is that of train_tbcm_distill.py. Rows are latents of pictures, noised to a time of the teacher's ODE solver;
-the student's prediction there is to agree with its own prediction one step of that solver later.
+A row is the latent of a picture, noised to a time of the teacher's ODE solver; the student's prediction there is to
+agree with its own prediction one step of that solver later. The steps are those of train_tbcm_distill.py.
 """
 
-from distill_args import parse_args
-from methods import LCM
-from train_tbcm_distill import main
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_tbcm.data.pictures import CaptionedImages
+from diffusers_tbcm.diffusion import diffusion_rows
+from diffusers_tbcm.discrete import (
+    HUBER_CONSTANT,
+    LOSS_TYPES,
+    discrete_loss,
+    discrete_target,
+    neighbouring_timesteps,
+)
+from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
+from diffusers_tbcm.rows import Recording
+from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.interruption import StopRequest
+from diffusers_tbcm.training.launch import launch
+from diffusers_tbcm.training.run import Run
+from diffusers_tbcm.training.settings import PictureSettings, check_positive, parse_settings, setting
+from diffusers_tbcm.trajectory import reference_route
+from diffusers_tbcm.transfer import to_device
+from diffusers_tbcm.trigflow import SIGMA_DATA
+
+
+@dataclass(kw_only=True)
+class LCMSettings(PictureSettings):
+    """grid, loss"""
+
+    num_ddim_timesteps: int = setting(50, "steps of the teacher's ODE solver")
+    flow_shift: float = setting(2.5, "of the grid")
+    loss_type: str = setting("huber", choices=LOSS_TYPES)
+    huber_c: float = setting(HUBER_CONSTANT, "of the pseudo-Huber loss")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "num_ddim_timesteps", "flow_shift", "huber_c")
+
+    def describe(self) -> dict[str, object]:
+        """What the model card says of the method's own settings."""
+        return {
+            "grid": f"{self.num_ddim_timesteps} steps, shift {self.flow_shift}",
+            "loss": f"huber, c {self.huber_c:g}" if self.loss_type == "huber" else self.loss_type,
+        }
+
+
+def train(settings: LCMSettings, stop: StopRequest) -> Run:
+    """LCM's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
+    run = Run(settings, stop, script=__file__)
+    images = CaptionedImages(
+        settings.train_data_dir or str(settings.dataset_name),
+        config=settings.dataset_config_name,
+        split=settings.dataset_split,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        max_images=settings.max_train_samples,
+    )
+    run.say(images)
+    distillation = Distillation(run, settings, images.prompts)
+    student = distillation.add_student(rows_per_prompt=1)
+    latents = distillation.cache_latents(images, settings.latents_cache)
+    route = reference_route(settings.num_ddim_timesteps, settings.flow_shift)
+    grid = torch.cat([route, route.new_zeros(1)]).to(run.device)
+
+    def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
+        """Noise the pictures of some draws; one row each, and all are kept."""
+        # 1. Pictures, one of their captions; everything random of a draw depends on its number and the seed alone
+        generators = [draw_generator(draw, settings.seed) for draw in draws]
+        pictures = [prompt_at(draw, len(images), settings.seed) for draw in draws]
+        text = distillation.encode(list(map(images.pick_caption, pictures, generators)))
+        guidance_scale = draw_guidance_scale(settings.guidance_scales, generators, device=run.device)
+        noise = draw_noise(distillation.latent_shape, generators, device=run.device)
+
+        # 2. Times of the grid
+        timesteps, _ = neighbouring_timesteps(route, len(draws), generator=generators)
+
+        # 3. x_t = cos(t) x_0 + sin(t) sigma_data e, and the teacher's dx_t/dt there
+        recording = diffusion_rows(
+            distillation.teacher,
+            to_device(latents(pictures), run.device),
+            noise,
+            to_device(timesteps, run.device),
+            text,
+            distillation.negative_text,
+            guidance_scale,
+        )
+        return recording, torch.ones(len(draws), dtype=torch.bool)
+
+    batches = run.batches(
+        record,
+        rows_per_prompt=1,
+        num_prompts=len(images),
+        recorded_at_once=settings.teacher_batch_size,
+        buffer_size=settings.replay_buffer_size,
+        replay_steps=settings.replay_steps,
+    )
+    for batch in batches:
+        for rows in batch:
+            # 5. The student at both ends of an interval, at the earlier one without gradient
+            next_timesteps = grid.expand(len(rows), -1).where(grid < rows.timesteps.unsqueeze(1), 0).amax(1)
+            target = discrete_target(lambda *inputs, **text: student(*inputs, **text)[0], rows, next_timesteps)
+            sample = rows.latents / SIGMA_DATA
+            trig_output, logvar = student(
+                sample, rows.timesteps, **rows.text.arguments(), guidance=rows.guidance_scale
+            )
+
+            # 6. Loss: the distance between both predictions
+            loss = discrete_loss(
+                trig_output,
+                rows.latents,
+                target,
+                rows.timesteps,
+                loss_type=settings.loss_type,
+                huber_constant=settings.huber_c,
+            )
+            run.backward(loss + 0 * logvar.sum(), student)  # DDP waits for the gradient of every parameter
+        run.update(student)
+        if run.validation_due:
+            distillation.validate(student)
+        if run.push_due:
+            export(settings, distillation, student)
+
+    # 7. Export
+    if not run.stopped:
+        export(settings, distillation, student)
+    return run
+
+
+def export(settings: LCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
+    """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
+    distillation.export(student, method="LCM (arXiv 2310.04378)", training=settings.describe(), image_free=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    launch(train, parse_settings(LCMSettings, argv, description=__doc__))
 
 
 if __name__ == "__main__":
-    main(parse_args(description=__doc__, method=LCM), LCM)
+    main()

@@ -5,14 +5,146 @@
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \
         --train_data_dir pictures --output_dir outputs/scm-sana-0.6b --mixed_precision bf16
 
-The loop is that of train_tbcm_distill.py, with other rows in its steps 1 to 4: the latent of a picture, noised to a
-logit-normal time, and the teacher's velocity there. r warms up to 1 and stays.
+A row is the latent of a picture, noised to a logit-normal time, with the teacher's velocity there. The steps are those
+of train_tbcm_distill.py; r warms up to 1 and stays.
 """
 
-from distill_args import parse_args
-from methods import SCM
-from train_tbcm_distill import main
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_tbcm.data.pictures import CaptionedImages
+from diffusers_tbcm.diffusion import diffusion_rows, sample_diffusion_timesteps
+from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
+from diffusers_tbcm.loss import consistency_error, consistency_loss
+from diffusers_tbcm.rows import Recording
+from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
+from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.interruption import StopRequest
+from diffusers_tbcm.training.launch import launch
+from diffusers_tbcm.training.run import Run
+from diffusers_tbcm.training.settings import (
+    PictureSettings,
+    check_not_negative,
+    check_positive,
+    parse_settings,
+    setting,
+)
+from diffusers_tbcm.transfer import to_device
+
+
+@dataclass(kw_only=True)
+class SCMSettings(PictureSettings):
+    """times, tangent"""
+
+    logit_mean: float = setting(0.2, "of the rows' logit-normal times")
+    logit_std: float = setting(1.6, "of the rows' logit-normal times")
+    tangent_warmup_steps: int = setting(4000, "of the ratio r from 0 to 1")
+    tangent_resolution_invariant: bool = setting(False, "norm over the root of its size")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "logit_std")
+        check_not_negative(self, "tangent_warmup_steps")
+
+    def describe(self) -> dict[str, object]:
+        """What the model card says of the method's own settings."""
+        return {
+            "times": f"logit-normal, mean {self.logit_mean}, standard deviation {self.logit_std}",
+            "tangent ratio": f"warm-up {self.tangent_warmup_steps}",
+        }
+
+
+def train(settings: SCMSettings, stop: StopRequest) -> Run:
+    """sCM's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
+    run = Run(settings, stop, script=__file__)
+    images = CaptionedImages(
+        settings.train_data_dir or str(settings.dataset_name),
+        config=settings.dataset_config_name,
+        split=settings.dataset_split,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        max_images=settings.max_train_samples,
+    )
+    run.say(images)
+    distillation = Distillation(run, settings, images.prompts)
+    student = distillation.add_student(rows_per_prompt=1)
+    latents = distillation.cache_latents(images, settings.latents_cache)
+
+    def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
+        """Noise the pictures of some draws; one row each, and all are kept."""
+        # 1. Pictures, one of their captions; everything random of a draw depends on its number and the seed alone
+        generators = [draw_generator(draw, settings.seed) for draw in draws]
+        pictures = [prompt_at(draw, len(images), settings.seed) for draw in draws]
+        text = distillation.encode(list(map(images.pick_caption, pictures, generators)))
+        guidance_scale = draw_guidance_scale(settings.guidance_scales, generators, device=run.device)
+        noise = draw_noise(distillation.latent_shape, generators, device=run.device)
+
+        # 2. Times
+        timesteps = sample_diffusion_timesteps(
+            len(draws), logit_mean=settings.logit_mean, logit_std=settings.logit_std, generator=generators
+        )
+
+        # 3. x_t = cos(t) x_0 + sin(t) sigma_data e, and the teacher's dx_t/dt there
+        recording = diffusion_rows(
+            distillation.teacher,
+            to_device(latents(pictures), run.device),
+            noise,
+            to_device(timesteps, run.device),
+            text,
+            distillation.negative_text,
+            guidance_scale,
+        )
+        return recording, torch.ones(len(draws), dtype=torch.bool)
+
+    batches = run.batches(
+        record,
+        rows_per_prompt=1,
+        num_prompts=len(images),
+        recorded_at_once=settings.teacher_batch_size,
+        buffer_size=settings.replay_buffer_size,
+        replay_steps=settings.replay_steps,
+    )
+    for batch in batches:
+        for rows in batch:
+            # 5. The student F with gradient and, in the same pass, its tangent g along the teacher's dx_t/dt
+            sample, timesteps = dual_inputs(rows.latents, rows.velocity, rows.timesteps)
+            trig_output, logvar = student(sample, timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
+            ratio = tangent_ratio(run.step, settings.tangent_warmup_steps, None, 0, 1.0)
+            tangent = normalized_tangent(
+                trig_output,
+                rows.latents,
+                rows.velocity,
+                rows.timesteps,
+                ratio=ratio,
+                resolution_invariant=settings.tangent_resolution_invariant,
+            )
+
+            # 6. Loss: mean w(t) / exp(logvar) (F - F_sg - g)^2 + logvar
+            errors = (trig_output.primal, tangent.trig_output, tangent.tangent)
+            run.backward(consistency_loss(*errors, logvar, rows.timesteps), student)
+            with torch.no_grad():
+                run.log(error=consistency_error(*errors).mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
+        run.update(student)
+        if run.validation_due:
+            distillation.validate(student)
+        if run.push_due:
+            export(settings, distillation, student)
+
+    # 7. Export
+    if not run.stopped:
+        export(settings, distillation, student)
+    return run
+
+
+def export(settings: SCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
+    """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
+    distillation.export(student, method="sCM (arXiv 2410.11081)", training=settings.describe(), image_free=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    launch(train, parse_settings(SCMSettings, argv, description=__doc__))
 
 
 if __name__ == "__main__":
-    main(parse_args(description=__doc__, method=SCM), SCM)
+    main()

@@ -5,9 +5,9 @@
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \
         --prompts_file prompts.txt --output_dir outputs/tbcm-sana-0.6b --mixed_precision bf16
 
-B prompts and N route steps give B (N - 1) training rows. The loop's steps:
+B prompts and N route steps give B (N - 1) training rows. The steps, as they are numbered below:
 
-    1. prompts -> frozen text encoder -> prompt_embeds (B, L, D), prompt_attention_mask (B, L); each prompt once
+    1. prompts -> frozen text encoder -> text: embeddings (B, L, D) and mask (B, L); each prompt once
     2. sampling scheme -> timesteps (B, N), radians, descending from pi/2
     3. frozen teacher along its own denoising trajectory -> latents and velocity (B, N - 1, C, H, W)
     4. brightness filter on the trajectory's end -> rows kept, in a buffer that is trained on in random order
@@ -15,424 +15,214 @@ B prompts and N route steps give B (N - 1) training rows. The loop's steps:
     6. loss, backward, clipping, optimiser, EMA
     7. the student, a plain SanaTransformer2DModel, inside a pipeline folder that any diffusers user can load
 
-Steps 1 to 4 are in teacher_rows.py, step 5 and its loss in objectives.py. train_scm.py, train_sana_sprint.py and
-train_lcm.py run this loop with other rows and losses, those of methods.py.
+The file needs nothing but installed packages: copy it and change what you like.
 """
 
-import argparse
-import math
-import shutil
-import sys
-import time
-from collections import deque
-from functools import partial
-from itertools import islice
-from pathlib import Path
-from statistics import median_low
+from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import SanaPipeline, SanaTransformer2DModel
-from diffusers.optimization import get_scheduler
-from distill_args import parse_args, training_table
-from distill_setup import (
-    STATE_BYTES,
-    STATE_BYTES_8BIT,
-    build_optimizer,
-    build_student,
-    check_accelerator,
-    load_student,
+
+from diffusers_tbcm.brightness import cached_black_latent, keep_mask
+from diffusers_tbcm.data.prompts import load_prompts
+from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
+from diffusers_tbcm.loss import consistency_error, consistency_loss, endpoint_loss
+from diffusers_tbcm.rows import Recording
+from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
+from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.interruption import StopRequest
+from diffusers_tbcm.training.launch import launch
+from diffusers_tbcm.training.run import Run
+from diffusers_tbcm.training.settings import (
+    DistillationSettings,
+    check_not_negative,
+    check_positive,
+    parse_settings,
+    setting,
 )
-from methods import TBCM, Method
-from row_stream import RowStream
-from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
-from validation import validate
-
-from diffusers_tbcm import TBCMScheduler
-from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
-from diffusers_tbcm.data.prompts import draw_generator
-from diffusers_tbcm.dual import checkpoint_dual
-from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
-from diffusers_tbcm.export.hub import choose_license, prepare_repo, push_or_warn
-from diffusers_tbcm.export.record import training_config
-from diffusers_tbcm.lora import drop_frozen_weights, merge_lora
-from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
-from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, latent_size, resolve_teacher, write_json
-from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_tbcm.training.averaging import ShardedEMA
-from diffusers_tbcm.training.checkpoints import find_checkpoint, save_checkpoint
-from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE, StopRequest
-from diffusers_tbcm.training.memory import memory_plan, peak_memory
-from diffusers_tbcm.training.replay import Recording, ReplayBuffer
-from diffusers_tbcm.training.tracking import MetricsLog
-from diffusers_tbcm.transfer import HostCopy, to_device
-from diffusers_tbcm.trigflow import TrigFlowTransformer, infer_timestep_scale
-from diffusers_tbcm.versions import dtype_argument
+from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, record_trajectory, sample_timesteps
+from diffusers_tbcm.trigflow import SIGMA_DATA
 
 
-logger = get_logger(__name__)
+@dataclass(kw_only=True)
+class TBCMSettings(DistillationSettings):
+    """prompts, trajectories, tangent"""
 
-SIGMA_DATA = 0.5
+    prompts_file: str | None = setting(None, "UTF-8 text, one prompt a line, or jsonl, csv, parquet")
+    dataset_name: str | None = setting(None, "instead of a file: a `datasets` Hub id or folder")
+    streaming: bool = setting(False, "read the data set as it comes, to max_prompts")
+    max_prompts: int | None = setting(None, "read no more prompts than this")
 
+    route_steps: int = setting(16, "teacher steps N of a trajectory")
+    sampling_scheme: str = setting("reference", choices=SAMPLING_SCHEMES)
+    flow_shift: float = setting(2.5, "of the reference route")
+    logit_mean: float = setting(0.2, "of the logit_normal scheme")
+    logit_std: float = setting(1.6, "of the logit_normal scheme")
+    brightness_threshold: float = setting(1.0, "0: no filter, the VAE never loads")
+    brightness_hard: bool = setting(False, "drop all below the threshold (the paper)")
 
-def whole_weights(
-    accelerator: Accelerator, model: torch.nn.Module, ema: ShardedEMA | None, trained: dict[str, torch.nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """The student's weights, averaged where there is an EMA; every process calls this, the main one gets all."""
-    prefix = "student.transformer."
-    weights = {
-        name.removeprefix(prefix): weight
-        for name, weight in accelerator.get_state_dict(model).items()
-        if name.startswith(prefix)
-    }
-    if ema is not None:
-        weights |= zip(trained, ema.full_weights(), strict=True)
-    return weights
-
-
-def train(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accelerator:
-    """Algorithm 1, from --resume_from_checkpoint to --max_train_steps or until asked to stop."""
-    output_dir = Path(args.output_dir)
-    report_to = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-    )
-    set_seed(args.seed)
-    device = accelerator.device
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-
-    # Everything that can be wrong with the input is found here, before anything large is loaded.
-    check_accelerator(accelerator, args)
-    resume = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    data = method.rows.load_data(args)
-    logger.info(str(data), main_process_only=True)
-    prompts = data.prompts
-    teacher_folder = resolve_teacher(args.pretrained_model_name_or_path)
-    teacher_transformer = SanaTransformer2DModel.from_pretrained(teacher_folder, subfolder="transformer").float()
-    size = latent_size(teacher_folder, teacher_transformer, args.resolution)
-    latent_shape = (teacher_transformer.config.in_channels, size, size)
-    method.objective.check_run(args, accelerator, teacher_transformer)
-    push = None
-    if args.push_to_hub and accelerator.is_main_process:
-        terms = choose_license(teacher_folder, args.hub_license)
-        repo_id = prepare_repo(args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
-        push = partial(push_or_warn, repo_id=repo_id, token=args.hub_token, license=terms)
-    config = training_config(vars(args), __file__)
-    if accelerator.is_main_process:
-        write_json(output_dir / TRAINING_CONFIG, config)
-    accelerator.wait_for_everyone()
-
-    # The teacher and the text encoder are frozen and run in the training precision; the student trains in float32.
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    reading = {
-        "complex_human_instruction": COMPLEX_HUMAN_INSTRUCTION if args.complex_human_instruction else None,
-        "max_sequence_length": args.max_sequence_length,
-    }
-
-    def make_encoder() -> PromptEncoder:
-        text = SanaPipeline.from_pretrained(teacher_folder, vae=None, transformer=None, **dtype_argument(weight_dtype))
-        text.text_encoder.requires_grad_(False)
-        return PromptEncoder(text, device=device, offload=args.offload_text_encoder, **reading)
-
-    encoder: PromptEncoder | EmbeddingCache
-    if args.precompute_embeddings is None:
-        encoder = make_encoder()
-    else:
-        fingerprint = encoder_fingerprint(teacher_folder, dtype=weight_dtype, **reading)
-        precompute_embeddings(
-            [*prompts, *(args.validation_prompts or [])],
-            make_encoder,
-            Path(args.precompute_embeddings),
-            fingerprint,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
-        accelerator.wait_for_everyone()
-        encoder = EmbeddingCache(Path(args.precompute_embeddings), fingerprint, device=device)
-    negative_embeds, negative_mask = encoder([""])
-    teacher_transformer.requires_grad_(False).eval().to(device)
-    timestep_scale = infer_timestep_scale(teacher_transformer, negative_embeds, negative_mask)
-    if args.validation_prompts and timestep_scale > 1:
-        raise ValueError(
-            f"--validation_prompts cannot be drawn: the teacher sees time multiplied by {timestep_scale:g}, which the"
-            " Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
-        )
-
-    student_transformer = build_student(args, teacher_transformer, timestep_scale)
-    if args.gradient_checkpointing:
-        student_transformer.enable_gradient_checkpointing(checkpoint_dual)
-    inner_dim = student_transformer.config.num_attention_heads * student_transformer.config.attention_head_dim
-    student = TrigFlowTransformer(student_transformer, timestep_scale)
-    model = StudentWithLogvar(student, LogvarHead(inner_dim)).to(device)
-    teacher = TrigFlowTransformer(teacher_transformer, timestep_scale).to(weight_dtype)
-    source = method.rows(
-        args, accelerator, teacher, teacher_folder, encoder, data, latent_shape, sigma_data=SIGMA_DATA
-    )
-    rows_per_micro_step = args.train_batch_size * source.rows_per_prompt
-    rows_per_step = rows_per_micro_step * accelerator.num_processes * args.gradient_accumulation_steps
-
-    if accelerator.is_main_process:
-        one = torch.ones(rows_per_micro_step, device=device)
-        latents = torch.zeros((rows_per_micro_step, *latent_shape), device=device)
-        text = (value.expand(args.train_batch_size, *value.shape[1:]) for value in (negative_embeds, negative_mask))
-        frozen: dict[str, torch.nn.Module] = {"teacher": teacher}
-        if isinstance(encoder, PromptEncoder):
-            frozen["text encoder"] = encoder.text_encoder
-        plan = memory_plan(
-            model,
-            frozen,
-            (latents, one, *text, one),
-            state_bytes=STATE_BYTES_8BIT if args.use_8bit_adam else STATE_BYTES[args.optimizer],
-            ema=args.use_ema,
-            autocast_dtype=None if weight_dtype == torch.float32 else weight_dtype,
-        )
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
-        print(f"Memory plan: {sum(plan.values()) / 2**30:.2f} GiB a process, before any sharding = {parts}")
-    optimizer = build_optimizer(args, [p for p in model.parameters() if p.requires_grad], args.learning_rate)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-    if args.compile:
-        for block in (*teacher_transformer.transformer_blocks, *student_transformer.transformer_blocks):
-            block.compile()
-    model, optimizer = accelerator.prepare(model, optimizer)
-    objective = method.objective(args, accelerator, model, teacher, sigma_data=SIGMA_DATA)
-    student_transformer = accelerator.unwrap_model(model).student.transformer
-    trained = {name: p for name, p in student_transformer.named_parameters() if p.requires_grad}
-    ema = ShardedEMA(trained.values(), decay=args.ema_decay) if args.use_ema else None
-    accelerator.register_for_checkpointing(*[part for part in (lr_scheduler, ema) if part is not None])
-    if args.rank is not None:
-        accelerator.register_save_state_pre_hook(drop_frozen_weights)
-    first_step = 0
-    if resume is not None:
-        checkpoint, first_step = resume
-        accelerator.load_state(str(checkpoint), strict=args.rank is None)
-        logger.info(f"Resumed from {checkpoint} at step {first_step}", main_process_only=True)
-    step = first_step
-    if ema is not None:
-        ema.to(device)
-    if report_to is not None:
-        accelerator.init_trackers("tbcm", config={name: str(value) for name, value in config["flags"].items()})
-    stream = RowStream(args, accelerator, source)
-    log = MetricsLog(accelerator, output_dir / "metrics.jsonl", first_step=first_step)
-    scheduler = TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=args.guidance_scales)
-    draw_validation = partial(
-        validate,
-        prompts=args.validation_prompts,
-        encoder=encoder,
-        teacher_folder=teacher_folder,
-        scheduler=scheduler,
-        resolution=args.resolution,
-        seed=args.seed,
-        folder=output_dir / "validation",
-        log=log,
+    tangent_warmup_steps: int = setting(4000, "of the ratio r from 0 to 1")
+    tangent_cooldown_start_step: int = setting(15000, "-1: no cooldown")
+    tangent_cooldown_steps: int = setting(2000)
+    tangent_final_ratio: float = setting(0.75, "r after the cooldown")
+    tangent_resolution_invariant: bool = setting(False, "norm over the root of its size")
+    endpoint_warmup_steps: int = setting(
+        0, "first train every row to lead to its trajectory's end (ODE initialisation; not in the paper)"
     )
 
-    prompts_per_recording = args.train_batch_size * accelerator.num_processes
-    dropped_prompts = skipped_steps = skipped_in_a_row = rows_since_log = 0
-    stopping, last_log = False, time.perf_counter()
-    progress = tqdm(
-        total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-
-    def export() -> bool:
-        """Step 7; every process calls it. False where the export was not pushed that was to be."""
-        weights = whole_weights(accelerator, model, ema, trained)
-        pushed = True
-        if accelerator.is_main_process:
-            exported = load_student(args, teacher.float(), weights)
-            description = {
-                "prompt": (args.validation_prompts or prompts)[0],
-                "training": training_table(
-                    args, method, step, number * prompts_per_recording, accelerator.mixed_precision
-                ),
-                "image_free": method.image_free,
-                "config": config,
-                "samples": draw_validation(exported, step=step) if args.validation_prompts else (),
-                "resolution": args.resolution,
-            }
-            if args.rank is not None:
-                folder = save_student_lora(
-                    exported,
-                    args.pretrained_model_name_or_path,
-                    output_dir / "lora",
-                    guidance_scale=median_low(args.guidance_scales),
-                    model_id=f"{output_dir.name}/lora",
-                    **description,
-                )
-                print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
-            if args.rank is None or args.merge_lora:
-                folder = save_student_pipeline(
-                    exported if args.rank is None else merge_lora(exported),
-                    args.pretrained_model_name_or_path,
-                    output_dir,
-                    scheduler=scheduler,
-                    variants=args.export_variants,
-                    **description,
-                )
-                print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
-            teacher.to(weight_dtype)
-            pushed = push is None or push(folder)
-        accelerator.wait_for_everyone()
-        return pushed
-
-    # The buffer holds one recording, all of whose rows are trained on at once, unless --replay_* say more.
-    buffer = ReplayBuffer(max(1, args.replay_buffer_size // args.train_batch_size))
-    micro_step = step * args.gradient_accumulation_steps
-    number = first_number = -(-micro_step // args.replay_steps)  # recordings taken so far
-    last_number = -(-args.max_train_steps * args.gradient_accumulation_steps // args.replay_steps)
-    recordings = stream.numbered(max(0, number - buffer.capacity), last_number)
-    # Steps 1 to 4. The teacher is always a recording ahead: whenever the host waits for a result, the GPU has work.
-    ahead = deque(islice(recordings, 2))
-
-    def take_recording() -> Recording:
-        recording, keep = ahead.popleft() if ahead else next(recordings)
-        buffer.add(recording.select(keep.read().nonzero().squeeze(1)))
-        return recording
-
-    for _ in range(min(number, buffer.capacity)):
-        recording = take_recording()
-    counts = torch.zeros(
-        3, device=device
-    )  # of the step, in all processes: rows kept, prompts dropped, requests to stop
-
-    while step < args.max_train_steps:
-        dropped = 0
-        if micro_step % args.replay_steps == 0:
-            recording = take_recording()
-            number += 1
-            dropped = args.train_batch_size - len(buffer.recordings[-1]) // source.rows_per_prompt
-        draw = micro_step * accelerator.num_processes + accelerator.process_index
-        rows = buffer.sample(rows_per_micro_step, draw_generator(draw, args.seed, stream=1))
-        kept = len(rows)
-        counts += accelerator.reduce(to_device(torch.tensor([kept, dropped, float(stop.received)]), device))
-        if kept == 0:  # this process still takes part, at weight zero
-            rows = recording.rows()
-
-        with accelerator.accumulate(model, *objective.modules):
-            # 5. The student, its tangent in the same pass, and the loss, a mean over these rows
-            loss, measures = objective(rows, step, draw)
-
-            # 6. The mean over the rows kept in all processes and micro-steps; backward, clipping, step, EMA
-            accelerator.backward(loss * (kept / rows_per_micro_step))
-            micro_step += 1
-            if accelerator.sync_gradients:
-                if source.filters:
-                    scale = rows_per_step / counts[0].clamp(min=1)
-                    for parameter in model.parameters():
-                        if parameter.grad is not None:
-                            parameter.grad.mul_(scale)
-                norms = [
-                    accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
-                    for module in (model, *objective.modules)
-                ]
-                norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-                status = HostCopy(torch.cat([counts, torch.stack(norms)]))
-            if len(ahead) < 2:
-                ahead.extend(islice(recordings, 1))
-            if not accelerator.sync_gradients:
-                continue
-            kept_in_step, dropped_in_step, stops, grad_norm, *other_norms = status.read().tolist()
-            counts.zero_()
-            finite = all(map(math.isfinite, (grad_norm, *other_norms)))
-            if kept_in_step == 0:
-                logger.warning(f"Step {step}: the brightness filter dropped every prompt; no update")
-            elif finite or accelerator.scaler is not None:  # with fp16 the scaler skips a step that is not finite
-                for each in (optimizer, *objective.optimizers):
-                    each.step()
-            if kept_in_step > 0 and finite and ema is not None:
-                ema.step(trained.values())
-            for each in (optimizer, *objective.optimizers):
-                each.zero_grad()
-            lr_scheduler.step()
-        step += 1
-        progress.update()
-        stopping |= stops > 0
-        dropped_prompts += int(dropped_in_step)
-        rows_since_log += int(kept_in_step)
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        if not finite:
-            skipped_steps += 1
-            oldest = max(0, number - buffer.capacity - args.gradient_accumulation_steps + 1)
-            seen = stream.prompt_numbers(range(oldest, number))
-            bad = next(norm for norm in (grad_norm, *other_norms) if not math.isfinite(norm))
-            logger.warning(f"Step {step}: gradient norm {bad}, no update; its prompts are among numbers {seen}")
-        failing = skipped_in_a_row >= args.max_skipped_steps
-
-        if step % args.logging_steps == 0 or step == args.max_train_steps or not finite:
-            now = time.perf_counter()
-            metrics = {"loss": loss.item()} | {name: float(value) for name, value in measures.items()}
-            metrics |= {
-                "grad_norm": grad_norm,
-                "lr": lr_scheduler.get_last_lr()[0],
-                "filtered_share": dropped_prompts / max(1, (number - first_number) * prompts_per_recording),
-                "skipped_steps": skipped_steps,
-                "rows_per_second": rows_since_log / (now - last_log),
-                "peak_memory_gib": peak_memory(device) / 2**30,
-            }
-            last_log, rows_since_log = now, 0
-            progress.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()})
-            log(metrics, step)
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps or stopping or failing:
-            save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
-        if failing:
-            raise RuntimeError(
-                f"{skipped_in_a_row} steps in a row were not finite (--max_skipped_steps): the weights from before"
-                f" them are in checkpoint-{step}; try a lower --learning_rate or --mixed_precision bf16 or no"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompts_file is None) == (self.dataset_name is None):
+            raise ValueError("give either `prompts_file` or `dataset_name`")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError("`streaming` is for `dataset_name`")
+        if self.route_steps < 2:
+            raise ValueError(
+                f"`route_steps` is {self.route_steps}: it takes 2, as the step at pi/2 gives no training row"
             )
-        if stopping and step < args.max_train_steps:
-            progress.close()
-            return accelerator
-        if args.validation_prompts and step % args.validation_steps == 0 and step < args.max_train_steps:
-            weights = whole_weights(accelerator, model, ema, trained)
-            if accelerator.is_main_process:
-                exported = load_student(args, teacher, weights)
-                draw_validation(exported if args.rank is None else merge_lora(exported), step=step)
-            accelerator.wait_for_everyone()
-        if args.hub_strategy == "checkpoint" and step % args.checkpointing_steps == 0 and step < args.max_train_steps:
-            export()
-    progress.close()
+        check_positive(self, "max_prompts", "flow_shift", "logit_std")
+        check_not_negative(self, "brightness_threshold", "tangent_warmup_steps", "endpoint_warmup_steps")
+        try:
+            self.tangent_ratio(0)
+        except ValueError as error:
+            raise ValueError(f"--tangent_*: {error}") from error
+
+    def tangent_ratio(self, step: int) -> float:
+        """The ratio r of a step: it warms up, stays, and cools down."""
+        start = None if self.tangent_cooldown_start_step < 0 else self.tangent_cooldown_start_step
+        return tangent_ratio(
+            step, self.tangent_warmup_steps, start, self.tangent_cooldown_steps, self.tangent_final_ratio
+        )
+
+    def describe(self) -> dict[str, object]:
+        """What the model card says of the method's own settings."""
+        cooldown = (
+            "no cooldown"
+            if self.tangent_cooldown_start_step < 0
+            else f"cooldown from step {self.tangent_cooldown_start_step} over {self.tangent_cooldown_steps}"
+        )
+        return {
+            "route": f"{self.sampling_scheme}, {self.route_steps} steps, shift {self.flow_shift}",
+            "tangent ratio": f"warm-up {self.tangent_warmup_steps}, {cooldown}, final {self.tangent_final_ratio}",
+            "endpoint warm-up": f"{self.endpoint_warmup_steps} steps" if self.endpoint_warmup_steps else "off",
+        }
+
+
+def train(settings: TBCMSettings, stop: StopRequest) -> Run:
+    """Algorithm 1, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
+    run = Run(settings, stop, script=__file__)
+    prompts = load_prompts(
+        settings.prompts_file or str(settings.dataset_name),
+        config=settings.dataset_config_name,
+        split=settings.dataset_split,
+        column=settings.caption_column,
+        streaming=settings.streaming,
+        max_prompts=settings.max_prompts,
+    )
+    run.say(prompts)
+    distillation = Distillation(run, settings, prompts.prompts)
+    student = distillation.add_student(rows_per_prompt=settings.route_steps - 1)
+    black = None
+    if settings.brightness_threshold > 0:
+        cache = run.output_dir / f"black_latent_{distillation.resolution}.safetensors"
+        with run.accelerator.main_process_first():
+            black = cached_black_latent(distillation.folder, distillation.resolution, cache).to(run.device)
+
+    def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
+        """Record the trajectories of some draws, and say which of them the brightness filter keeps."""
+        # 1. Prompts; everything random of a draw depends on its number in the run and the seed alone
+        generators = [draw_generator(draw, settings.seed) for draw in draws]
+        numbers = [prompt_at(draw, len(prompts.prompts), settings.seed) for draw in draws]
+        text = distillation.encode([prompts.prompts[number] for number in numbers])
+        guidance_scale = draw_guidance_scale(settings.guidance_scales, generators, device=run.device)
+        noise = draw_noise(distillation.latent_shape, generators, device=run.device)
+
+        # 2. Timesteps
+        timesteps = sample_timesteps(
+            settings.sampling_scheme,
+            len(draws),
+            settings.route_steps,
+            shift=settings.flow_shift,
+            logit_mean=settings.logit_mean,
+            logit_std=settings.logit_std,
+            generator=generators,
+            device=run.device,
+        )
+
+        # 3. The teacher's trajectory
+        recording = record_trajectory(
+            distillation.teacher, noise, timesteps, text, distillation.negative_text, guidance_scale
+        )
+
+        # 4. Brightness filter
+        if black is None:
+            return recording, torch.ones(len(draws), dtype=torch.bool)
+        keep = keep_mask(
+            recording.pred_original_sample,
+            black,
+            settings.brightness_threshold,
+            hard=settings.brightness_hard,
+            generator=generators,
+        )
+        return recording, keep
+
+    batches = run.batches(
+        record,
+        rows_per_prompt=settings.route_steps - 1,
+        num_prompts=len(prompts.prompts),
+        drops=black is not None,
+        recorded_at_once=settings.teacher_batch_size,
+        buffer_size=settings.replay_buffer_size,
+        replay_steps=settings.replay_steps,
+    )
+    for batch in batches:
+        for rows in batch:
+            if run.step < settings.endpoint_warmup_steps:
+                sample = rows.latents / SIGMA_DATA
+                trig_output, logvar = student(
+                    sample, rows.timesteps, **rows.text.arguments(), guidance=rows.guidance_scale
+                )
+                loss = endpoint_loss(trig_output, rows.latents, rows.pred_original_sample, rows.timesteps)
+                run.backward(loss + 0 * logvar.sum(), student)  # DDP waits for the gradient of every parameter
+                continue
+
+            # 5. The student F with gradient and, in the same pass, its tangent g along the teacher's dx_t/dt
+            sample, timesteps = dual_inputs(rows.latents, rows.velocity, rows.timesteps)
+            trig_output, logvar = student(sample, timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
+            ratio = settings.tangent_ratio(run.step)
+            tangent = normalized_tangent(
+                trig_output,
+                rows.latents,
+                rows.velocity,
+                rows.timesteps,
+                ratio=ratio,
+                resolution_invariant=settings.tangent_resolution_invariant,
+            )
+
+            # 6. Loss: mean w(t) / exp(logvar) (F - F_sg - g)^2 + logvar, over the rows kept in all processes
+            errors = (trig_output.primal, tangent.trig_output, tangent.tangent)
+            run.backward(consistency_loss(*errors, logvar, rows.timesteps), student)
+            with torch.no_grad():
+                run.log(error=consistency_error(*errors).mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
+        run.update(student)  # clip, skip what is not finite, step, EMA; log, checkpoint when due
+        if run.validation_due:
+            distillation.validate(student)
+        if run.push_due:
+            export(settings, distillation, student)
 
     # 7. Export
-    if not export():
-        accelerator.end_training()
-        sys.exit(1)  # the warning has said what to do
-    return accelerator
+    if not run.stopped:
+        export(settings, distillation, student)
+    return run
 
 
-def dry_run(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accelerator:
-    """One step, checkpoint, validation and export, then resume for another; gives time and memory of a step."""
-    folder = Path(args.output_dir).with_name(Path(args.output_dir).name + ".dry_run")
-    once = {"checkpointing_steps": 1, "validation_steps": 1, "logging_steps": 1, "output_dir": str(folder)}
-    args.push_to_hub = False
-    for steps, resume in ((1, None), (2, "latest")):
-        changes = once | {"max_train_steps": steps, "resume_from_checkpoint": resume}
-        accelerator = train(argparse.Namespace(**(vars(args) | changes)), stop, method)
-    if accelerator.is_main_process:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        print(f"\nDry run: everything ran once, in {folder}, which is now deleted. Its two steps:")
-        print("\n".join(lines))
-        shutil.rmtree(folder)
-    return accelerator
+def export(settings: TBCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
+    """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
+    distillation.export(student, method="TBCM, image-free", training=settings.describe(), image_free=True)
 
 
-def main(args: argparse.Namespace, method: Method = TBCM) -> None:
-    with StopRequest() as stop:
-        accelerator = dry_run(args, stop, method) if args.dry_run else train(args, stop, method)
-    accelerator.end_training()
-    if stop.received:
-        print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")
-        sys.exit(RESUMABLE_EXIT_CODE)
+def main(argv: list[str] | None = None) -> None:
+    launch(train, parse_settings(TBCMSettings, argv, description=__doc__))
 
 
 if __name__ == "__main__":
-    main(parse_args(description=__doc__))
+    main()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .text import Text
 from .trigflow import TrigFlowTransformer
 
 
@@ -51,10 +52,9 @@ def block_features(
     blocks: Sequence[int],
     latents: torch.Tensor,
     timesteps: torch.Tensor,
-    prompt_embeds: torch.Tensor,
+    text: Text,
     guidance_scale: torch.Tensor,
     *,
-    prompt_attention_mask: torch.Tensor | None = None,
     sigma_data: float = 0.5,
 ) -> dict[int, torch.Tensor]:
     """Run the teacher up to the last of some blocks and keep what they give; gradients flow to the latents.
@@ -64,9 +64,8 @@ def block_features(
         blocks: as `head_blocks` gives them.
         latents: x_t, (rows, channels, height, width).
         timesteps: t in radians, (rows,).
-        prompt_embeds: (rows, length, dim).
+        text: of the rows' prompts.
         guidance_scale: classifier-free guidance weight, (rows,), for a teacher that embeds it.
-        prompt_attention_mask: 1 for a token, 0 for padding, (rows, length).
         sigma_data: standard deviation of the latents.
 
     Returns:
@@ -91,7 +90,7 @@ def block_features(
     handles.append(following.register_forward_pre_hook(stop))
     guidance = guidance_scale if teacher.guidance_embeds else None
     try:
-        teacher(latents / sigma_data, timesteps, prompt_embeds, prompt_attention_mask, guidance)
+        teacher(latents / sigma_data, timesteps, **text.arguments(), guidance=guidance)
     except _LastBlockDone:
         pass
     finally:

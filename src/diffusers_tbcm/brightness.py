@@ -8,7 +8,7 @@ from diffusers.models import AutoencoderDC
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .trajectory import per_prompt_generators
+from .draws import per_prompt_generators
 from .transfer import to_device
 
 

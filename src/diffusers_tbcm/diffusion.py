@@ -7,9 +7,11 @@ import math
 
 import torch
 
+from .draws import per_prompt_generators
 from .guidance import guidance_branches, guided_output
-from .training.replay import TrainingRows
-from .trajectory import per_prompt_generators, sample_timesteps
+from .rows import Recording
+from .text import Text
+from .trajectory import sample_timesteps
 from .trigflow import TrigFlowTransformer, broadcast_time
 
 
@@ -89,14 +91,12 @@ def diffusion_rows(
     image_latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor | None,
+    text: Text,
+    negative_text: Text | None,
     guidance_scale: torch.Tensor,
     *,
-    prompt_attention_mask: torch.Tensor | None = None,
-    negative_prompt_attention_mask: torch.Tensor | None = None,
     sigma_data: float = 0.5,
-) -> TrainingRows:
+) -> Recording:
     """Make training rows from pictures: x_t by noising their latents, dx_t/dt from the teacher under guidance.
 
     Args:
@@ -105,41 +105,31 @@ def diffusion_rows(
         image_latents: the pictures' latents times the autoencoder's scaling factor, (rows, channels, height, width).
         noise: standard normal, the shape of `image_latents`.
         timesteps: t in radians, (rows,).
-        prompt_embeds: of the pictures' captions, (rows, length, dim).
-        negative_prompt_embeds: (1 or rows, any length, dim); None only for a teacher that embeds guidance.
+        text: of the pictures' captions.
+        negative_text: of one negative prompt, or one a row; None only for a teacher that embeds guidance.
         guidance_scale: classifier-free guidance weight, (rows,).
-        prompt_attention_mask: 1 for a token, 0 for padding, (rows, length).
-        negative_prompt_attention_mask: the same for the negative prompt, (1 or rows, its length).
         sigma_data: standard deviation of the rows' latents.
 
     Returns:
         The rows in float32 or wider; `pred_original_sample` is the picture's own latent, times `sigma_data`.
 
     Raises:
-        ValueError: if `timesteps` or `guidance_scale` does not fit the batch, or `negative_prompt_embeds` is None and
+        ValueError: if `timesteps` or `guidance_scale` does not fit the batch, or `negative_text` is None and
             the teacher needs it.
     """
     rows = (len(image_latents),)
     for name, value in (("timesteps", timesteps), ("guidance_scale", guidance_scale)):
         if value.shape != rows:
             raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but it must be {rows}.")
-    branches = guidance_branches(
-        teacher,
-        prompt_embeds,
-        negative_prompt_embeds,
-        prompt_attention_mask=prompt_attention_mask,
-        negative_prompt_attention_mask=negative_prompt_attention_mask,
-    )
+    branches = guidance_branches(teacher, text, negative_text)
     original_sample = sigma_data * image_latents.to(torch.promote_types(image_latents.dtype, torch.float32))
     latents, timesteps = diffuse(original_sample, noise, timesteps, sigma_data), timesteps.to(original_sample.dtype)
-    if prompt_attention_mask is None:
-        prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.long, device=prompt_embeds.device)
-    return TrainingRows(
-        latents=latents,
-        velocity=sigma_data * guided_output(teacher, latents / sigma_data, timesteps, *branches, guidance_scale),
-        timesteps=timesteps,
+    velocity = sigma_data * guided_output(teacher, latents / sigma_data, timesteps, branches, guidance_scale)
+    return Recording(
+        latents=latents.unsqueeze(1),
+        velocity=velocity.unsqueeze(1),
+        timesteps=timesteps.unsqueeze(1),
         pred_original_sample=original_sample,
-        prompt_embeds=prompt_embeds,
-        prompt_attention_mask=prompt_attention_mask,
+        text=text,
         guidance_scale=guidance_scale,
     )

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from .training.replay import TrainingRows
-from .trajectory import per_prompt_generators, rotate
+from .draws import per_prompt_generators
+from .rows import TrainingRows
+from .trajectory import rotate
 from .trigflow import consistency_output
 
 
@@ -61,9 +62,7 @@ def discrete_target(
         The clean latent to agree with, (rows, channels, height, width), without gradient.
     """
     arrived = rotate(rows.latents, rows.velocity, rows.timesteps - next_timesteps)
-    output = target(
-        arrived / sigma_data, next_timesteps, rows.prompt_embeds, rows.prompt_attention_mask, rows.guidance_scale
-    )
+    output = target(arrived / sigma_data, next_timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
     return consistency_output(arrived, output, next_timesteps, sigma_data)
 
 

@@ -87,6 +87,10 @@ class Text:
         """
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
+    def roll(self, shift: int) -> Text:
+        """Give every prompt's place to the prompt `shift` places before it, around the end."""
+        return self._map(lambda tensor: tensor.roll(shift, 0))
+
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:
         """Put texts together, padded to the longest with masked tokens.

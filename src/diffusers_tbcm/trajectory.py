@@ -1,14 +1,16 @@
 """The teacher's generation trajectory: its times and what it records (arXiv 2511.20410, Sec. 5.2, Eq. 8-9)."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from .backbones.prompt_attention import keep_text
+from .draws import per_prompt_generators
 from .guidance import guidance_branches, guided_output
+from .rows import Recording
+from .text import Text
 from .transfer import to_device
 from .trigflow import TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
 
@@ -18,45 +20,6 @@ SAMPLING_SCHEMES = ("reference", "logit_normal", "random")
 # The float32 nearest to pi/2 lies 4e-8 above it, so its cosine is negative. That is harmless for a rotation, and t_0
 # uses it; a training row stays below, where the weight 1 / tan t is positive.
 _BELOW_HALF_PI = math.pi / 2 - 2**-23
-
-
-@dataclass
-class TrajectoryOutput:
-    """What a teacher's generation leaves for training: N - 1 rows per prompt, as the step at pi/2 has no weight.
-
-    Args:
-        latents: x_t, (batch, N - 1, channels, height, width).
-        velocity: dx_t/dt, guided, the shape of `latents`.
-        timesteps: t in radians, (batch, N - 1), descending.
-        pred_original_sample: the generated x_0, (batch, channels, height, width).
-    """
-
-    latents: torch.Tensor
-    velocity: torch.Tensor
-    timesteps: torch.Tensor
-    pred_original_sample: torch.Tensor
-
-
-def per_prompt_generators(
-    generator: torch.Generator | list[torch.Generator] | None, batch_size: int
-) -> Sequence[torch.Generator | None]:
-    """Give every prompt the generator that its random numbers come from.
-
-    Args:
-        generator: one per prompt, or one (or None, the global one) that all prompts draw from in turn.
-        batch_size: number of prompts.
-
-    Returns:
-        `batch_size` generators.
-
-    Raises:
-        ValueError: if a list has another length than `batch_size`.
-    """
-    if not isinstance(generator, list):
-        return [generator] * batch_size
-    if len(generator) != batch_size:
-        raise ValueError(f"`generator` is a list of {len(generator)} generators for a batch of {batch_size} prompts.")
-    return generator
 
 
 def reference_route(num_steps: int, shift: float = 2.5) -> torch.Tensor:
@@ -178,14 +141,12 @@ def record_trajectory(
     teacher: TrigFlowTransformer,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor | None,
+    text: Text,
+    negative_text: Text | None,
     guidance_scale: torch.Tensor,
     *,
-    prompt_attention_mask: torch.Tensor | None = None,
-    negative_prompt_attention_mask: torch.Tensor | None = None,
     sigma_data: float = 0.5,
-) -> TrajectoryOutput:
+) -> Recording:
     """Generate from noise with the teacher and keep every sample and velocity but the first (Eq. 9).
 
     Velocities are under classifier-free guidance, both branches in one batch of 2B rows. A teacher that embeds
@@ -195,18 +156,16 @@ def record_trajectory(
         teacher: the network F.
         noise: standard normal, (batch, channels, height, width).
         timesteps: t in radians, (batch, N), every row descending from pi/2.
-        prompt_embeds: (batch, length, dim).
-        negative_prompt_embeds: (1 or batch, any length, dim); None only for a teacher that embeds guidance.
+        text: of the batch's prompts.
+        negative_text: of one negative prompt, or one for each; None only for a teacher that embeds guidance.
         guidance_scale: classifier-free guidance weight, (batch,).
-        prompt_attention_mask: 1 for a token, 0 for padding, (batch, length).
-        negative_prompt_attention_mask: the same for the negative prompt, (1 or batch, its length).
         sigma_data: standard deviation of the latents.
 
     Returns:
         The training rows and the generated latents, in float32 or wider.
 
     Raises:
-        ValueError: if `timesteps` or `guidance_scale` does not fit the batch, or `negative_prompt_embeds` is None and
+        ValueError: if `timesteps` or `guidance_scale` does not fit the batch, or `negative_text` is None and
             the teacher needs it.
     """
     batch_size = noise.shape[0]
@@ -216,26 +175,22 @@ def record_trajectory(
         raise ValueError(f"`guidance_scale` has shape {tuple(guidance_scale.shape)}, but it must be ({batch_size},).")
     sample = sigma_data * noise.to(torch.promote_types(noise.dtype, torch.float32))
     timesteps = timesteps.to(sample.dtype)
-    embeds, mask = guidance_branches(
-        teacher,
-        prompt_embeds,
-        negative_prompt_embeds,
-        prompt_attention_mask=prompt_attention_mask,
-        negative_prompt_attention_mask=negative_prompt_attention_mask,
-    )
+    branches = guidance_branches(teacher, text, negative_text)
     latents = []
     velocities = []
     next_timesteps = torch.cat([timesteps[:, 1:], torch.zeros_like(timesteps[:, :1])], dim=1)
     with keep_text(teacher.transformer):
         for t, next_t in zip(timesteps.unbind(1), next_timesteps.unbind(1), strict=True):
-            velocity = sigma_data * guided_output(teacher, sample / sigma_data, t, embeds, mask, guidance_scale)
-            embeds = embeds[:, :1]  # what the text gives is kept
+            velocity = sigma_data * guided_output(teacher, sample / sigma_data, t, branches, guidance_scale)
+            branches = replace(branches, embeds=branches.embeds[:, :1])  # what the text gives is kept
             latents.append(sample)
             velocities.append(velocity)
             sample = rotate(sample, velocity, t - next_t)
-    return TrajectoryOutput(
+    return Recording(
         latents=torch.stack(latents[1:], dim=1),
         velocity=torch.stack(velocities[1:], dim=1),
         timesteps=timesteps[:, 1:],
         pred_original_sample=sample,
+        text=text,
+        guidance_scale=guidance_scale,
     )

@@ -24,6 +24,9 @@ DENSE_TIME_CONFIG_SCALE = 0.001
 PLAIN_SANA_SCALE = 1000.0
 
 
+SIGMA_DATA = 0.5
+
+
 def broadcast_time(time: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
     """Append axes to per-sample times so that they broadcast over the remaining axes of the samples.
 

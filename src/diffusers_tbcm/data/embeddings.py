@@ -19,11 +19,10 @@ from diffusers import SanaPipeline
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..pipeline_folder import SKIPPED_FILES
-from ..transfer import to_device
+from ..text import Text
 
 
 logger = logging.get_logger(__name__)
@@ -64,14 +63,14 @@ class PromptEncoder:
         self.cache_size = cache_size
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def __call__(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, prompts: list[str]) -> Text:
         """Embed a batch, padded to its longest prompt only.
 
         Args:
             prompts: B prompts; the empty one is classifier-free guidance's.
 
         Returns:
-            prompt_embeds (B, L, D) and prompt_attention_mask (B, L), on `device`.
+            Their text, (B, L, D), on `device`.
         """
         for prompt in prompts:
             if prompt not in self._cache:
@@ -150,14 +149,14 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __call__(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, prompts: list[str]) -> Text:
         """Read a batch, padded to its longest prompt only.
 
         Args:
             prompts: B prompts; the empty one is classifier-free guidance's.
 
         Returns:
-            prompt_embeds (B, L, D) and prompt_attention_mask (B, L), on `device`.
+            Their text, (B, L, D), on `device`.
 
         Raises:
             ValueError: where a prompt is not in the folder, or its shard is gone or torn.
@@ -341,7 +340,5 @@ def _write_shard(folder: Path, prompts: list[str], rows: list[torch.Tensor], fin
     partial.replace(path)
 
 
-def _pad(rows: list[torch.Tensor], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    embeds, mask = (to_device(pad_sequence(part, batch_first=True), device) for part in (rows, masks))
-    return embeds, mask
+def _pad(rows: list[torch.Tensor], device: torch.device | str) -> Text:
+    return Text.cat([Text.unmasked(row.unsqueeze(0)) for row in rows]).to(device)

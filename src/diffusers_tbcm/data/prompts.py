@@ -2,12 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from os import PathLike
 from pathlib import Path
-
-import numpy as np
-import torch
 
 
 DATA_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # suffix: `datasets` builder
@@ -116,38 +112,3 @@ def _read_column(source: str, config: str | None, split: str, column: str, strea
         raise ValueError(f"{source!r} has no column {column!r}: it has {', '.join(columns)}")
     for batch in data.select_columns([column]).iter(batch_size=1 if streaming else READ_BATCH):
         yield from batch[column]
-
-
-def prompt_at(draw: int, num_prompts: int, seed: int) -> int:
-    """Say which prompt the run's draw number `draw` sees: every epoch is a permutation of its own.
-
-    Args:
-        draw: the run's count of prompts drawn, from 0, over all processes.
-        num_prompts: how many prompts there are.
-        seed: the run's seed.
-
-    Returns:
-        Index of the prompt.
-    """
-    epoch, position = divmod(draw, num_prompts)
-    return int(_epoch_order(epoch, num_prompts, seed)[position])
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(epoch: int, num_prompts: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_prompts)
-
-
-def draw_generator(draw: int, seed: int, stream: int = 0) -> torch.Generator:
-    """Make the CPU generator that everything random about a draw comes from.
-
-    Args:
-        draw: the run's count of prompts drawn, from 0, over all processes.
-        seed: the run's seed.
-        stream: tells what else is counted from 0 in a run, such as its draws from a buffer, from its draws of prompts.
-
-    Returns:
-        A generator that depends on these numbers and on nothing else.
-    """
-    # torch's CPU generator reads 32 bits of its seed: hash the pair into them instead of adding it up.
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, draw, stream]).generate_state(1)[0]))

@@ -12,6 +12,7 @@ import torch
 from diffusers import SCMScheduler
 from PIL import Image
 
+from ..draws import draw_generator
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..versions import dtype_argument
@@ -102,3 +103,13 @@ def draw(
                     prompt, num_inference_steps=num_inference_steps, generator=generator, return_dict=False, **options
                 )[0]
                 yield Drawing(prompt, num_inference_steps, seed, images[0], time.perf_counter() - start)
+
+
+def draw_pictures(pipeline: Any, text: Any, *, num_inference_steps: int, seed: int, **options: Any) -> Any:
+    return pipeline(
+        prompt_embeds=text.embeds,
+        prompt_attention_mask=text.mask,
+        num_inference_steps=num_inference_steps,
+        generator=[draw_generator(index, seed) for index in range(len(text))],
+        **options,
+    ).images

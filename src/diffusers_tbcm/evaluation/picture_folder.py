@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.prompts import draw_generator
+from ..draws import draw_generator
 from ..pipeline_folder import read_json, write_json
 
 

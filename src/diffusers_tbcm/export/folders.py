@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +12,6 @@ from typing import Any
 from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
-from PIL import Image
 
 from ..lora import LORA_FILE, save_lora
 from ..pipeline_folder import (
@@ -40,24 +38,10 @@ from ..standalone import standalone_pipeline_source
 from ..trigflow import DENSE_TIME_CONFIG_SCALE
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
+from .record import Sample
 
 
 SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture that a student drew, for its card.
-
-    Args:
-        prompt: what was asked for.
-        num_inference_steps: steps taken.
-        image: the picture.
-    """
-
-    prompt: str
-    num_inference_steps: int
-    image: Image.Image
 
 
 def save_student_pipeline(

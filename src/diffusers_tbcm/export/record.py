@@ -12,12 +12,41 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from diffusers_tbcm import __version__
 
 from ..pipeline_folder import METRICS, read_json, write_json
 
 
 RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that a student drew, for its card.
+
+    Args:
+        prompt: what was asked for.
+        num_inference_steps: steps taken.
+        image: the picture.
+    """
+
+    prompt: str
+    num_inference_steps: int
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class StudentDescription:
+    prompt: str
+    training: Mapping[str, Any]
+    config: Mapping[str, Any] | None = None
+    samples: Sequence[Sample] = ()
+    resolution: int | None = None
+    license: str | None = None
+    model_id: str | None = None
+    image_free: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+from .latents import CaptionedImages  # noqa: F401

@@ -1,0 +1,1 @@
+from .evaluator import image_grid  # noqa: F401

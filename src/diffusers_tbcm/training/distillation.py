@@ -1,0 +1,320 @@
+"""The teacher of a distillation run, what encodes its prompts, and the students made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones import find_backbone
+from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
+from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
+from ..data.pictures import CaptionedImages
+from ..dual import checkpoint_dual
+from ..evaluation.drawing import draw_pictures
+from ..evaluation.grid import image_grid
+from ..export.folders import save_student_lora, save_student_pipeline
+from ..export.record import Sample, StudentDescription
+from ..lora import make_lora_student, merge_lora
+from ..loss import LogvarHead, StudentWithLogvar
+from ..pipeline_folder import resolve_teacher
+from ..scheduling_tbcm import TBCMScheduler
+from ..trigflow import SIGMA_DATA, TrigFlowTransformer
+from .memory import memory_plan
+from .optimizers import state_bytes
+from .run import Run
+from .settings import DistillationSettings
+
+
+VALIDATION_STEPS = (1, 2, 4)
+
+
+class Distillation:
+    """The frozen teacher of a run, what encodes its prompts, and the students made of it.
+
+    Args:
+        run: the run; its `output_dir` is opened once teacher and Hub are found to be fit.
+        settings: the run's.
+        prompts: every prompt that will be trained on; validation's come with them.
+
+    Attributes:
+        folder: the teacher's pipeline folder.
+        teacher: the frozen network F, in the training precision once `add_student` has copied it.
+        encode: embeds a list of prompts as a `Text`.
+        negative_text: the empty prompt, classifier-free guidance's.
+        latent_shape: of one picture, without the batch.
+
+    Raises:
+        ValueError: where the teacher, the resolution, the launch or the Hub's access does not fit.
+    """
+
+    def __init__(self, run: Run, settings: DistillationSettings, prompts: Sequence[str]) -> None:
+        if settings.rank is not None and run.accelerator.is_fsdp2:
+            raise ValueError("`rank` shares the base's weights with the teacher, which FSDP2 would shard: use DDP")
+        self.run, self.settings, self.prompts = run, settings, prompts
+        self.folder = resolve_teacher(settings.pretrained_model_name_or_path)
+        self.backbone = find_backbone(self.folder)
+        transformer = self.backbone.load_transformer(self.folder)
+        self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
+        run.check_push(self.folder)
+        run.open_folder()
+
+        self.encode = self._make_encoder()
+        self.negative_text = self.encode([""])
+        transformer.requires_grad_(False).eval().to(run.device)
+        timestep_scale = self.backbone.infer_timestep_scale(transformer, self.negative_text)
+        if settings.validation_prompts and timestep_scale > 1:
+            raise ValueError(
+                f"`validation_prompts` cannot be drawn: the teacher sees time multiplied by {timestep_scale:g}, which"
+                " the Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
+            )
+        self.teacher = TrigFlowTransformer(transformer, timestep_scale)
+        self.scheduler = TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=settings.guidance_scales)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of what is drawn and encoded."""
+        return self.latent_shape[-1] * self.backbone.vae_scale_factor(self.folder)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the teacher has."""
+        return len(self.backbone.blocks(self.teacher.transformer))
+
+    @property
+    def inner_dim(self) -> int:
+        """Size of the teacher's hidden states."""
+        return self.backbone.inner_dim(self.teacher.transformer)
+
+    def cache_latents(self, images: CaptionedImages, folder: str | None) -> LatentCache:
+        """Encode pictures once, before training, in float32; every process takes its share.
+
+        Args:
+            images: the pictures.
+            folder: where their latents are or go; `latents` in the run's folder by default.
+
+        Returns:
+            What gives the latents of pictures, by number.
+        """
+        run = self.run
+        cache = Path(folder or run.output_dir / "latents")
+        fingerprint = latents_fingerprint(images, self.folder, resolution=self.resolution, dtype=torch.float32)
+        precompute_latents(
+            images,
+            lambda: self.backbone.load_vae(self.folder).to(run.device),
+            cache,
+            fingerprint,
+            resolution=self.resolution,
+            process_index=run.accelerator.process_index,
+            num_processes=run.accelerator.num_processes,
+        )
+        run.accelerator.wait_for_everyone()
+        return LatentCache(cache, fingerprint)
+
+    def add_student(self, rows_per_prompt: int) -> nn.Module:
+        """Make the student, with its logvar head, and add it to the run; the memory plan is printed.
+
+        Args:
+            rows_per_prompt: rows that it will see of every prompt.
+
+        Returns:
+            The prepared model, giving F and the log-variance.
+        """
+        run, settings = self.run, self.settings
+        transformer = self._make_student()
+        if settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing(checkpoint_dual)
+        student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
+        model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
+        self.teacher.to(run.weight_dtype)
+        if run.accelerator.is_main_process:
+            self._print_memory_plan(model, rows_per_prompt)
+        if settings.compile:
+            for block in (*self.backbone.blocks(self.teacher.transformer), *self.backbone.blocks(transformer)):
+                block.compile()
+        return run.add(
+            "student",
+            model,
+            exported="student.transformer",
+            lr_scheduler=settings.lr_scheduler,
+            ema=settings.use_ema,
+        )
+
+    def validate(self, student: nn.Module) -> None:
+        """Draw the validation prompts with the student as it is; every process calls this.
+
+        Args:
+            student: from `add_student`.
+        """
+        weights = self.run.weights(student)
+        if self.run.accelerator.is_main_process:
+            transformer = self._load_student(weights)
+            self._draw(transformer if self.settings.rank is None else merge_lora(transformer))
+        self.run.accelerator.wait_for_everyone()
+
+    def export(self, student: nn.Module, *, method: str, training: Mapping[str, Any], image_free: bool) -> None:
+        """Save the student as a pipeline or LoRA folder, and push it if asked to; every process calls this.
+
+        Args:
+            student: from `add_student`.
+            method: what the card calls it.
+            training: what the card says of the method's own settings, by name.
+            image_free: whether it was trained on prompts alone.
+        """
+        run, settings = self.run, self.settings
+        weights = run.weights(student)
+        if run.accelerator.is_main_process:
+            self.teacher.float()
+            transformer = self._load_student(weights)
+            description = StudentDescription(
+                prompt=(settings.validation_prompts or self.prompts)[0],
+                training=self._training_table(method, training),
+                image_free=image_free,
+                config=run.config,
+                samples=self._draw(transformer) if settings.validation_prompts else (),
+                resolution=settings.resolution,
+            )
+            run.push(self._save(transformer, description))
+            self.teacher.to(run.weight_dtype)
+        run.accelerator.wait_for_everyone()
+
+    def _make_encoder(self) -> PromptEncoder | EmbeddingCache:
+        run, settings = self.run, self.settings
+        reading = {
+            "complex_human_instruction": self.backbone.instruction if settings.complex_human_instruction else None,
+            "max_sequence_length": settings.max_sequence_length,
+        }
+
+        def make_encoder() -> PromptEncoder:
+            pipeline = self.backbone.load_text_pipeline(self.folder, run.weight_dtype)
+            return PromptEncoder(pipeline, device=run.device, offload=settings.offload_text_encoder, **reading)
+
+        if settings.precompute_embeddings is None:
+            return make_encoder()
+        cache = Path(settings.precompute_embeddings)
+        fingerprint = encoder_fingerprint(self.folder, dtype=run.weight_dtype, **reading)
+        precompute_embeddings(
+            [*self.prompts, *(settings.validation_prompts or [])],
+            make_encoder,
+            cache,
+            fingerprint,
+            process_index=run.accelerator.process_index,
+            num_processes=run.accelerator.num_processes,
+        )
+        run.accelerator.wait_for_everyone()
+        return EmbeddingCache(cache, fingerprint, device=run.device)
+
+    def _make_student(self) -> nn.Module:
+        settings, teacher = self.settings, self.teacher.transformer
+        if settings.rank is None:
+            student = self.backbone.make_student(teacher)
+        else:
+            targets = {} if settings.lora_target_modules is None else {"target_modules": settings.lora_target_modules}
+            student = make_lora_student(teacher, rank=settings.rank, alpha=settings.lora_alpha, **targets)
+        student.register_to_config(timestep_scale=self.teacher.timestep_scale)
+        return student
+
+    def _load_student(self, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+        """A copy of the student in its teacher's dtype."""
+        student = self._make_student()
+        student.load_state_dict(weights)
+        return student.eval()
+
+    def _print_memory_plan(self, model: StudentWithLogvar, rows_per_prompt: int) -> None:
+        run, settings = self.run, self.settings
+        rows = settings.train_batch_size * rows_per_prompt
+        one = torch.ones(rows, device=run.device)
+        text = self.negative_text.expand(settings.train_batch_size)
+        frozen: dict[str, nn.Module] = {"teacher": self.teacher}
+        if isinstance(self.encode, PromptEncoder):
+            frozen["text encoder"] = self.encode.text_encoder
+        plan = memory_plan(
+            model,
+            frozen,
+            (torch.zeros((rows, *self.latent_shape), device=run.device), one, text.embeds, text.mask, one),
+            state_bytes=state_bytes(settings.optimizer, in_8_bits=settings.use_8bit_adam),
+            ema=settings.use_ema,
+            autocast_dtype=None if run.weight_dtype == torch.float32 else run.weight_dtype,
+        )
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
+        print(f"Memory plan: {sum(plan.values()) / 2**30:.2f} GiB a process, before any sharding = {parts}")
+
+    @torch.no_grad()
+    def _draw(self, transformer: nn.Module) -> list[Sample]:
+        """Draw the validation prompts, put a labelled grid of them into log and folder, give the pictures."""
+        run, prompts = self.run, self.settings.validation_prompts or []
+        pipeline = self.backbone.student_pipeline(self.folder, transformer, self.scheduler)
+        columns = [
+            list(
+                draw_pictures(
+                    pipeline,
+                    self.encode(prompts),
+                    num_inference_steps=steps,
+                    seed=run.settings.seed,
+                    height=self.settings.resolution,
+                    width=self.settings.resolution,
+                )
+            )
+            for steps in VALIDATION_STEPS
+        ]
+        rows = list(zip(*columns, strict=True))
+        grid = image_grid(rows, [f"{steps} step{'s' * (steps > 1)}" for steps in VALIDATION_STEPS], prompts)
+        folder = run.output_dir / "validation"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"step-{run.step}.png")
+        run.metrics.image("validation", grid, run.step)
+        return [
+            Sample(prompt, steps, image)
+            for prompt, row in zip(prompts, rows, strict=True)
+            for steps, image in zip(VALIDATION_STEPS, row, strict=True)
+        ]
+
+    def _save(self, transformer: nn.Module, description: StudentDescription) -> Path:
+        """Save the adapters, the pipeline or both; the folder to publish."""
+        settings, output_dir = self.settings, self.run.output_dir
+        teacher = settings.pretrained_model_name_or_path
+        folder = output_dir
+        if settings.rank is not None:
+            folder = save_student_lora(
+                transformer,
+                teacher,
+                output_dir / "lora",
+                **vars(replace(description, model_id=f"{output_dir.name}/lora")),
+                guidance_scale=median_low(settings.guidance_scales),
+            )
+            print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
+        if settings.rank is None or settings.merge_lora:
+            folder = save_student_pipeline(
+                transformer if settings.rank is None else merge_lora(transformer),
+                teacher,
+                output_dir,
+                **vars(description),
+                scheduler=self.scheduler,
+                variants=settings.export_variants,
+            )
+            print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
+        return folder
+
+    def _training_table(self, method: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model card says about the run."""
+        run, settings = self.run, self.settings
+        replay = f"{settings.replay_buffer_size} prompts, {settings.replay_steps} steps a recording"
+        optimiser = f"{settings.optimizer}, lr {settings.learning_rate:g} {settings.lr_scheduler}"
+        return {
+            "method": method,
+            "steps": run.step,
+            "prompts seen": run.prompts_seen,
+            **own,
+            "replay": replay if settings.replay_buffer_size else "off",
+            "guidance scales": ", ".join(f"{scale:g}" for scale in settings.guidance_scales),
+            "optimiser": f"{optimiser}, clip {settings.max_grad_norm:g}",
+            "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}, guidance embedder",
+            "EMA": settings.ema_decay if settings.use_ema else "off",
+            "precision": run.accelerator.mixed_precision,
+            "seed": settings.seed,
+        }

@@ -1,0 +1,100 @@
+"""How a training script is started: signals, the dry run, exit codes; and the launches that are refused."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType
+
+from .interruption import RESUMABLE_EXIT_CODE, StopRequest
+from .settings import RunSettings
+
+
+if TYPE_CHECKING:
+    from .run import Run
+
+S = TypeVar("S", bound=RunSettings)
+
+
+def launch(train: Callable[[S, StopRequest], Run], settings: S) -> None:
+    """Train, or try everything once.
+
+    Args:
+        train: the script's; gives back its run.
+        settings: the script's.
+
+    Raises:
+        SystemExit: with code 75 where a signal ended the run after a checkpoint, 1 where a push failed.
+    """
+    with StopRequest() as stop:
+        run = dry_run(train, settings, stop) if settings.dry_run else train(settings, stop)
+    run.accelerator.end_training()
+    if run.stopped:
+        print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")
+        sys.exit(RESUMABLE_EXIT_CODE)
+    if not run.pushed:
+        sys.exit(1)  # a warning has said what to do
+
+
+def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopRequest) -> Run:
+    """Take one step with checkpoint, validation and export, resume for another, and print what they took.
+
+    Args:
+        train: the script's.
+        settings: the script's; nothing is written to their `output_dir`, or pushed.
+        stop: notes the signals.
+
+    Returns:
+        The second run.
+    """
+    folder = Path(settings.output_dir).with_name(Path(settings.output_dir).name + ".dry_run")
+    once = replace(
+        settings,
+        output_dir=str(folder),
+        checkpointing_steps=1,
+        validation_steps=1,
+        logging_steps=1,
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_license")),
+        hub_strategy="end",
+        max_train_steps=1,
+        resume_from_checkpoint=None,
+    )
+    train(once, stop)
+    run = train(replace(once, max_train_steps=2, resume_from_checkpoint="latest"), stop)
+    if run.accelerator.is_main_process:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        print(f"\nDry run: everything ran once, in {folder}, which is now deleted. Its two steps:")
+        print("\n".join(lines))
+        shutil.rmtree(folder)
+    return run
+
+
+def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) -> None:
+    """Refuse a launch that is not tested.
+
+    Args:
+        accelerator: the run's.
+        report_to: an accelerate tracker, or "none".
+        num_models: how many models are trained.
+
+    Raises:
+        ValueError: naming the configuration, or the setting.
+    """
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
+            " derivative is tested with one process, DDP and FSDP2 (fsdp_version: 2)"
+        )
+    if num_models > 1 and accelerator.is_fsdp2:
+        raise ValueError("a second trained model is tested with one process and DDP, and this is FSDP2: use DDP")
+    if num_models > 1 and accelerator.mixed_precision == "fp16":
+        raise ValueError("`mixed_precision` is fp16, whose loss scale two optimisers cannot share: use bf16 or no")
+    if report_to != "none" and report_to not in map(str, get_available_trackers()):
+        raise ValueError(f"`report_to` is {report_to!r}, which is not installed or no tracker of accelerate")

@@ -1,0 +1,554 @@
+"""A training run: everything of it that is not the algorithm, as verbs that a script calls in order.
+
+    run = Run(settings, ...)                     # accelerate, folder, place to resume from, trackers
+    student = run.add("student", model, ...)     # a trained model, its optimiser, schedule and average
+    for batch in run.batches(record, ...):       # a step: as many micro-steps as gradients are accumulated over
+        for rows in batch:
+            run.backward(loss, student)
+        run.update(student)                      # clip, skip what is not finite, step, average; log, checkpoint
+
+Several models may train in turn: one that was added with `every=2` is updated in every second step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+
+from ..draws import draw_generator
+from ..export.hub import choose_license, prepare_repo, push_or_warn
+from ..export.record import training_config
+from ..lora import drop_frozen_weights
+from ..pipeline_folder import TRAINING_CONFIG, write_json
+from ..rows import TrainingRows
+from ..transfer import HostCopy, to_device
+from .averaging import ShardedEMA
+from .checkpoints import find_checkpoint, save_checkpoint
+from .interruption import StopRequest
+from .launch import check_launch
+from .memory import peak_memory
+from .optimizers import build_optimizer
+from .settings import RunSettings
+from .stream import Record, RowStream
+from .tracking import MetricsLog
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class _Trained:
+    """A trained model, and what trains with it."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    every: int
+    exported: str
+    averaged: dict[str, nn.Parameter]  # what of the exported part trains, by its name there
+    ema: ShardedEMA | None
+
+
+class Run:
+    """One process of a training run.
+
+    It resumes bit for bit, its randomness is keyed by (seed, draw) and not by processes, and neither a full disk, a
+    tracker nor a step that is not finite ends it. SIGTERM and SIGINT end it after a checkpoint: `stopped` says so.
+
+    Args:
+        settings: of the run.
+        stop: notes the signals.
+        script: the training script, whose revision is recorded.
+        num_models: how many models the script trains.
+
+    Attributes:
+        accelerator: accelerate's.
+        step: steps done.
+        resumed: the checkpoint that the run goes on from, or None.
+        config: the settings and versions, as `training_config.json` holds them.
+
+    Raises:
+        ValueError: where the launch is one that is not tested, a tracker is not installed, or the checkpoint to resume
+            from is not whole.
+    """
+
+    def __init__(
+        self, settings: RunSettings, stop: StopRequest, *, script: str | PathLike[str], num_models: int = 1
+    ) -> None:
+        self.settings = settings
+        self.output_dir = Path(settings.output_dir)
+        report_to = None if settings.report_to == "none" else settings.report_to
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            mixed_precision=settings.mixed_precision,
+            log_with=report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")
+            ),
+        )
+        set_seed(settings.seed)
+        torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+        check_launch(self.accelerator, settings.report_to, num_models)
+        self.config = training_config(asdict(settings), script)
+        self.resumed, self.step = None, 0
+        if settings.resume_from_checkpoint:
+            found = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
+            self.resumed, self.step = found or (None, 0)
+        self.stopped = False
+        self.pushed = True  # or nothing was to be pushed
+        self._stop = stop
+        self._push: partial[bool] | None = None
+        self._trained: list[_Trained] = []
+        self._stream: RowStream | None = None
+        self._measures: dict[str, torch.Tensor | float] = {}
+        self._in_micro_step = False
+        self._waiting: set[str] = set()  # models that went backward and were not updated yet
+        self._updated: set[str] = set()  # models that were updated in this step
+        self._norms: dict[str, float] = {}  # of their gradients
+        self._skipped = self._skipped_in_a_row = self._dropped = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The training precision, in which frozen networks run."""
+        precisions = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        return precisions.get(self.accelerator.mixed_precision, torch.float32)
+
+    def say(self, message: object) -> None:
+        """Log a message, once for all processes."""
+        logger.info(str(message), main_process_only=True)
+
+    # What comes before training
+
+    def check_push(self, model_folder: Path) -> None:
+        """Make sure that the student can be published, before anything is computed; without `push_to_hub` nothing.
+
+        Args:
+            model_folder: the teacher's folder, whose card may name the licence.
+
+        Raises:
+            ValueError: where licence, token or repository do not allow it.
+            RuntimeError: where the Hub cannot be reached.
+        """
+        settings = self.settings
+        if settings.push_to_hub and self.accelerator.is_main_process:
+            terms = choose_license(model_folder, settings.hub_license)
+            repo_id = prepare_repo(
+                settings.hub_model_id or self.output_dir.resolve().name,
+                token=settings.hub_token,
+                private=settings.hub_private_repo,
+            )
+            self._push = partial(push_or_warn, repo_id=repo_id, token=settings.hub_token, license=terms)
+
+    def open_folder(self) -> None:
+        """Begin to write: what the run is told goes into `output_dir`. Whatever is wrong should be found before."""
+        if self.accelerator.is_main_process:
+            write_json(self.output_dir / TRAINING_CONFIG, self.config)
+        self.accelerator.wait_for_everyone()
+
+    def add(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        exported: str = "",
+        learning_rate: float | None = None,
+        lr_scheduler: str | None = None,
+        every: int = 1,
+        ema: bool = False,
+    ) -> nn.Module:
+        """Take in a model to train: all of its parameters that require a gradient.
+
+        Args:
+            name: what its figures are called in the logs.
+            model: on any device.
+            exported: the part of it, by its module path, that `ema` averages and `weights` gives; all by default.
+            learning_rate: the run's by default.
+            lr_scheduler: name of a schedule, over its updates; None keeps the rate.
+            every: it is updated in every so many steps of the run.
+            ema: average its weights.
+
+        Returns:
+            The model to call from now on, prepared by accelerate.
+
+        Raises:
+            RuntimeError: where training has begun.
+        """
+        if self._stream is not None:
+            raise RuntimeError(f"model {name!r} is added after `batches` has begun: add it before")
+        settings = self.settings
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if len(parameters) < len(list(model.parameters())) and not self._partial:
+            self.accelerator.register_save_state_pre_hook(drop_frozen_weights)
+        rate = settings.learning_rate if learning_rate is None else learning_rate
+        optimizer = build_optimizer(
+            settings.optimizer,
+            parameters,
+            rate,
+            weight_decay=settings.weight_decay,
+            in_8_bits=settings.use_8bit_adam,
+        )
+        schedule = None
+        if lr_scheduler is not None:
+            schedule = get_scheduler(
+                lr_scheduler,
+                optimizer,
+                num_warmup_steps=settings.lr_warmup_steps,
+                num_training_steps=settings.max_train_steps // every,
+            )
+        model, optimizer = self.accelerator.prepare(model, optimizer)
+        part = self.accelerator.unwrap_model(model).get_submodule(exported)
+        averaged = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+        average = ShardedEMA(averaged.values(), decay=settings.ema_decay) if ema else None
+        self.accelerator.register_for_checkpointing(*[state for state in (schedule, average) if state is not None])
+        self._trained.append(_Trained(name, model, optimizer, schedule, every, exported, averaged, average))
+        return model
+
+    # The loop
+
+    def batches(
+        self,
+        record: Record,
+        *,
+        rows_per_prompt: int,
+        num_prompts: int,
+        drops: bool = False,
+        recorded_at_once: int | None = None,
+        buffer_size: int = 0,
+        replay_steps: int = 1,
+        ahead: int = 2,
+    ) -> Iterator[Iterator[TrainingRows]]:
+        """Resume, and go through the steps that are left.
+
+        Args:
+            record: makes the recording of some draws and says which prompts to keep, as `RowStream` calls it.
+            rows_per_prompt: places of a recording.
+            num_prompts: how many there are to draw from.
+            drops: whether `record` may drop prompts; gradients are then scaled to those that are kept.
+            recorded_at_once: prompts per process that `record` is called for; by default those of a micro-step.
+            buffer_size, replay_steps: as `RowStream` takes them.
+            ahead: recordings made before they are needed; 0 where they have to know the latest weights.
+
+        Yields:
+            The micro-steps of a step: iterated over, they give the rows of each.
+
+        Raises:
+            RuntimeError: where verbs come in the wrong order: no model was added, a step was not finished by
+                `update`, or too many steps in a row were not finite.
+        """
+        if not self._trained:
+            raise RuntimeError("there is nothing to train: `add` a model before `batches`")
+        settings, accelerator = self.settings, self.accelerator
+        self._drops = drops
+        self._stream = RowStream(
+            record,
+            rows_per_prompt=rows_per_prompt,
+            num_prompts=num_prompts,
+            batch_size=settings.train_batch_size,
+            recorded_at_once=recorded_at_once or settings.train_batch_size,
+            buffer_size=buffer_size,
+            replay_steps=replay_steps,
+            ahead=ahead,
+            seed=settings.seed,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+        )
+        self._begin()
+        accumulation = settings.gradient_accumulation_steps
+        self._first_number = -(-self.step * accumulation // replay_steps)
+        self._stream.start(self.step * accumulation, settings.max_train_steps * accumulation)
+        # Of the step, in all processes: rows kept, prompts dropped, requests to stop.
+        self._counts = torch.zeros(3, device=self.device)
+        while self.step < settings.max_train_steps and not self.stopped:
+            step = self.step
+            yield self._micro_steps()
+            if self.step == step:
+                raise RuntimeError(
+                    f"step {step} ended without `update` of {', '.join(sorted(self._due()))}: call it after the"
+                    " micro-steps"
+                )
+        self.progress.close()
+
+    def backward(self, loss: torch.Tensor, model: nn.Module) -> None:
+        """Add the gradient of a micro-step's loss, a mean over its rows; rows that do not count weigh nothing.
+
+        Args:
+            loss: a scalar.
+            model: the model of `add` that it is for.
+
+        Raises:
+            RuntimeError: outside a micro-step.
+            ValueError: for a model that was not added, or that is not due in this step.
+        """
+        trained = self._find(model)
+        if not self._in_micro_step:
+            raise RuntimeError("`backward` is called outside the micro-steps that `batches` gives")
+        if trained.name not in self._due():
+            raise ValueError(f"model {trained.name!r} is not due in step {self.step}: ask `due` before `backward`")
+        self.accelerator.backward(loss * self._weight)
+        self._waiting.add(trained.name)
+        self._measures[f"{self._prefix(trained)}loss"] = loss.detach()
+
+    def due(self, model: nn.Module) -> bool:
+        """Say whether a model is to be updated in this step."""
+        return self._find(model).name in self._due()
+
+    def log(self, **measures: torch.Tensor | float) -> None:
+        """Note figures of the micro-step, which are logged when that is due.
+
+        Args:
+            measures: scalars by name.
+        """
+        self._measures |= measures
+
+    def generators(self, count: int, *, stream: int) -> list[torch.Generator]:
+        """Make the generators of what else is random about a micro-step, one a row: they know (seed, draw) only.
+
+        Args:
+            count: rows.
+            stream: a number of the script's own, 2 or more, for each use.
+
+        Returns:
+            CPU generators.
+        """
+        assert self._stream is not None
+        first = self._stream.draw(self._micro_step) * self.settings.train_batch_size
+        return [draw_generator(first + index, self.settings.seed, stream=stream) for index in range(count)]
+
+    def update(self, *models: nn.Module) -> None:
+        """Take an optimiser step of models, all or none: clip, skip what is not finite, step, average.
+
+        With the last model that is due the step is done: it is logged and a checkpoint is written where that is due.
+
+        Args:
+            models: from `add`.
+
+        Raises:
+            RuntimeError: for a model without `backward`, or inside a step's micro-steps; where too many steps in a row
+                were not finite, after a checkpoint.
+        """
+        trained = [self._find(model) for model in models]
+        for part in trained:
+            if part.name not in self._waiting or self._in_micro_step:
+                raise RuntimeError(f"`update` of {part.name!r} comes before the `backward` of all its micro-steps")
+        stream, accelerator = self._stream, self.accelerator
+        assert stream is not None
+        norms = [self._clip(part) for part in trained]
+        status = HostCopy(torch.cat([self._counts, torch.stack(norms)]))
+        stream.prefetch()
+        kept, dropped, stops, *found = status.read().tolist()
+        finite = all(map(math.isfinite, found))
+        if kept == 0:
+            logger.warning(f"Step {self.step}: the filter dropped every prompt; no update")
+        elif finite or accelerator.scaler is not None:  # with fp16 the scaler skips a step that is not finite
+            for part in trained:
+                part.optimizer.step()
+        for part in trained:
+            if kept > 0 and finite and part.ema is not None:
+                part.ema.step(part.averaged.values())
+            part.optimizer.zero_grad()
+            if part.lr_scheduler is not None:
+                part.lr_scheduler.step()
+            self._waiting.discard(part.name)
+            self._updated.add(part.name)
+        self._norms |= {part.name: norm for part, norm in zip(trained, found, strict=True)}
+        if self._due() <= self._updated:
+            self._end_step(int(kept), int(dropped), stops > 0)
+
+    # After or between steps
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether `validation_prompts` are to be drawn now, before training goes on; at the end export does it."""
+        return bool(self.settings.validation_prompts) and self._falls_on(self.settings.validation_steps)
+
+    @property
+    def push_due(self) -> bool:
+        """Whether the student is to be exported and pushed now, before training goes on."""
+        return self.settings.hub_strategy == "checkpoint" and self._falls_on(self.settings.checkpointing_steps)
+
+    @property
+    def prompts_seen(self) -> int:
+        """Prompts recorded so far, in all processes."""
+        assert self._stream is not None
+        return self._stream.number * self._stream.prompts_per_recording
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Gather the exported part of a model, averaged where it has an average; every process calls this.
+
+        Args:
+            model: from `add`.
+
+        Returns:
+            Whole weights by name.
+        """
+        trained = self._find(model)
+        prefix = f"{trained.exported}." if trained.exported else ""
+        weights = {
+            name.removeprefix(prefix): weight
+            for name, weight in self.accelerator.get_state_dict(trained.model).items()
+            if name.startswith(prefix)
+        }
+        if trained.ema is not None:
+            weights |= zip(trained.averaged, trained.ema.full_weights(), strict=True)
+        return weights
+
+    def push(self, folder: Path) -> None:
+        """Publish an exported folder where that was asked for; the main process calls this. `pushed` says how it went.
+
+        Args:
+            folder: a pipeline or LoRA that was saved.
+        """
+        if self._push is not None:
+            self.pushed = self._push(folder)
+
+    # Below, what the verbs are made of
+
+    @property
+    def _partial(self) -> bool:
+        """Whether some weights of a trained model are frozen, and not in checkpoints."""
+        return any(not parameter.requires_grad for part in self._trained for parameter in part.model.parameters())
+
+    def _find(self, model: nn.Module) -> _Trained:
+        for trained in self._trained:
+            if trained.model is model:
+                return trained
+        names = ", ".join(trained.name for trained in self._trained)
+        raise ValueError(
+            f"a {type(model).__name__} is none of the run's models ({names}): `add` it, call what it gives"
+        )
+
+    def _prefix(self, trained: _Trained) -> str:
+        """What stands before the names of a model's figures: nothing for the first one."""
+        return "" if trained is self._trained[0] else f"{trained.name}_"
+
+    def _due(self) -> set[str]:
+        return {trained.name for trained in self._trained if (self.step + 1) % trained.every == 0}
+
+    def _falls_on(self, interval: int) -> bool:
+        return self.step % interval == 0 and self.step < self.settings.max_train_steps and not self.stopped
+
+    def _begin(self) -> None:
+        """Load what the checkpoint holds, start the logs."""
+        if self.resumed is not None:
+            self.accelerator.load_state(str(self.resumed), strict=not self._partial)
+            self.say(f"Resumed from {self.resumed} at step {self.step}")
+        for trained in self._trained:
+            if trained.ema is not None:
+                trained.ema.to(self.device)
+        if self.settings.report_to != "none":
+            flags = {name: str(value) for name, value in self.config["flags"].items()}
+            self.accelerator.init_trackers("tbcm", config=flags)
+        self.metrics = MetricsLog(self.accelerator, self.output_dir / "metrics.jsonl", first_step=self.step)
+        self.progress = tqdm(
+            total=self.settings.max_train_steps,
+            initial=self.step,
+            desc="Steps",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        self._rows_since_log, self._last_log = 0, time.perf_counter()
+
+    def _micro_steps(self) -> Iterator[TrainingRows]:
+        """The rows of a step, micro-step by micro-step; in between, gradients stay in their process."""
+        stream, accelerator = self._stream, self.accelerator
+        assert stream is not None
+        accumulation = self.settings.gradient_accumulation_steps
+        first = self.step * accumulation
+        for self._micro_step in range(first, first + accumulation):
+            rows, kept = stream.rows(self._micro_step)
+            counts = torch.tensor([kept, stream.dropped, float(self._stop.received)])
+            self._counts += accelerator.reduce(to_device(counts, self.device))
+            self._weight = kept / stream.rows_per_micro_step
+            with accelerator.accumulate(*(trained.model for trained in self._trained)):
+                self._in_micro_step = True
+                yield rows
+                self._in_micro_step = False
+            if self._micro_step < first + accumulation - 1:  # after the last one `update` has more to queue before
+                stream.prefetch()
+
+    def _clip(self, trained: _Trained) -> torch.Tensor:
+        """Make a gradient the mean over the rows kept in all processes and micro-steps, and clip it; its norm."""
+        stream, accelerator = self._stream, self.accelerator
+        assert stream is not None
+        expected = stream.rows_per_micro_step * accelerator.num_processes * self.settings.gradient_accumulation_steps
+        if self._drops:
+            scale = expected / self._counts[0].clamp(min=1)
+            for parameter in trained.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        norm = accelerator.clip_grad_norm_(trained.model.parameters(), self.settings.max_grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _end_step(self, kept: int, dropped: int, stop: bool) -> None:
+        """Count a step, report it, write a checkpoint where that is due."""
+        settings, stream = self.settings, self._stream
+        assert stream is not None
+        self._counts.zero_()
+        self._updated.clear()
+        self.step += 1
+        self.progress.update()
+        self.stopped |= stop
+        self._dropped += dropped
+        self._rows_since_log += kept
+        bad = [norm for norm in self._norms.values() if not math.isfinite(norm)]
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
+        if bad:
+            self._skipped += 1
+            numbers = stream.prompt_numbers(settings.gradient_accumulation_steps)
+            logger.warning(
+                f"Step {self.step}: gradient norm {bad[0]}, no update; its prompts are among numbers {numbers}"
+            )
+        last = self.step == settings.max_train_steps
+        failing = self._skipped_in_a_row >= settings.max_skipped_steps
+        if self.step % settings.logging_steps == 0 or last or bad:
+            self._report()
+        self._norms.clear()
+        if self.step % settings.checkpointing_steps == 0 or last or self.stopped or failing:
+            save_checkpoint(self.accelerator, self.output_dir, self.step, settings.checkpoints_total_limit)
+        self.stopped &= not last  # there is nothing left to stop
+        if failing:
+            raise RuntimeError(
+                f"{self._skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights from"
+                f" before them are in checkpoint-{self.step}; try a lower `learning_rate` or `mixed_precision` bf16 or"
+                " no"
+            )
+
+    def _report(self) -> None:
+        """Log the figures of the latest step."""
+        stream, now = self._stream, time.perf_counter()
+        assert stream is not None
+        recorded = max(1, (stream.number - self._first_number) * stream.prompts_per_recording)
+        metrics = {name: float(value) for name, value in self._measures.items()}
+        for trained in self._trained:
+            prefix = self._prefix(trained)
+            metrics[f"{prefix}lr"] = trained.optimizer.param_groups[0]["lr"]
+            if trained.name in self._norms:
+                metrics[f"{prefix}grad_norm"] = self._norms[trained.name]
+        metrics |= {
+            "filtered_share": self._dropped / recorded,
+            "skipped_steps": self._skipped,
+            "rows_per_second": self._rows_since_log / (now - self._last_log),
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
+        }
+        self._last_log, self._rows_since_log = now, 0
+        self.progress.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()})
+        self.metrics(metrics, self.step)

@@ -1,0 +1,286 @@
+"""What a training run is told: typed settings, each of them a flag of the scripts that have it.
+
+A script's own settings inherit from those it shares; every class is a group of flags. Messages about a setting name it
+in backticks, and on the command line as its flag.
+"""
+
+import dataclasses
+import inspect
+import re
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from diffusers.optimization import SchedulerType
+from transformers import HfArgumentParser
+
+from ..pipeline_folder import MODEL_INDEX, VARIANTS
+from .checkpoints import list_checkpoints
+
+
+S = TypeVar("S", bound="RunSettings")
+
+OPTIMIZERS = ("adamw", "came")
+PRECISIONS = ("no", "fp16", "bf16")
+HUB_STRATEGIES = ("end", "checkpoint")
+
+
+def setting(default: Any = dataclasses.MISSING, help: str | None = None, **options: Any) -> Any:
+    """Declare a setting with its help; a list is copied for every instance, and without default it is required.
+
+    Args:
+        default: its value where nothing else is said.
+        help: what it does.
+        options: further keyword arguments of argparse's `add_argument`, such as `choices`.
+
+    Returns:
+        A dataclass field.
+    """
+    metadata = {"help": help, **options}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Refuse settings that are not positive; None passes.
+
+    Args:
+        settings: holds them.
+        names: which.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` is {value}: it has to be positive")
+
+
+def check_not_negative(settings: object, *names: str) -> None:
+    """Refuse settings below zero, in the way of `check_positive`."""
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise ValueError(f"`{name}` is {getattr(settings, name)}: it must not be negative")
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """optimisation, checkpoints, logs, Hub"""
+
+    output_dir: str = setting()
+    train_batch_size: int = setting(1, "prompts per process and backward pass")
+    gradient_accumulation_steps: int = setting(1, "backward passes a step")
+    max_train_steps: int = setting(20000, "optimiser steps")
+    optimizer: str = setting("adamw", choices=OPTIMIZERS)
+    learning_rate: float = setting(1e-5)
+    lr_scheduler: str = setting("constant", choices=tuple(kind.value for kind in SchedulerType))
+    lr_warmup_steps: int = setting(0)
+    weight_decay: float = setting(0.0)
+    max_grad_norm: float = setting(0.1, "gradients are clipped to this norm")
+    use_8bit_adam: bool = setting(False, "AdamW's states in 8 bits (bitsandbytes)")
+    max_skipped_steps: int = setting(10, "non-finite steps in a row that end the run")
+    use_ema: bool = setting(False, "validate and export averaged weights")
+    ema_decay: float = setting(0.999)
+    allow_tf32: bool = setting(False, "faster float32 products on an NVIDIA GPU")
+    mixed_precision: str | None = setting(None, "default: accelerate's setting", choices=PRECISIONS)
+    seed: int = setting(0)
+
+    checkpointing_steps: int = setting(500)
+    checkpoints_total_limit: int | None = setting(None, "older ones are deleted")
+    resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
+    validation_prompts: list[str] | None = setting(None, "drawn at 1, 2 and 4 steps")
+    validation_steps: int = setting(500)
+    report_to: str = setting("tensorboard", "an accelerate tracker, or 'none'")
+    logging_steps: int = setting(10)
+    dry_run: bool = setting(False, "everything once, in a folder beside output_dir; report")
+
+    push_to_hub: bool = setting(False, "publish the student; access is checked at the start")
+    hub_model_id: str | None = setting(None, "owner/name; default: the name of output_dir, under the token's user")
+    hub_token: str | None = setting(None, "with write access; default: HF_TOKEN or `hf auth login`")
+    hub_private_repo: bool | None = setting(None, "if the repository is created", nargs="?", const=True)
+    hub_strategy: str = setting("end", "checkpoint: also at every checkpoint", choices=HUB_STRATEGIES)
+    hub_license: str | None = setting(None, "such as apache-2.0, where the teacher's card names none")
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
+            "max_grad_norm", "max_skipped_steps", "checkpointing_steps", "validation_steps", "logging_steps",
+        )  # fmt: skip
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(
+                f"`checkpoints_total_limit` is {self.checkpoints_total_limit}: the last one is always kept"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}: it has to lie in [0, 1)")
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise ValueError(f"`use_8bit_adam` is AdamW's, `optimizer` is {self.optimizer}")
+        for name in ("hub_model_id", "hub_token", "hub_private_repo", "hub_license"):
+            if not self.push_to_hub and getattr(self, name):
+                raise ValueError(f"`{name}` needs `push_to_hub`")
+        if self.hub_strategy == "checkpoint" and not self.push_to_hub:
+            raise ValueError("`hub_strategy` checkpoint needs `push_to_hub`")
+        if self.hub_token and self.report_to == "wandb":
+            raise ValueError(
+                "`hub_token` would be sent to wandb with the command line: use HF_TOKEN or `hf auth login`"
+            )
+        folder = Path(self.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`output_dir` {self.output_dir} is a file")
+        if self.resume_from_checkpoint is None and ((folder / MODEL_INDEX).exists() or list_checkpoints(folder)):
+            raise ValueError(
+                f"`output_dir` {self.output_dir} holds another run: continue it with `resume_from_checkpoint` latest,"
+                " or choose another folder"
+            )
+
+
+@dataclass(kw_only=True)
+class RowSettings(RunSettings):
+    """rows of a frozen teacher"""
+
+    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt")
+    teacher_batch_size: int | None = setting(
+        None, "prompts per process that the teacher runs on at once; default: train_batch_size"
+    )
+    replay_buffer_size: int = setting(
+        0, "prompts per process whose rows are kept, and drawn from at random; 0: one batch, used once"
+    )
+    replay_steps: int = setting(1, "backward passes per batch of the teacher's")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.guidance_scales) <= 0:
+            raise ValueError(f"`guidance_scales` is {self.guidance_scales}: every scale has to be positive")
+        if self.teacher_batch_size is None:
+            self.teacher_batch_size = self.train_batch_size
+        check_positive(self, "teacher_batch_size", "replay_steps")
+        check_not_negative(self, "replay_buffer_size")
+        for name in ("replay_buffer_size", "teacher_batch_size"):
+            if getattr(self, name) % self.train_batch_size:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}: it has to be a multiple of `train_batch_size`"
+                    f" {self.train_batch_size}"
+                )
+        if self.replay_steps > 1 and self.replay_buffer_size <= self.train_batch_size:
+            raise ValueError(
+                f"`replay_steps` is {self.replay_steps}, which trains on the same rows {self.replay_steps} times in a"
+                " row unless `replay_buffer_size` holds more prompts than one batch"
+            )
+
+
+@dataclass(kw_only=True)
+class DistillationSettings(RowSettings):
+    """teacher and student"""
+
+    pretrained_model_name_or_path: str = setting(help="the teacher's pipeline: folder or Hub id")
+    dataset_config_name: str | None = setting(None)
+    dataset_split: str = setting("train")
+    caption_column: str = setting("text")
+    precompute_embeddings: str | None = setting(
+        None,
+        "embed every prompt once into this folder, or use what is there; the text encoder is not loaded for training",
+        metavar="DIR",
+    )
+    max_sequence_length: int = setting(300, "tokens of a prompt")
+    complex_human_instruction: bool = setting(True, "put Sana's instruction before every prompt, as its pipelines do")
+    offload_text_encoder: bool = setting(False, "keep it on the CPU between prompts")
+    resolution: int | None = setting(None, "pixels a side; default: the teacher's own")
+
+    rank: int | None = setting(None, "train LoRA adapters of this rank on the teacher's own weights")
+    lora_alpha: int | None = setting(None, "default: the rank")
+    lora_target_modules: list[str] | None = setting(None, "layers by the end of their names; default: all large")
+    merge_lora: bool = setting(False, "also save the pipeline with the adapters merged in")
+    gradient_checkpointing: bool = setting(False)
+    compile: bool = setting(False, "torch.compile the blocks of teacher and student")
+    export_variants: list[str] = setting([], "half-precision copies of the weights", choices=tuple(VARIANTS))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "max_sequence_length", "rank", "lora_alpha")
+        for name in ("lora_alpha", "lora_target_modules", "merge_lora"):
+            if self.rank is None and getattr(self, name):
+                raise ValueError(f"`{name}` needs `rank`")
+        if self.export_variants and self.rank is not None and not self.merge_lora:
+            raise ValueError("`export_variants` are of a pipeline: with `rank` they need `merge_lora`")
+
+
+@dataclass(kw_only=True)
+class PictureSettings(DistillationSettings):
+    """pictures"""
+
+    train_data_dir: str | None = setting(None, "folder of pictures with a metadata.jsonl of captions")
+    dataset_name: str | None = setting(None, "instead of a folder: a `datasets` Hub id")
+    image_column: str = setting("image")
+    max_train_samples: int | None = setting(None, "use no more pictures than this")
+    latents_cache: str | None = setting(
+        None,
+        "the pictures' latents, encoded once, or used from there; default: latents/ in output_dir",
+        metavar="DIR",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            raise ValueError("give either `train_data_dir` or `dataset_name`")
+        if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
+            raise ValueError(f"`train_data_dir` is {self.train_data_dir}: there is no such folder")
+        check_positive(self, "max_train_samples")
+
+
+def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, description: str | None = None) -> S:
+    """Read settings from a command line.
+
+    Args:
+        settings: their class; it and each of its bases is a group of flags, its docstring the group's title.
+        argv: the arguments; the program's own by default.
+        description: of the program.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        SystemExit: with code 2, where they do not fit; the message names the flag.
+    """
+    groups = [_group(part) for part in settings.__mro__ if dataclasses.is_dataclass(part)]
+    parser = HfArgumentParser(groups, description=description, formatter_class=_HelpFormatter)
+    names = {field.name for group in groups for field in dataclasses.fields(group)}
+    for field in (field for group in groups for field in dataclasses.fields(group)):
+        if field.default is True:  # as argparse's BooleanOptionalAction spells it
+            parser.add_argument(f"--no-{field.name}", action="store_false", dest=field.name)
+    values: dict[str, Any] = {}
+    *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    for part in parts:
+        values |= vars(part)
+    try:
+        return settings(**values)
+    except ValueError as error:
+        message = str(error)
+    flags = {name: f"--{name}" for name in names}
+    parser.error(re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), message))
+
+
+def _group(part: type) -> type:
+    """A dataclass of what one class adds to its bases."""
+    hints = get_type_hints(part)
+    own = [field for field in dataclasses.fields(part) if field.name in inspect.get_annotations(part)]
+    copies = [
+        (
+            field.name,
+            hints[field.name],
+            dataclasses.field(default=field.default, metadata=field.metadata)
+            if field.default_factory is dataclasses.MISSING
+            else dataclasses.field(default_factory=field.default_factory, metadata=field.metadata),
+        )
+        for field in own
+    ]
+    title = (part.__doc__ or part.__name__).strip()
+    return dataclasses.make_dataclass(part.__name__, copies, kw_only=True, namespace={"_argument_group_name": title})
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and a description in its own lines."""

@@ -1,0 +1,269 @@
+"""What a run promises whatever the algorithm, on a toy of two models that train in turn."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import toy_run
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from toy_run import Net, ToySettings, record_points, start, train
+
+from diffusers_tbcm.training.checkpoints import list_checkpoints
+from diffusers_tbcm.training.interruption import StopRequest
+from diffusers_tbcm.training.launch import launch
+from diffusers_tbcm.training.run import Run
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def build(name="run", **changes):
+        values = {"max_train_steps": 8, "train_batch_size": 4, "report_to": "none", "logging_steps": 1, **changes}
+        return ToySettings(output_dir=str(tmp_path / name), **values)
+
+    return build
+
+
+def run_toy(settings):
+    run = train(settings, StopRequest())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return run
+
+
+def weights(folder, step):
+    """The weights of both models in a checkpoint; the student is the first."""
+    checkpoint = Path(folder) / f"checkpoint-{step}"
+    return [load_file(checkpoint / name) for name in ("model.safetensors", "model_1.safetensors")]
+
+
+def same(actual, expected):
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def largest_difference(actual, expected):
+    assert actual.keys() == expected.keys()
+    return max(float((actual[name] - value).norm() / value.norm()) for name, value in expected.items())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_critic_steps_every_time_and_a_student_every_second_time(settings, tmp_path):
+    run = run_toy(settings(max_train_steps=4, checkpointing_steps=1, lr_scheduler="linear", use_ema=True))
+    assert run.step == 4
+    students, critics = zip(*(weights(tmp_path / "run", step) for step in (1, 2, 3, 4)), strict=True)
+    assert [same(a, b) for a, b in pairwise(students)] == [False, True, False]
+    assert [same(a, b) for a, b in pairwise(critics)] == [False] * 3
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    steps = [torch.load(checkpoint / name)["state"][0]["step"] for name in ("optimizer.bin", "optimizer_1.bin")]
+    assert steps == [2, 4]
+    lines = metrics(tmp_path / "run")
+    assert [line["lr"] for line in lines] == [1e-2, 5e-3, 5e-3, 0.0]  # the schedule is over the student's updates
+    assert [line["critic_lr"] for line in lines] == [2e-2] * 4
+    assert ["loss" in line for line in lines] == [False, True, True, True] and "critic_loss" in lines[0]
+    assert [("grad_norm" in line, "critic_grad_norm" in line) for line in lines] == [(False, True), (True, True)] * 2
+
+
+@pytest.mark.parametrize("stop_at", [3, 4], ids=["after a critic's step", "after a student's step"])
+def test_a_run_resumed_in_the_middle_is_the_uninterrupted_one_bit_for_bit(settings, tmp_path, stop_at):
+    options = {"use_ema": True, "lr_scheduler": "cosine", "gradient_accumulation_steps": 2, "dropped": 0.3}
+    run_toy(settings("straight", **options))
+    run_toy(settings("broken", checkpointing_steps=stop_at, **options))
+    (tmp_path / "broken" / "checkpoint-8").rename(tmp_path / "aside")
+    if stop_at == 3:
+        (tmp_path / "broken" / "checkpoint-6").rename(tmp_path / "later")
+    resumed = run_toy(settings("broken", resume_from_checkpoint="latest", checkpointing_steps=8, **options))
+    assert resumed.resumed.name == f"checkpoint-{stop_at}"
+    for actual, expected in zip(weights(tmp_path / "broken", 8), weights(tmp_path / "straight", 8), strict=True):
+        assert same(actual, expected)
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        states = [torch.load(tmp_path / folder / "checkpoint-8" / name)["state"] for folder in ("broken", "straight")]
+        assert all(torch.equal(states[0][i]["exp_avg"], states[1][i]["exp_avg"]) for i in states[1])
+    averages = [
+        torch.load(tmp_path / folder / "checkpoint-8" / "custom_checkpoint_1.pkl")["shadow_params"]
+        for folder in ("broken", "straight")
+    ]
+    assert all(map(torch.equal, *averages))
+
+
+def test_a_signal_ends_the_run_after_a_checkpoint_and_the_rest_follows(settings, tmp_path, monkeypatch):
+    run_toy(settings("straight", checkpointing_steps=8))
+    stop = StopRequest()
+    record = toy_run.record_points
+
+    def interrupt(settings, run, draws):
+        stop.received |= run.step == 2
+        return record(settings, run, draws)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_run, "record_points", interrupt)
+        run = train(settings(), stop)
+    assert run.stopped and run.step == 3
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_toy(settings(resume_from_checkpoint="latest"))
+    assert all(map(same, weights(tmp_path / "run", 8), weights(tmp_path / "straight", 8)))
+
+
+def test_a_signal_in_the_last_step_leaves_nothing_to_stop(settings):
+    stop = StopRequest()
+    stop.received = True
+    run = train(settings(max_train_steps=1), stop)
+    assert run.step == 1 and not run.stopped
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_all_its_models(settings, tmp_path, monkeypatch, caplog):
+    def poison(settings, run, draws):
+        recording, keep = record_points(settings, run, draws)
+        if run.step == 3:
+            recording.latents.fill_(float("nan"))
+        return recording, keep
+
+    monkeypatch.setattr(toy_run, "record_points", poison)
+    run_toy(settings(checkpointing_steps=1))
+    third, fourth, fifth = (weights(tmp_path / "run", step) for step in (3, 4, 5))
+    assert all(map(same, fourth, third)) and not same(fifth[1], fourth[1])
+    assert "Step 4: gradient norm nan" in caplog.text
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_gradients_are_the_mean_over_what_is_kept_in_all_micro_steps(settings, tmp_path):
+    options = {"max_train_steps": 4, "dropped": 0.5, "logging_steps": 1}
+    run_toy(settings("batch", train_batch_size=4, **options))
+    run_toy(settings("sum", train_batch_size=2, gradient_accumulation_steps=2, **options))
+    assert 0.2 < metrics(tmp_path / "batch")[-1]["filtered_share"] < 0.8
+    # the noise of a draw from a buffer is numbered by place, which dropping shifts: the student's rows have none
+    one, two = (weights(tmp_path / name, 4)[0] for name in ("batch", "sum"))
+    assert largest_difference(two, one) < 1e-1
+
+
+def next_rows(run, settings):
+    batch = next(run.batches(lambda draws: record_points(settings, run, draws), rows_per_prompt=1, num_prompts=16))
+    return batch, next(batch)
+
+
+def test_verbs_in_the_wrong_order_say_so(settings):
+    toy = settings()
+    run, student, critic = start(toy, StopRequest())
+    with pytest.raises(ValueError, match="a Net is none of the run's models \\(student, critic\\)"):
+        run.backward(torch.zeros(()), Net())
+    with pytest.raises(RuntimeError, match="`backward` is called outside the micro-steps"):
+        run.backward(torch.zeros(()), critic)
+    with pytest.raises(RuntimeError, match="`update` of 'critic' comes before the `backward`"):
+        run.update(critic)
+
+    batch, rows = next_rows(run, toy)
+    with pytest.raises(RuntimeError, match="model 'other' is added after `batches` has begun"):
+        run.add("other", Net())
+    with pytest.raises(ValueError, match="model 'student' is not due in step 0"):
+        run.backward(student(rows.latents).mean(), student)
+    run.backward(critic(rows.latents).mean(), critic)
+    with pytest.raises(RuntimeError, match="`update` of 'critic' comes before the `backward` of all its micro-steps"):
+        run.update(critic)  # the micro-steps are not over
+    assert list(batch) == []
+    run.update(critic)
+    with pytest.raises(RuntimeError, match="`update` of 'critic' comes before the `backward`"):
+        run.update(critic)
+
+
+def test_a_step_without_update_and_a_run_without_models_say_so(settings):
+    toy = settings()
+    run = Run(toy, StopRequest(), script=__file__)
+    with pytest.raises(RuntimeError, match="`add` a model before `batches`"):
+        next_rows(run, toy)
+    critic = run.add("critic", Net())
+    run.open_folder()
+    batches = run.batches(lambda draws: record_points(toy, run, draws), rows_per_prompt=1, num_prompts=16)
+    for rows in next(batches):
+        run.backward(critic(rows.latents).mean(), critic)
+    with pytest.raises(RuntimeError, match="step 0 ended without `update` of critic"):
+        next(batches)
+
+
+def test_nothing_is_recorded_before_it_is_needed_where_that_is_asked_for(settings):
+    toy, seen = settings(max_train_steps=3), []
+    for ahead in (0, 2):
+        run, student, critic = start(settings(f"ahead-{ahead}", max_train_steps=3), StopRequest())
+
+        def record(draws, run=run):
+            seen.append(run.step)
+            return record_points(toy, run, draws)
+
+        for batch in run.batches(record, rows_per_prompt=1, num_prompts=16, ahead=ahead):
+            for rows in batch:
+                for model in (student, critic):
+                    if run.due(model):
+                        run.backward(model(rows.latents).square().mean(), model)
+            run.update(*(model for model in (student, critic) if run.due(model)))
+        assert seen == ([0, 1, 2] if ahead == 0 else [0, 0, 0])
+        seen.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_launch_gives_the_exit_codes(settings, monkeypatch, capsys):
+    class Ended:
+        stopped, pushed = True, True
+        accelerator = type("Accelerator", (), {"end_training": lambda self: None})()
+
+    with pytest.raises(SystemExit) as ended:
+        launch(lambda settings, stop: Ended(), settings())
+    assert ended.value.code == 75 and "--resume_from_checkpoint latest goes on" in capsys.readouterr().out
+    Ended.stopped, Ended.pushed = False, False
+    with pytest.raises(SystemExit) as ended:
+        launch(lambda settings, stop: Ended(), settings())
+    assert ended.value.code == 1
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start_processes(script, arguments, *, nodes):
+    """Two processes of one launcher, or two launchers that meet over loopback, of one process each."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    if nodes == 1:
+        launchers = [[*command, "--standalone", "--nproc_per_node", "2"]]
+    else:
+        meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+        port = str(free_port())
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        launchers = [[*command, *meeting, "--master_port", port, "--node_rank", str(rank)] for rank in range(2)]
+    started = [
+        subprocess.Popen(
+            [*launcher, str(script), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for launcher in launchers
+    ]
+    for process in started:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output[-5000:]
+
+
+@pytest.mark.parametrize("nodes", [1, 2], ids=["two processes", "two nodes"])
+def test_two_processes_give_the_weights_of_one(settings, tmp_path, nodes):
+    run_toy(settings("one", use_ema=True))
+    flags = {"output_dir": tmp_path / "two", "max_train_steps": 8, "train_batch_size": 2, "report_to": "none"}
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    start_processes(toy_run.__file__, [*arguments, "--use_ema"], nodes=nodes)
+    for actual, expected in zip(weights(tmp_path / "two", 8), weights(tmp_path / "one", 8), strict=True):
+        assert largest_difference(actual, expected) < 1e-5

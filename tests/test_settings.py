@@ -1,0 +1,120 @@
+"""Settings of runs and the flags that scripts make of them."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+
+from diffusers_tbcm.training.settings import (
+    DistillationSettings,
+    PictureSettings,
+    RowSettings,
+    RunSettings,
+    check_not_negative,
+    check_positive,
+    parse_settings,
+    setting,
+)
+
+
+@dataclass(kw_only=True)
+class ScriptSettings(DistillationSettings):
+    """a script's own"""
+
+    blocks: list[int] | None = setting(None, "numbers")
+    scheme: str = setting("plain", "a choice", choices=("plain", "other"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks == []:
+            raise ValueError("`blocks` is empty, as is `nothing_of_ours`")
+
+
+def parse(*more, tmp_path):
+    needed = ["--pretrained_model_name_or_path", "teacher", "--output_dir", str(tmp_path / "run")]
+    return parse_settings(ScriptSettings, [*needed, *map(str, more)], description="A script.")
+
+
+def test_defaults_of_the_command_line_are_those_of_the_class(tmp_path):
+    expected = ScriptSettings(pretrained_model_name_or_path="teacher", output_dir=str(tmp_path / "run"))
+    assert parse(tmp_path=tmp_path) == expected
+    assert expected.teacher_batch_size == expected.train_batch_size == 1
+    assert expected.guidance_scales == [4.0, 4.5, 5.0] and expected.complex_human_instruction
+
+
+def test_every_kind_of_value_is_read(tmp_path):
+    flags = ["--blocks", 1, 2, "--scheme", "other", "--guidance_scales", 1, 2.5, "--use_ema", "--rank", 4]
+    found = parse(*flags, "--no-complex_human_instruction", "--learning_rate", "1e-4", tmp_path=tmp_path)
+    assert found.blocks == [1, 2] and found.scheme == "other" and found.guidance_scales == [1.0, 2.5]
+    assert found.use_ema and found.rank == 4 and found.learning_rate == 1e-4
+    assert not found.complex_human_instruction and found.mixed_precision is None
+    pushed = parse("--push_to_hub", "--hub_private_repo", tmp_path=tmp_path)
+    assert pushed.push_to_hub and pushed.hub_private_repo is True
+
+
+def test_two_instances_share_no_list(tmp_path):
+    first, second = (RowSettings(output_dir=str(tmp_path)) for _ in range(2))
+    first.guidance_scales.append(6.0)
+    assert second.guidance_scales == [4.0, 4.5, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", 0], "--rank is 0: it has to be positive"),
+        (["--scheme", "third"], "--scheme: invalid choice: 'third'"),
+        (["--lora_alpha", 3], "--lora_alpha needs --rank"),
+        (["--unknown", 3], "unrecognized arguments: --unknown 3"),
+        (["--replay_steps", 2], "--replay_steps is 2, which trains"),
+        (["--learning_rate", "nothing"], "--learning_rate"),
+    ],
+)
+def test_what_does_not_fit_ends_with_the_flags_name(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(*flags, tmp_path=tmp_path)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_only_names_of_settings_become_flags(tmp_path, capsys, monkeypatch):
+    def refuse(self):
+        raise ValueError("`blocks` is bad, `final_ratio` too")
+
+    monkeypatch.setattr(ScriptSettings, "__post_init__", refuse)
+    with pytest.raises(SystemExit):
+        parse(tmp_path=tmp_path)
+    assert "--blocks is bad, `final_ratio` too" in capsys.readouterr().err
+
+
+def test_without_a_command_line_the_argument_is_named(tmp_path):
+    with pytest.raises(ValueError, match="^`max_train_steps` is 0: it has to be positive$"):
+        RunSettings(output_dir=str(tmp_path), max_train_steps=0)
+    with pytest.raises(ValueError, match="^`seed` is -1: it must not be negative$"):
+        check_not_negative(RunSettings(output_dir=str(tmp_path), seed=-1), "seed")
+    check_positive(RunSettings(output_dir=str(tmp_path)), "checkpoints_total_limit")  # None passes
+
+
+def test_help_shows_groups_defaults_and_the_descriptions_lines(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(ScriptSettings, ["--help"], description="First line.\n    second, indented")
+    shown = capsys.readouterr().out
+    assert "First line.\n    second, indented\n" in shown
+    assert "a script's own:" in shown and "teacher and student:" in shown
+    assert "a choice (default: plain)" in shown
+
+
+@pytest.mark.parametrize("kind", [RunSettings, RowSettings, DistillationSettings, PictureSettings])
+def test_every_setting_has_a_type_that_a_command_line_can_give(kind):
+    with pytest.raises(SystemExit) as ended:
+        parse_settings(kind, ["--help"])
+    assert ended.value.code == 0
+    assert all(field.kw_only for field in dataclasses.fields(kind))
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="`output_dir` .* holds another run"):
+        RunSettings(output_dir=str(tmp_path))
+    RunSettings(output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`output_dir` .* is a file"):
+        RunSettings(output_dir=str(tmp_path / "file"))
