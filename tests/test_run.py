@@ -1,10 +1,5 @@
 """What a run promises whatever the algorithm, on a toy of two models that train in turn."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +7,8 @@ import pytest
 import torch
 import toy_run
 from accelerate.state import AcceleratorState
+from runs import largest_relative_difference, metrics
+from runs import launch as launch_processes
 from safetensors.torch import load_file
 from toy_run import Net, ToySettings, record_points, start, train
 
@@ -50,15 +47,6 @@ def weights(folder, step):
 
 def same(actual, expected):
     return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def largest_difference(actual, expected):
-    assert actual.keys() == expected.keys()
-    return max(float((actual[name] - value).norm() / value.norm()) for name, value in expected.items())
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_critic_steps_every_time_and_a_student_every_second_time(settings, tmp_path):
@@ -147,7 +135,7 @@ def test_gradients_are_the_mean_over_what_is_kept_in_all_micro_steps(settings, t
     assert 0.2 < metrics(tmp_path / "batch")[-1]["filtered_share"] < 0.8
     # the noise of a draw from a buffer is numbered by place, which dropping shifts: the student's rows have none
     one, two = (weights(tmp_path / name, 4)[0] for name in ("batch", "sum"))
-    assert largest_difference(two, one) < 1e-1
+    assert largest_relative_difference(two, one) < 1e-1
 
 
 def next_rows(run, settings):
@@ -227,43 +215,11 @@ def test_launch_gives_the_exit_codes(settings, monkeypatch, capsys):
     assert ended.value.code == 1
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def start_processes(script, arguments, *, nodes):
-    """Two processes of one launcher, or two launchers that meet over loopback, of one process each."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    if nodes == 1:
-        launchers = [[*command, "--standalone", "--nproc_per_node", "2"]]
-    else:
-        meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
-        port = str(free_port())
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-        launchers = [[*command, *meeting, "--master_port", port, "--node_rank", str(rank)] for rank in range(2)]
-    started = [
-        subprocess.Popen(
-            [*launcher, str(script), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for launcher in launchers
-    ]
-    for process in started:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output[-5000:]
-
-
 @pytest.mark.parametrize("nodes", [1, 2], ids=["two processes", "two nodes"])
 def test_two_processes_give_the_weights_of_one(settings, tmp_path, nodes):
     run_toy(settings("one", use_ema=True))
     flags = {"output_dir": tmp_path / "two", "max_train_steps": 8, "train_batch_size": 2, "report_to": "none"}
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    start_processes(toy_run.__file__, [*arguments, "--use_ema"], nodes=nodes)
+    launch_processes([*arguments, "--use_ema"], script=toy_run.__file__, nodes=nodes)
     for actual, expected in zip(weights(tmp_path / "two", 8), weights(tmp_path / "one", 8), strict=True):
-        assert largest_difference(actual, expected) < 1e-5
+        assert largest_relative_difference(actual, expected) < 1e-5

@@ -1,20 +1,16 @@
 """The same run on one process, on two, with accumulation, and sharded: the same weights. CPU, gloo."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from distill_args import parse_args
+from runs import largest_relative_difference, launch
 from tiny import student_weights
-from train_tbcm_distill import main
+
+from diffusers_tbcm.scripts.train_tbcm_distill import main
 
 
 BRIGHTNESS_THRESHOLD = 6.0  # drops about half of the tiny teacher's prompts
-SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
 # What `accelerate config` writes for FSDP2, as the environment that `accelerate launch` makes of it.
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -54,28 +50,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def launch(arguments, *scripts, script=SCRIPT.name, **environment):
-    """Two processes; `accelerate launch` itself starts several on a CPU only by MPI."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    finished = subprocess.run(
-        [*command, *map(str, scripts), str(SCRIPT.with_name(script)), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        env=environment,
-    )
-    assert finished.returncode == 0 and "could not be written" not in finished.stdout, finished.stdout[-5000:]
-
-
-def largest_relative_difference(actual, expected):
-    """Over all tensors, the norm of the difference over the norm."""
-    assert actual.keys() == expected.keys()
-    return max(float((actual[name] - value).norm() / value.norm()) for name, value in expected.items() if value.any())
-
-
 @pytest.fixture
 def long_flags(flags):
     def build(**changes):
@@ -95,17 +69,18 @@ def long_flags(flags):
 
 @pytest.fixture
 def one_process(long_flags, tmp_path):
-    main(parse_args(long_flags(output_dir=tmp_path / "one", train_batch_size=4)))
+    main(long_flags(output_dir=tmp_path / "one", train_batch_size=4))
     last = json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0.1 < last["filtered_share"] < 0.9
     return student_weights(tmp_path / "one")
 
 
-def test_two_processes_and_accumulation_give_the_weights_of_one_process(long_flags, one_process, tmp_path):
-    main(parse_args(long_flags(output_dir=tmp_path / "sum", train_batch_size=2, gradient_accumulation_steps=2)))
+def test_two_processes_two_nodes_and_accumulation_give_the_weights_of_one_process(long_flags, one_process, tmp_path):
+    main(long_flags(output_dir=tmp_path / "sum", train_batch_size=2, gradient_accumulation_steps=2))
     assert largest_relative_difference(student_weights(tmp_path / "sum"), one_process) < 1e-5
-    launch(long_flags(output_dir=tmp_path / "two", train_batch_size=2))
-    assert largest_relative_difference(student_weights(tmp_path / "two"), one_process) < 1e-5
+    for nodes, name in ((1, "two"), (2, "nodes")):
+        launch(long_flags(output_dir=tmp_path / name, train_batch_size=2), nodes=nodes)
+        assert largest_relative_difference(student_weights(tmp_path / name), one_process) < 1e-5
 
 
 def test_fsdp2_gives_the_weights_of_one_process_and_resumes(long_flags, one_process, tmp_path):

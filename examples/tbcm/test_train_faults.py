@@ -1,71 +1,21 @@
 """Whatever goes wrong while the training script runs, no finished work is lost and the weights stay right."""
 
 import errno
-import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import objectives
 import pytest
 import torch
-import train_tbcm_distill
 from accelerate import Accelerator
-from distill_args import parse_args
+from runs import assert_same_state, metrics, run_until
 from safetensors.torch import load_file
 from tiny import student_weights
-from train_tbcm_distill import main
 
+from diffusers_tbcm.scripts import train_tbcm_distill
+from diffusers_tbcm.scripts.train_tbcm_distill import main
+from diffusers_tbcm.training import distillation
 from diffusers_tbcm.training.checkpoints import MANIFEST, list_checkpoints
 from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE
-
-
-SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
-
-
-def metrics(folder):
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def training_state(checkpoint):
-    """Every tensor of a checkpoint: the trained network, the optimiser, schedules and the EMA."""
-
-    def flatten(value, name):
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        elif isinstance(value, dict | list):
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                yield from flatten(item, f"{name}.{key}")
-        elif isinstance(value, int | float):
-            yield name, torch.tensor(value, dtype=torch.float64)
-
-    tensors = dict(load_file(checkpoint / "model.safetensors"))
-    for file in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        tensors |= flatten(torch.load(checkpoint / file, weights_only=True), file)
-    return tensors
-
-
-def assert_same_state(actual, expected):
-    actual, expected = training_state(actual), training_state(expected)
-    assert actual.keys() == expected.keys() and len(actual) > 100
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
-
-
-def run_until(arguments, folder, step, number):
-    """Start the script, send it a signal once it has logged a step, give its exit code and what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 300
-    while not any(line["step"] >= step for line in metrics(folder)):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(number)
-    output = process.communicate(timeout=300)[0]
-    return process.returncode, output
 
 
 def test_kill_9_then_sigterm_then_resume_gives_the_uninterrupted_run_bit_for_bit(flags, tmp_path):
@@ -81,7 +31,7 @@ def test_kill_9_then_sigterm_then_resume_gives_the_uninterrupted_run_bit_for_bit
         "tangent_cooldown_start_step": 12,
         "tangent_cooldown_steps": 6,
     }
-    main(parse_args(flags(output_dir=straight, **common)))
+    main(flags(output_dir=straight, **common))
     arguments = flags(output_dir=broken, **common)
     code, output = run_until(arguments, broken, 7, signal.SIGKILL)
     assert code == -signal.SIGKILL, output
@@ -91,7 +41,7 @@ def test_kill_9_then_sigterm_then_resume_gives_the_uninterrupted_run_bit_for_bit
     assert code == RESUMABLE_EXIT_CODE and "--resume_from_checkpoint latest goes on" in output, output
     stopped = int(list_checkpoints(broken)[-1].name.removeprefix("checkpoint-"))
     assert 8 <= stopped < 20 and not (broken / "model_index.json").exists()
-    main(parse_args(arguments))
+    main(arguments)
     assert_same_state(broken / "checkpoint-20", straight / "checkpoint-20")
     expected, actual = student_weights(straight), student_weights(broken)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
@@ -107,27 +57,27 @@ def test_sigint_writes_a_checkpoint_too(flags, tmp_path):
 
 def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(flags, tmp_path):
     run = tmp_path / "run"
-    main(parse_args(flags(checkpointing_steps=1)))
+    main(flags(checkpointing_steps=1))
     expected = student_weights(run)
     checkpoint = run / "checkpoint-2"
     (checkpoint / MANIFEST).unlink()
     checkpoint.rename(run / "checkpoint-2.partial")
     (run / "model_index.json").unlink()
-    main(parse_args(flags(checkpointing_steps=1, resume_from_checkpoint="latest")))
+    main(flags(checkpointing_steps=1, resume_from_checkpoint="latest"))
     assert all(torch.equal(value, expected[name]) for name, value in student_weights(run).items())
 
 
 @pytest.mark.parametrize("damage", ["cut short", "without its manifest"])
 def test_a_torn_checkpoint_is_named_and_skipped(flags, tmp_path, caplog, damage):
     run = tmp_path / "run"
-    main(parse_args(flags(checkpointing_steps=1)))
+    main(flags(checkpointing_steps=1))
     expected = student_weights(run)
     if damage == "cut short":
         weights = run / "checkpoint-2" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1])
     else:
         (run / "checkpoint-2" / MANIFEST).unlink()
-    main(parse_args(flags(checkpointing_steps=1, resume_from_checkpoint="latest")))
+    main(flags(checkpointing_steps=1, resume_from_checkpoint="latest"))
     assert any("checkpoint-2" in message and "one before" in message for message in caplog.messages)
     assert all(torch.equal(value, expected[name]) for name, value in student_weights(run).items())
 
@@ -137,11 +87,11 @@ def test_kill_9_while_the_student_is_exported_leaves_its_checkpoint(flags, tmp_p
         raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_tbcm_distill, "save_student_pipeline", killed)
+        patch.setattr(distillation, "save_student_pipeline", killed)
         with pytest.raises(SystemExit):
-            main(parse_args(flags()))
+            main(flags())
     assert not (tmp_path / "run" / "model_index.json").exists()
-    main(parse_args(flags(resume_from_checkpoint="latest")))
+    main(flags(resume_from_checkpoint="latest"))
     assert student_weights(tmp_path / "run")
 
 
@@ -155,7 +105,7 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(flags, tmp_path, monk
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Accelerator, "save_state", full)
-    main(parse_args(flags(max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)))
+    main(flags(max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1))
     run = tmp_path / "run"
     assert "No space left on device" in caplog.text
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"] and len(calls) == 3
@@ -171,7 +121,7 @@ def test_metrics_that_cannot_be_written_are_a_warning(flags, tmp_path, monkeypat
         return write(self, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
-    main(parse_args(flags(logging_steps=1)))
+    main(flags(logging_steps=1))
     assert "could not be written" in caplog.text and student_weights(tmp_path / "run")
 
 
@@ -182,27 +132,25 @@ def test_a_tracker_that_is_lost_is_left_out(flags, tmp_path, monkeypatch, caplog
         raise ConnectionError("the tracker is gone")
 
     monkeypatch.setattr(TensorBoardTracker, "log", lost)
-    main(parse_args(flags(report_to="tensorboard", logging_steps=1)))
+    main(flags(report_to="tensorboard", logging_steps=1))
     assert caplog.text.count("the tracker is gone") == 1
     assert len(metrics(tmp_path / "run")) == 2 and student_weights(tmp_path / "run")
 
 
 def poison(monkeypatch, steps):
     """Make the loss of some steps, counted from 1, not a number."""
-    consistency_loss, calls = objectives.consistency_loss, []
+    consistency_loss, calls = train_tbcm_distill.consistency_loss, []
 
     def loss(*args):
         calls.append(None)
         return consistency_loss(*args) * (float("nan") if len(calls) in steps else 1)
 
-    monkeypatch.setattr(objectives, "consistency_loss", loss)
+    monkeypatch.setattr(train_tbcm_distill, "consistency_loss", loss)
 
 
 def test_a_loss_that_is_not_a_number_skips_its_step_and_names_its_prompts(flags, tmp_path, monkeypatch, caplog):
     poison(monkeypatch, {2})
-    main(
-        parse_args(flags(max_train_steps=3, checkpointing_steps=1, logging_steps=1, train_batch_size=2, use_ema=True))
-    )
+    main(flags(max_train_steps=3, checkpointing_steps=1, logging_steps=1, train_batch_size=2, use_ema=True))
     run = tmp_path / "run"
     assert torch.load(run / "checkpoint-3" / "custom_checkpoint_1.pkl", weights_only=True)["optimization_step"] == 2
     assert any("Step 2: gradient norm nan" in message and "numbers [" in message for message in caplog.messages)
@@ -216,7 +164,7 @@ def test_a_loss_that_is_not_a_number_skips_its_step_and_names_its_prompts(flags,
 def test_too_many_bad_steps_in_a_row_end_the_run_with_the_weights_from_before(flags, tmp_path, monkeypatch):
     poison(monkeypatch, {1, 3, 4, 5})
     with pytest.raises(RuntimeError, match=r"2 steps in a row .*max_skipped_steps.*checkpoint-4"):
-        main(parse_args(flags(max_train_steps=9, max_skipped_steps=2, checkpointing_steps=2)))
+        main(flags(max_train_steps=9, max_skipped_steps=2, checkpointing_steps=2))
     run = tmp_path / "run"
     good, last = (load_file(run / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4))
     assert all(torch.equal(last[name], good[name]) for name in good)
@@ -224,9 +172,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_weights_from_before(fl
 
 
 def test_a_torn_black_latent_is_made_again(flags, tmp_path):
-    main(parse_args(flags()))
+    main(flags())
     cache = tmp_path / "run" / "black_latent_64.safetensors"
     whole = cache.read_bytes()
     cache.write_bytes(whole[:-8])
-    main(parse_args(flags(max_train_steps=3, resume_from_checkpoint="latest")))
+    main(flags(max_train_steps=3, resume_from_checkpoint="latest"))
     assert cache.read_bytes() == whole

@@ -7,27 +7,27 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import distill_setup
 import huggingface_hub
 import numpy as np
-import objectives
 import pytest
-import teacher_rows
 import torch
-import train_tbcm_distill
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
-from distill_args import parse_args
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_sana_pipeline, write_tiny_pipeline
-from train_tbcm_distill import check_accelerator, main
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION
+from diffusers_tbcm.scripts import train_tbcm_distill
+from diffusers_tbcm.scripts.train_tbcm_distill import TBCMSettings, main
+from diffusers_tbcm.training import launch, run
+from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.launch import check_launch
+from diffusers_tbcm.training.settings import parse_settings
 from diffusers_tbcm.trigflow import make_student
 
 
@@ -64,8 +64,8 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
 
 
 def test_accumulation_is_a_larger_batch(flags, tmp_path):
-    main(parse_args(flags(output_dir=tmp_path / "batch", train_batch_size=2)))
-    main(parse_args(flags(output_dir=tmp_path / "accumulated", gradient_accumulation_steps=2)))
+    main(flags(output_dir=tmp_path / "batch", train_batch_size=2))
+    main(flags(output_dir=tmp_path / "accumulated", gradient_accumulation_steps=2))
     batch, accumulated = student_weights(tmp_path / "batch"), student_weights(tmp_path / "accumulated")
     for name in batch:
         # Adam divides by the root of tiny squares: rounding of the gradient shows at the scale of the learning rate.
@@ -73,41 +73,44 @@ def test_accumulation_is_a_larger_batch(flags, tmp_path):
 
 
 def test_replay_records_every_few_steps_and_a_resumed_run_fills_its_buffer_again(flags, tmp_path, monkeypatch):
-    recorded, record = [], teacher_rows.record_trajectory
+    recorded, record = [], train_tbcm_distill.record_trajectory
     monkeypatch.setattr(
-        teacher_rows, "record_trajectory", lambda *args, **kwargs: recorded.append(1) or record(*args, **kwargs)
+        train_tbcm_distill, "record_trajectory", lambda *args, **kwargs: recorded.append(1) or record(*args, **kwargs)
     )
     replay = {"train_batch_size": 2, "replay_buffer_size": 6, "replay_steps": 3, "max_train_steps": 14}
     arguments = flags(checkpointing_steps=5, endpoint_warmup_steps=4, logging_steps=1, **replay)
-    main(parse_args(arguments))
+    main(arguments)
     run = tmp_path / "run"
     assert len(recorded) == 5  # before steps 1, 4, 7, 10, 13
     assert json.loads((run / "training.json").read_text())["training"]["prompts seen"] == 10
     straight = student_weights(run)
     (run / "checkpoint-14" / "checkpoint.json").unlink()
-    main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))
+    main([*arguments, "--resume_from_checkpoint", "latest"])
     assert len(recorded) == 5 + 3 + 1  # from step 10: the three that the buffer held, and the one before step 13
     resumed = student_weights(run)
     assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
 
 
 def test_a_larger_teacher_batch_gives_the_same_rows_and_resumes_in_its_middle(flags, tmp_path, monkeypatch):
-    batches, record = [], teacher_rows.record_trajectory
-    monkeypatch.setattr(
-        teacher_rows, "record_trajectory", lambda *args, **kw: batches.append(len(args[1])) or record(*args, **kw)
-    )
-    main(parse_args(flags(output_dir=tmp_path / "one", max_train_steps=5)))
+    batches, record = [], train_tbcm_distill.record_trajectory
+
+    def remember(*args):
+        batches.append(len(args[1]))
+        return record(*args)
+
+    monkeypatch.setattr(train_tbcm_distill, "record_trajectory", remember)
+    main(flags(output_dir=tmp_path / "one", max_train_steps=5))
     assert batches == [1] * 5
     batches.clear()
     arguments = flags(max_train_steps=5, teacher_batch_size=2, checkpointing_steps=2)
-    main(parse_args(arguments))
+    main(arguments)
     assert batches == [2] * 3
     straight, one = student_weights(tmp_path / "run"), student_weights(tmp_path / "one")
     for name in one:
         torch.testing.assert_close(straight[name], one[name], rtol=1e-4, atol=2e-4)  # Adam enlarges rounding
     batches.clear()
     (tmp_path / "run" / "checkpoint-5" / "checkpoint.json").unlink()
-    main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))  # number 4, and 3, which the buffer held
+    main([*arguments, "--resume_from_checkpoint", "latest"])  # number 4, and 3, which the buffer held
     assert batches == [2] * 2
     resumed = student_weights(tmp_path / "run")
     assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
@@ -116,9 +119,9 @@ def test_a_larger_teacher_batch_gives_the_same_rows_and_resumes_in_its_middle(fl
 def test_gradients_are_the_mean_over_the_rows_that_the_filter_keeps(flags, tmp_path, monkeypatch):
     # The first prompt of two is the only one of a smaller batch: clipping and Adam hide a factor, the norm does not.
     once = {"max_train_steps": 1, "logging_steps": 1}
-    main(parse_args(flags(output_dir=tmp_path / "one", brightness_threshold=0, **once)))
-    monkeypatch.setattr(teacher_rows, "keep_mask", lambda *args, **kwargs: torch.tensor([True, False]))
-    main(parse_args(flags(output_dir=tmp_path / "two", train_batch_size=2, **once)))
+    main(flags(output_dir=tmp_path / "one", brightness_threshold=0, **once))
+    monkeypatch.setattr(train_tbcm_distill, "keep_mask", lambda *args, **kwargs: torch.tensor([True, False]))
+    main(flags(output_dir=tmp_path / "two", train_batch_size=2, **once))
     norms = [
         json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])["grad_norm"]
         for run in ("one", "two")
@@ -128,7 +131,7 @@ def test_gradients_are_the_mean_over_the_rows_that_the_filter_keeps(flags, tmp_p
 
 def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_trajectories(flags, tmp_path, monkeypatch):
     ends, aims = [], []
-    record, loss = teacher_rows.record_trajectory, objectives.endpoint_loss
+    record, loss = train_tbcm_distill.record_trajectory, train_tbcm_distill.endpoint_loss
 
     def remember_end(*args, **kwargs):
         trajectory = record(*args, **kwargs)
@@ -139,9 +142,9 @@ def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_traje
         aims.append(pred_original_sample)
         return loss(trig_output, latents, pred_original_sample, *args)
 
-    monkeypatch.setattr(teacher_rows, "record_trajectory", remember_end)
-    monkeypatch.setattr(objectives, "endpoint_loss", remember_aim)
-    main(parse_args(flags(max_train_steps=41, endpoint_warmup_steps=40, logging_steps=1, learning_rate=3e-3)))
+    monkeypatch.setattr(train_tbcm_distill, "record_trajectory", remember_end)
+    monkeypatch.setattr(train_tbcm_distill, "endpoint_loss", remember_aim)
+    main(flags(max_train_steps=41, endpoint_warmup_steps=40, logging_steps=1, learning_rate=3e-3))
     assert len(ends) == 41 and len(aims) == 40
     assert all(torch.equal(aim, end.expand_as(aim)) for aim, end in zip(aims, ends[:-1], strict=True))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -161,7 +164,7 @@ def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_traje
     ids=["came", "bf16", "options", "no filter"],
 )
 def test_options_run_and_stay_finite(flags, tmp_path, changes):
-    main(parse_args(flags(**changes)))
+    main(flags(**changes))
     assert all(weight.isfinite().all() for weight in student_weights(tmp_path / "run").values())
     assert (tmp_path / "run" / "black_latent_64.safetensors").exists() == (changes.get("brightness_threshold") != 0)
 
@@ -171,32 +174,32 @@ def test_prompts_from_a_data_set(flags, tmp_path):
     file.write_text("caption,n\na dog,1\na cat,2\n")
     dataset = {"prompts_file": None, "dataset_name": file}
     with pytest.raises(ValueError, match="no column 'text'"):
-        main(parse_args(flags(**dataset)))
-    main(parse_args(flags(**dataset, caption_column="caption")))
+        main(flags(**dataset))
+    main(flags(**dataset, caption_column="caption"))
 
 
 def test_precomputed_embeddings_give_the_same_weights_and_the_text_encoder_is_not_loaded_again(
     flags, tmp_path, monkeypatch
 ):
-    main(parse_args(flags(output_dir=tmp_path / "plain")))
+    main(flags(output_dir=tmp_path / "plain"))
     precomputed = {"precompute_embeddings": tmp_path / "embeddings", "validation_prompts": ["a cat"]}
-    main(parse_args(flags(output_dir=tmp_path / "first", **precomputed)))
+    main(flags(output_dir=tmp_path / "first", **precomputed))
 
     def refuse(*args, **kwargs):
         raise AssertionError("the text encoder was loaded")
 
-    monkeypatch.setattr(train_tbcm_distill.SanaPipeline, "from_pretrained", refuse)
-    main(parse_args(flags(output_dir=tmp_path / "second", **precomputed)))
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", refuse)
+    main(flags(output_dir=tmp_path / "second", **precomputed))
     plain, first, second = (student_weights(tmp_path / name) for name in ("plain", "first", "second"))
     assert all(torch.equal(first[name], value) and torch.equal(second[name], value) for name, value in plain.items())
     with pytest.raises(ValueError, match="max_sequence_length"):
-        main(parse_args(flags(output_dir=tmp_path / "third", max_sequence_length=8, **precomputed)))
+        main(flags(output_dir=tmp_path / "third", max_sequence_length=8, **precomputed))
 
 
 def test_lora_adapters_draw_what_the_merged_pipeline_draws_and_resume(flags, teacher, tmp_path):
     lora = {"rank": 2, "merge_lora": True, "export_variants": ["bf16"], "validation_prompts": ["a dog"]}
     arguments = flags(**lora, use_ema=True, ema_decay=0.5, learning_rate=1e-2, checkpointing_steps=1)
-    main(parse_args(arguments))
+    main(arguments)
     run = tmp_path / "run"
     assert (run / "transformer" / "diffusion_pytorch_model.bf16.safetensors").exists()
     cards = [ModelCard.load(folder / "README.md") for folder in (run, run / "lora")]
@@ -218,13 +221,13 @@ def test_lora_adapters_draw_what_the_merged_pipeline_draws_and_resume(flags, tea
     assert all("lora" in name or "guidance_embedder" in name or "logvar" in name for name in saved)
     adapters = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
     (run / "checkpoint-2" / "checkpoint.json").unlink()
-    main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))
+    main([*arguments, "--resume_from_checkpoint", "latest"])
     again = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(again[name], value) for name, value in adapters.items())
 
 
 def test_a_dry_run_does_everything_once_and_leaves_nothing(flags, tmp_path, capsys):
-    main(parse_args(flags(dry_run=True, validation_prompts=["a dog"], use_ema=True, max_train_steps=10_000)))
+    main(flags(dry_run=True, validation_prompts=["a dog"], use_ema=True, max_train_steps=10_000))
     printed = capsys.readouterr().out
     assert '"step": 1' in printed and '"step": 2' in printed and "peak_memory_gib" in printed
     assert "Memory plan: " in printed
@@ -232,7 +235,7 @@ def test_a_dry_run_does_everything_once_and_leaves_nothing(flags, tmp_path, caps
 
 
 def test_metrics_go_to_a_file_whatever_the_tracker(flags, tmp_path):
-    main(parse_args(flags(logging_steps=1)))
+    main(flags(logging_steps=1))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and lines[1]["tangent_ratio"] == 0.5
     assert lines[0]["rows_per_second"] > 0 and 0.05 < lines[0]["peak_memory_gib"] < 100
@@ -240,7 +243,7 @@ def test_metrics_go_to_a_file_whatever_the_tracker(flags, tmp_path):
 
 
 def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_path, caplog):
-    main(parse_args(flags(brightness_threshold=1e9, brightness_hard=True)))
+    main(flags(brightness_threshold=1e9, brightness_hard=True))
     before = make_student(SanaTransformer2DModel.from_pretrained(teacher, subfolder="transformer")).state_dict()
     after = student_weights(tmp_path / "run")
     kept = [name for name in before if "guidance_embedder.linear_1" not in name]  # random where a student is made
@@ -275,7 +278,7 @@ def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_pat
 )
 def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
     with pytest.raises(SystemExit):
-        parse_args(flags(**changes))
+        parse_settings(TBCMSettings, flags(**changes))
     captured = capsys.readouterr().err
     assert re.search(message, captured), captured
 
@@ -283,17 +286,17 @@ def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
 @NEEDS_PUSH
 def test_a_run_that_cannot_be_pushed_ends_before_training(flags, tmp_path):
     with pytest.raises(ValueError, match=r"license is None.*--hub_license"):
-        main(parse_args(flags(push_to_hub=True, hub_token="hf_x")))
+        main(flags(push_to_hub=True, hub_token="hf_x"))
     with pytest.raises(ValueError, match="repo_id 'a/b/c' is not of the form"):
-        main(parse_args(flags(push_to_hub=True, hub_token="hf_x", hub_license="mit", hub_model_id="a/b/c")))
+        main(flags(push_to_hub=True, hub_token="hf_x", hub_license="mit", hub_model_id="a/b/c"))
     assert not (tmp_path / "run").exists()
 
 
 @NEEDS_PUSH
 def test_a_push_that_fails_at_the_end_leaves_the_student_and_exit_code_1(flags, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(train_tbcm_distill, "prepare_repo", lambda repo_id, **access: repo_id)
+    monkeypatch.setattr(run, "prepare_repo", lambda repo_id, **access: repo_id)
     with pytest.raises(SystemExit) as ended:  # the token cannot even be sent
-        main(parse_args(flags(push_to_hub=True, hub_token="hf_with space", hub_license="mit")))
+        main(flags(push_to_hub=True, hub_token="hf_with space", hub_license="mit"))
     assert ended.value.code == 1
     assert "was not pushed: token is empty, or has a space" in caplog.text
     assert f"python -m diffusers_tbcm push {tmp_path / 'run'} run --license mit" in caplog.text
@@ -301,33 +304,38 @@ def test_a_push_that_fails_at_the_end_leaves_the_student_and_exit_code_1(flags, 
 
 
 @pytest.mark.parametrize(
-    ("configuration", "rank", "message"),
+    ("configuration", "message"),
     [
-        ({"distributed_type": DistributedType.DEEPSPEED, "is_fsdp2": False}, None, r"DEEPSPEED.*DDP and FSDP2"),
-        ({"distributed_type": DistributedType.FSDP, "is_fsdp2": False}, None, r"FSDP.*fsdp_version: 2"),
-        ({"distributed_type": DistributedType.FSDP, "is_fsdp2": True}, 4, "--rank .* use DDP"),
+        ({"distributed_type": DistributedType.DEEPSPEED, "is_fsdp2": False}, r"DEEPSPEED.*DDP and FSDP2"),
+        ({"distributed_type": DistributedType.FSDP, "is_fsdp2": False}, r"FSDP.*fsdp_version: 2"),
     ],
-    ids=["DeepSpeed", "FSDP1", "LoRA under FSDP2"],
+    ids=["DeepSpeed", "FSDP1"],
 )
-def test_a_configuration_that_is_not_tested_is_refused(configuration, rank, message):
+def test_a_configuration_that_is_not_tested_is_refused(configuration, message):
     with pytest.raises(ValueError, match=message):
-        check_accelerator(SimpleNamespace(**configuration), SimpleNamespace(rank=rank, report_to="none"))
+        check_launch(SimpleNamespace(**configuration), "none")
+
+
+def test_lora_under_fsdp2_is_refused():
+    run = SimpleNamespace(accelerator=SimpleNamespace(is_fsdp2=True))
+    with pytest.raises(ValueError, match=r"`rank` .* use DDP"):
+        Distillation(run, SimpleNamespace(rank=4), [])
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(distill_setup, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(launch, "get_available_trackers", lambda: ["tensorboard"])
     accelerator = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)
-    with pytest.raises(ValueError, match="--report_to is 'wandb', which is not installed"):
-        check_accelerator(accelerator, SimpleNamespace(rank=None, report_to="wandb"))
+    with pytest.raises(ValueError, match="`report_to` is 'wandb', which is not installed"):
+        check_launch(accelerator, "wandb")
 
 
 def test_another_run_is_not_overwritten(flags, tmp_path, capsys):
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(SystemExit):
-        parse_args(flags())
+        parse_settings(TBCMSettings, flags())
     assert "holds another run" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
-        main(parse_args(flags(resume_from_checkpoint="latest")))
+        main(flags(resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize(
@@ -345,21 +353,21 @@ def test_a_folder_that_is_no_teacher_is_refused(flags, tmp_path, damage, message
     folder = write_tiny_pipeline(tmp_path / "teacher")
     damage(folder)
     with pytest.raises(ValueError, match=message):
-        main(parse_args(flags(pretrained_model_name_or_path=folder)))
+        main(flags(pretrained_model_name_or_path=folder))
 
 
 @pytest.mark.parametrize("resolution", [0, 20, -64])
 def test_a_resolution_that_the_autoencoder_does_not_divide_is_refused(flags, resolution):
     with pytest.raises(ValueError, match=f"resolution is {resolution}: it has to be a positive multiple of 8"):
-        main(parse_args(flags(resolution=resolution)))
+        main(flags(resolution=resolution))
 
 
 def test_a_teacher_in_scaled_time_is_warned_of_and_marks_its_student(flags, tmp_path, caplog):
     tiny_sana_pipeline(timestep_scale=1000.0).save_pretrained(tmp_path / "teacher")
     arguments = flags(pretrained_model_name_or_path=tmp_path / "teacher")
-    main(parse_args(arguments))
+    main(arguments)
     assert any("multiplied by timestep_scale=1000" in message for message in caplog.messages)
     with pytest.raises(ValueError, match=r"timestep_scale` is 1000"):
         SanaTBCMPipeline.from_pretrained(tmp_path / "run")("a dog")
-    with pytest.raises(ValueError, match="--validation_prompts cannot be drawn"):
-        main(parse_args([*arguments, "--validation_prompts", "a dog", "--resume_from_checkpoint", "latest"]))
+    with pytest.raises(ValueError, match="`validation_prompts` cannot be drawn"):
+        main([*arguments, "--validation_prompts", "a dog", "--resume_from_checkpoint", "latest"])

@@ -1,0 +1,98 @@
+"""Starting the training scripts as users do, and comparing what they leave."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+SCRIPTS = Path(__file__).parents[1] / "examples" / "tbcm"
+
+
+def metrics(folder):
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def training_state(checkpoint):
+    """Every tensor of a checkpoint: the trained network, the optimiser, schedules and the EMA."""
+
+    def flatten(value, name):
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, dict | list):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from flatten(item, f"{name}.{key}")
+        elif isinstance(value, int | float):
+            yield name, torch.tensor(value, dtype=torch.float64)
+
+    tensors = dict(load_file(checkpoint / "model.safetensors"))
+    for file in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        tensors |= flatten(torch.load(checkpoint / file, weights_only=True), file)
+    return tensors
+
+
+def assert_same_state(actual, expected):
+    actual, expected = training_state(actual), training_state(expected)
+    assert actual.keys() == expected.keys() and len(actual) > 100
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+def run_until(arguments, folder, step, number):
+    """Start the script, send it a signal once it has logged a step, give its exit code and what it printed."""
+    command = [sys.executable, str(SCRIPTS / "train_tbcm_distill.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 300
+    while not any(line["step"] >= step for line in metrics(folder)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=300)[0]
+    return process.returncode, output
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(arguments, *wrappers, script=SCRIPTS / "train_tbcm_distill.py", nodes=1, **environment):
+    """Two processes of one launcher, or two launchers that meet over loopback, of one process each.
+
+    `accelerate launch` itself starts several on a CPU only by MPI.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    if nodes == 1:
+        launchers = [[*command, "--standalone", "--nproc_per_node", "2"]]
+    else:
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+        meeting += ["--master_port", str(free_port())]
+        launchers = [[*command, *meeting, "--node_rank", str(rank)] for rank in range(2)]
+    started = [
+        subprocess.Popen(
+            [*launcher, *map(str, wrappers), str(script), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for launcher in launchers
+    ]
+    for process in started:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0 and "could not be written" not in output, output[-5000:]
+
+
+def largest_relative_difference(actual, expected):
+    """Over all tensors, the norm of the difference over the norm."""
+    assert actual.keys() == expected.keys()
+    return max(float((actual[name] - value).norm() / value.norm()) for name, value in expected.items() if value.any())
