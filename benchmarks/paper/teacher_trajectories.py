@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from diffusers_tbcm import diffusion as diffusion_rows
 from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
 from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.files import written_beside
 from diffusers_tbcm.guidance import guided_output
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
@@ -201,7 +202,6 @@ def kept(
         return load_file(path)
     tensors = {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+    with written_beside(path) as partial:
+        save_file(tensors, partial)
     return tensors

@@ -58,9 +58,10 @@ from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
 from diffusers_tbcm.export.hub import choose_license, prepare_repo, push_or_warn
 from diffusers_tbcm.export.record import training_config
+from diffusers_tbcm.files import write_json
 from diffusers_tbcm.lora import drop_frozen_weights, merge_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
-from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, latent_size, resolve_teacher, write_json
+from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, latent_size, resolve_teacher
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.training.averaging import ShardedEMA
 from diffusers_tbcm.training.checkpoints import find_checkpoint, save_checkpoint

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from ..files import written_beside
 from ..pipeline_folder import SKIPPED_FILES
 from ..transfer import to_device
 
@@ -336,9 +337,8 @@ def _write_shard(folder: Path, prompts: list[str], rows: list[torch.Tensor], fin
     }
     # Named by its prompts: embedded again, a torn shard is replaced and no other one is.
     path = folder / f"{blake2b(keys.tobytes(), digest_size=8).hexdigest()}.safetensors"
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={METADATA: json.dumps(fingerprint)})
-    partial.replace(path)
+    with written_beside(path) as partial:
+        save_file(tensors, partial, metadata={METADATA: json.dumps(fingerprint)})
 
 
 def _pad(rows: list[torch.Tensor], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:

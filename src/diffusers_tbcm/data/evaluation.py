@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
+from ..files import PICTURE_SUFFIXES
 from .prompts import DATA_FILES
 
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 MJHQ_30K = "playgroundai/MJHQ-30K"  # 3,000 pictures of each of 10 categories; prompts in a file of their own
 MJHQ_30K_PROMPTS = "meta_data.json"
-PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..files import written_beside
 from ..images import fit_image
 from .embeddings import digest_files
 
@@ -222,11 +223,10 @@ def precompute_latents(
                 latents.append(encode_pixels(vae, pixels).to("cpu", vae.dtype))
                 progress.update(len(batch))
             path = _shard_path(folder, shard.start)
-            partial = path.with_suffix(".partial")
-            save_file(
-                {"latents": torch.cat(latents).contiguous()}, partial, metadata={METADATA: json.dumps(fingerprint)}
-            )
-            partial.replace(path)
+            with written_beside(path) as partial:
+                save_file(
+                    {"latents": torch.cat(latents).contiguous()}, partial, metadata={METADATA: json.dumps(fingerprint)}
+                )
     return total
 
 
