@@ -109,7 +109,7 @@ class Teacher:
             predictions = []
             for t in timesteps.unbind(1):
                 sample = diffuse(original, noise, t)
-                output = guided_output(self.network, sample / SIGMA_DATA, t, *text, scale)
+                output = guided_output(self.network, sample / SIGMA_DATA, t, text.embeds, text.mask, scale)
                 predictions.append(consistency_output(sample, output, t, SIGMA_DATA))
             return {"noise": noise, "predictions": torch.stack(predictions, dim=1)}
 
@@ -138,17 +138,17 @@ class Teacher:
         else:
             generators = [draw_generator(index, SEED, ROUTE_STREAM) for index in indices]
             timesteps = sample_timesteps(scheme, len(indices), num_steps, generator=generators, device=self.device)
-        embeds, mask = self.encoder([self.prompts[index] for index in indices])
-        negative_embeds, negative_mask = self.encoder([UNCONDITIONAL])
+        text = self.encoder([self.prompts[index] for index in indices])
+        negative = self.encoder([UNCONDITIONAL])
         trajectory = record_trajectory(
             self.network,
             noise / SIGMA_DATA,
             timesteps,
-            embeds,
-            negative_embeds,
+            text.embeds,
+            negative.embeds,
             torch.full((len(indices),), guidance_scale, device=self.device),
-            prompt_attention_mask=mask,
-            negative_prompt_attention_mask=negative_mask,
+            prompt_attention_mask=text.mask,
+            negative_prompt_attention_mask=negative.mask,
             sigma_data=SIGMA_DATA,
         )
         latents, output, timesteps = trajectory.latents, trajectory.velocity / SIGMA_DATA, trajectory.timesteps

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderDC
 from row_stream import Encoder, RowSource
 
-from diffusers_tbcm.data.latents import CaptionedImages, LatentCache, latents_fingerprint, precompute_latents
+from diffusers_tbcm.data.latents import LatentCache, latents_fingerprint, precompute_latents
+from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.data.prompts import draw_generator, prompt_at
 from diffusers_tbcm.diffusion import diffusion_rows, sample_diffusion_timesteps
 from diffusers_tbcm.discrete import neighbouring_timesteps
@@ -112,7 +113,7 @@ class ImageRows(RowSource):
             self.images.pick_caption(picture, generator)
             for picture, generator in zip(pictures, generators, strict=True)
         ]
-        prompt_embeds, prompt_mask = self.encoder(captions)
+        text = self.encoder(captions)
         guidance_scale, noise = self.draw_guidance_and_noise(generators)
 
         rows = diffusion_rows(
@@ -120,10 +121,10 @@ class ImageRows(RowSource):
             to_device(self.latents(pictures), self.device),
             noise,
             to_device(self.draw_timesteps(generators), self.device),
-            prompt_embeds,
+            text.embeds,
             self.negative_embeds,
             guidance_scale,
-            prompt_attention_mask=prompt_mask,
+            prompt_attention_mask=text.mask,
             negative_prompt_attention_mask=self.negative_mask,
             sigma_data=self.sigma_data,
         )
@@ -134,7 +135,7 @@ class ImageRows(RowSource):
             pred_original_sample=rows.pred_original_sample,
         )
         keep = torch.ones(len(draws), dtype=torch.bool)
-        return Recording(trajectory, prompt_embeds, prompt_mask, guidance_scale), keep
+        return Recording(trajectory, text.embeds, text.mask, guidance_scale), keep
 
 
 class LogitNormalRows(ImageRows):

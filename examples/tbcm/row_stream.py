@@ -7,12 +7,13 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_tbcm.data.prompts import prompt_at
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.training.replay import Recording
 from diffusers_tbcm.transfer import HostCopy, to_device
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
-Encoder = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
+Encoder = Callable[[list[str]], Text]
 
 
 class RowSource:
@@ -49,7 +50,8 @@ class RowSource:
         self.latent_shape = latent_shape
         self.sigma_data = sigma_data
         self.guidance_choices = torch.tensor(args.guidance_scales)
-        self.negative_embeds, self.negative_mask = encoder([""])
+        negative = encoder([""])
+        self.negative_embeds, self.negative_mask = negative.embeds, negative.mask
 
     def draw_guidance_and_noise(self, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
         """Give every draw its guidance scale, (draws,), and its noise, (draws, channels, height, width)."""

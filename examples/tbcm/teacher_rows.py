@@ -125,22 +125,22 @@ class TeacherRows(RowSource):
         # 1. Prompts
         generators = [draw_generator(draw, args.seed) for draw in draws]
         prompts = [self.prompts[prompt_at(draw, self.num_prompts, args.seed)] for draw in draws]
-        prompt_embeds, prompt_mask = self.encoder(prompts)
+        text = self.encoder(prompts)
         guidance_scale, noise = self.draw_guidance_and_noise(generators)
 
         # 2. Timesteps
         timesteps = self.draw_timesteps(generators)
 
         # 3. The teacher's trajectory
-        negative_embeds, negative_mask = self.negative_prompt(prompt_mask)
+        negative_embeds, negative_mask = self.negative_prompt(text.mask)
         trajectory = record_trajectory(
             self.teacher,
             noise,
             timesteps,
-            prompt_embeds,
+            text.embeds,
             negative_embeds,
             guidance_scale,
-            prompt_attention_mask=prompt_mask,
+            prompt_attention_mask=text.mask,
             negative_prompt_attention_mask=negative_mask,
             sigma_data=self.sigma_data,
         )
@@ -156,4 +156,4 @@ class TeacherRows(RowSource):
                 hard=args.brightness_hard,
                 generator=generators,
             )
-        return Recording(trajectory, prompt_embeds, prompt_mask, guidance_scale), keep
+        return Recording(trajectory, text.embeds, text.mask, guidance_scale), keep

@@ -156,9 +156,9 @@ def train(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accele
         )
         accelerator.wait_for_everyone()
         encoder = EmbeddingCache(Path(args.precompute_embeddings), fingerprint, device=device)
-    negative_embeds, negative_mask = encoder([""])
+    negative = encoder([""])
     teacher_transformer.requires_grad_(False).eval().to(device)
-    timestep_scale = infer_timestep_scale(teacher_transformer, negative_embeds, negative_mask)
+    timestep_scale = infer_timestep_scale(teacher_transformer, negative.embeds, negative.mask)
     if args.validation_prompts and timestep_scale > 1:
         raise ValueError(
             f"--validation_prompts cannot be drawn: the teacher sees time multiplied by {timestep_scale:g}, which the"
@@ -181,14 +181,14 @@ def train(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accele
     if accelerator.is_main_process:
         one = torch.ones(rows_per_micro_step, device=device)
         latents = torch.zeros((rows_per_micro_step, *latent_shape), device=device)
-        text = (value.expand(args.train_batch_size, *value.shape[1:]) for value in (negative_embeds, negative_mask))
+        text = negative.expand(args.train_batch_size)
         frozen: dict[str, torch.nn.Module] = {"teacher": teacher}
         if isinstance(encoder, PromptEncoder):
             frozen["text encoder"] = encoder.text_encoder
         plan = memory_plan(
             model,
             frozen,
-            (latents, one, *text, one),
+            (latents, one, text.embeds, text.mask, one),
             state_bytes=STATE_BYTES_8BIT if args.use_8bit_adam else STATE_BYTES[args.optimizer],
             ema=args.use_ema,
             autocast_dtype=None if weight_dtype == torch.float32 else weight_dtype,

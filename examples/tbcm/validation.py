@@ -35,11 +35,11 @@ def validate(
     vae = AutoencoderDC.from_pretrained(teacher_folder, subfolder="vae").to(student.device)
     pipeline = SanaTBCMPipeline(None, None, vae, student, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    prompt_embeds, prompt_attention_mask = encoder(prompts)
+    text = encoder(prompts)
     columns = [
         pipeline(
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
+            prompt_embeds=text.embeds,
+            prompt_attention_mask=text.mask,
             num_inference_steps=steps,
             generator=[draw_generator(index, seed) for index in range(len(prompts))],
             height=resolution,
