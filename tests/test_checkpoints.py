@@ -78,7 +78,7 @@ def test_a_torn_one_is_named_and_the_one_before_it_taken(run, damage):
     if "missing" in damage:
         file.unlink()
     else:
-        file.write_bytes(file.read_bytes()[:-1])
+        file.write_bytes(file.read_bytes()[:-2])  # a manifest ends in a newline, which nobody misses
     with pytest.raises(ValueError, match=r"checkpoint-10'.*(complete|corrupt)"):
         find_checkpoint(folder, "checkpoint-10")
     assert find_checkpoint(folder, "latest")[1] == 2

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sana_pipeline, write_tiny_pipeline
 
-from diffusers_tbcm.data import embeddings
+from diffusers_tbcm.data import shards
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 
 
@@ -21,12 +21,19 @@ FINGERPRINT = {"text_encoder": "gemma", "complex_human_instruction": "none"}
 PROMPTS = ["a violin", "a much longer prompt", "b", "a cat and a dog", "the sun", "c"]
 
 
+def tensors(text):
+    """What a text of a Sana pipeline holds."""
+    assert text.pooled is None
+    return text.embeds, text.mask
+
+
 def test_embeddings_are_the_pipelines_without_its_padding():
     pipeline = tiny_sana_pipeline()
     instruction = ["Enhance the prompt.", "User Prompt: "]
     encoder = PromptEncoder(pipeline, complex_human_instruction=instruction, max_sequence_length=40)
     prompts = ["a violin", "a much longer prompt", ""]
-    embeds, mask = encoder(prompts)
+    text = encoder(prompts)
+    embeds, mask = text.embeds, text.mask
     for row, row_mask, prompt in zip(embeds, mask, prompts, strict=True):
         expected, expected_mask, _, _ = pipeline.encode_prompt(
             prompt,
@@ -51,7 +58,7 @@ def test_each_prompt_is_encoded_alone_and_once_while_it_is_cached(monkeypatch):
     encoder = PromptEncoder(pipeline, max_sequence_length=40, cache_size=2)
     first = encoder(["a", "b", "a"])
     again = encoder(["a", "b", "a"])
-    assert encoded == ["a", "b"] and all(map(torch.equal, first, again))
+    assert encoded == ["a", "b"] and all(map(torch.equal, tensors(first), tensors(again)))
     encoder(["c"])  # drops "b", whose last use is the oldest
     encoder(["a"])
     encoder(["b"])
@@ -67,13 +74,13 @@ def test_a_folder_gives_what_the_encoder_gives_bit_for_bit(tmp_path, dtype):
     cache = EmbeddingCache(tmp_path, FINGERPRINT)
     assert len(cache) == 7 and cache.missing(["x", "", "b", "y"]) == ["x", "y"]
     for batch in (["c", "a violin", ""], [""], PROMPTS[::-1], ["b", "b"]):
-        found, expected = cache(batch), encoder(batch)
+        found, expected = tensors(cache(batch)), tensors(encoder(batch))
         assert all(map(torch.equal, found, expected))
         assert [value.dtype for value in found] == [value.dtype for value in expected] == [dtype, torch.long]
-    shards = [load_file(path) for path in tmp_path.iterdir()]
-    assert sorted(len(shard["keys"]) for shard in shards) == [1, 3, 3]
-    tokens = sum(int(encoder([prompt])[1].sum()) for prompt in ["", *PROMPTS])
-    assert sum(len(shard["embeds"]) for shard in shards) == tokens  # no padding
+    written = [load_file(path) for path in tmp_path.iterdir()]
+    assert sorted(len(shard["keys"]) for shard in written) == [1, 3, 3]
+    tokens = sum(int(encoder([prompt]).mask.sum()) for prompt in ["", *PROMPTS])
+    assert sum(len(shard["embeds"]) for shard in written) == tokens  # no padding
 
 
 class CountingEncoder:
@@ -249,7 +256,7 @@ def test_another_text_encoder_or_tokenizer_is_another_encoder(tmp_path, change, 
 
 
 def test_a_fingerprint_reads_a_sample_of_every_weight(teacher, monkeypatch):
-    monkeypatch.setattr(embeddings, "WEIGHT_SAMPLE", 0)
+    monkeypatch.setattr(shards, "WEIGHT_SAMPLE", 0)
     unread = fingerprint(teacher)
     monkeypatch.undo()
     assert unread["text_encoder"] != fingerprint(teacher)["text_encoder"]

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import generate, tiny_tbcm_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.images import fit_image, load_image
+from diffusers_tbcm.images import fit_image, load_image, to_pixels
 
 
 HALF_PI = math.pi / 2
@@ -163,3 +163,24 @@ def test_an_image_is_forgotten_after_its_call(pipeline):
 def test_bad_calls_are_named(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(pipeline, **{"image": picture(), **arguments})
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_pictures_are_covered_cropped_and_put_on_white(mode):
+    # A wide picture with a black middle third, transparent outside where it can be.
+    image = Image.new("RGBA", (96, 32), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (32, 0, 64, 32))
+    if mode in ("RGB", "L"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = to_pixels(image.convert(mode) if mode != "P" else image.quantize(8), 32)
+    assert pixels.shape == (1, 3, 32, 32) and pixels.dtype == torch.float32
+    assert (pixels == -1).all()  # the middle
+    halved = to_pixels(image.crop((16, 0, 80, 64)).resize((64, 64)), 32)
+    assert halved.shape == (1, 3, 32, 32)
+
+
+def test_transparency_is_white():
+    image = Image.new("RGBA", (32, 32), (0, 255, 0, 0))
+    assert (to_pixels(image, 32) == 1).all()
+    half = Image.new("RGBA", (32, 32), (0, 0, 0, 128))
+    torch.testing.assert_close(to_pixels(half, 32), torch.full((1, 3, 32, 32), 1 - 2 * 128 / 255))

@@ -1,26 +1,16 @@
-"""Captioned pictures and the folder of their latents."""
+"""The folder of pictures' latents."""
 
-import json
-import math
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from captioned import RESOLUTION, write_images
 from tiny import LATENT_CHANNELS, tiny_vae, write_tiny_pipeline
 
-from diffusers_tbcm.data.latents import (
-    CaptionedImages,
-    LatentCache,
-    encode_pixels,
-    latents_fingerprint,
-    precompute_latents,
-    to_pixels,
-)
+from diffusers_tbcm.data.latents import LatentCache, encode_pixels, latents_fingerprint, precompute_latents
+from diffusers_tbcm.data.pictures import CaptionedImages
+from diffusers_tbcm.images import to_pixels
 
 
 CAPTIONS = ["a fox", "a red fox", "a violin", "an owl", "a violin", "a cat", "the sun"]
-RESOLUTION = 16
 SHARD_SIZE = 3
 
 
@@ -29,18 +19,6 @@ def datasets_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets_cache"))
         yield
-
-
-def write_images(folder, captions):
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    lines = []
-    for index, caption in enumerate(captions):
-        pixels = generator.integers(0, 256, (RESOLUTION + 3 * index, RESOLUTION, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": caption}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,58 +51,6 @@ def never():
 
 def complete(images, folder, fingerprint, make_vae=tiny_vae, **kwargs):
     return precompute_latents(images, make_vae, folder, fingerprint, resolution=RESOLUTION, batch_size=2, **kwargs)
-
-
-def test_a_folder_of_pictures_is_read_with_its_captions(images):
-    assert len(images) == len(CAPTIONS) and images.captions == [(caption,) for caption in CAPTIONS]
-    assert images.prompts == ["a fox", "a red fox", "a violin", "an owl", "a cat", "the sun"]
-    assert [images[index].size for index in (0, 2)] == [(RESOLUTION, RESOLUTION), (RESOLUTION, RESOLUTION + 6)]
-
-
-def test_one_of_several_captions_is_drawn_and_pictures_without_one_are_left_out(tmp_path, caplog):
-    source = write_images(tmp_path / "images", [["a", "b", " "], [], ["c"], [""]])
-    images = CaptionedImages(source)
-    assert images.captions == [("a", "b"), ("c",)] and images.prompts == ["a", "b", "c"]
-    assert "2 pictures" in caplog.text
-    assert images[1].size[1] == RESOLUTION + 6  # the third of the folder
-    picks = [images.pick_caption(0, torch.Generator().manual_seed(seed)) for seed in range(400)]
-    assert picks.count("a") / 400 == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(400))
-    assert picks[7] == images.pick_caption(0, torch.Generator().manual_seed(7))
-    generator = torch.Generator().manual_seed(0)
-    state = generator.get_state()
-    assert images.pick_caption(1, generator) == "c" and torch.equal(generator.get_state(), state)
-    assert CaptionedImages(source, max_images=1).captions == [("a", "b")]
-
-
-def test_unusable_data_is_named(tmp_path, images):
-    folder = write_images(tmp_path / "images", CAPTIONS)
-    with pytest.raises(ValueError, match="has no column 'caption': it has image, text"):
-        CaptionedImages(folder, caption_column="caption")
-    with pytest.raises(ValueError, match="column 'text' is neither text nor a list of texts: it holds 7"):
-        CaptionedImages(write_images(tmp_path / "numbers", [7, 8]))
-    with pytest.raises(ValueError, match=r"none of the 2 pictures of .* has a caption"):
-        CaptionedImages(write_images(tmp_path / "empty", ["", " "]))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
-def test_pictures_are_covered_cropped_and_put_on_white(mode):
-    # A wide picture with a black middle third, transparent outside where it can be.
-    image = Image.new("RGBA", (96, 32), (0, 0, 0, 0))
-    image.paste((0, 0, 0, 255), (32, 0, 64, 32))
-    if mode in ("RGB", "L"):
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = to_pixels(image.convert(mode) if mode != "P" else image.quantize(8), 32)
-    assert pixels.shape == (1, 3, 32, 32) and pixels.dtype == torch.float32
-    assert (pixels == -1).all()  # the middle
-    halved = to_pixels(image.crop((16, 0, 80, 64)).resize((64, 64)), 32)
-    assert halved.shape == (1, 3, 32, 32)
-
-
-def test_transparency_is_white():
-    image = Image.new("RGBA", (32, 32), (0, 255, 0, 0))
-    assert (to_pixels(image, 32) == 1).all()
-    half = Image.new("RGBA", (32, 32), (0, 0, 0, 128))
-    torch.testing.assert_close(to_pixels(half, 32), torch.full((1, 3, 32, 32), 1 - 2 * 128 / 255))
 
 
 def test_latents_are_the_scaled_codes_bit_for_bit(tmp_path, images, fingerprint):

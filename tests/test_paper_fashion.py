@@ -10,7 +10,7 @@ from diffusers import SanaPipeline
 from emoji_metrics import DISTILLATION_PROMPTS_FILE, EVALUATION_FILE, REFERENCE_FILE, load_evaluation
 from study_runs import Study
 
-from diffusers_tbcm.data.latents import CaptionedImages
+from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.data.prompts import load_prompts
 
 

@@ -10,10 +10,19 @@ import pytest
 import torch
 from datasets import Dataset, Image, IterableDataset, load_dataset
 
-from diffusers_tbcm.data.prompts import PromptList, draw_generator, load_prompts, prompt_at
+from diffusers_tbcm.data.columns import MJHQ_30K
+from diffusers_tbcm.data.prompts import (
+    EvaluationPrompts,
+    PromptList,
+    draw_generator,
+    load_evaluation_prompts,
+    load_prompts,
+    prompt_at,
+)
 
 
 ROWS = ["a dog", "", "a café", None, " a dog ", "a cat"]
+COLOURS = ["red", "lime", "blue"]
 
 
 def test_text_files_hold_a_prompt_a_line(tmp_path):
@@ -107,6 +116,57 @@ def test_max_prompts_counts_different_prompts(tmp_path):
     assert load_prompts(file, max_prompts=2) == PromptList(["a", "b"], empty=1, duplicates=1)
     with pytest.raises(ValueError, match="max_prompts is 0"):
         load_prompts(file, max_prompts=0)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    entries = [{"prompt": f"a {colour} dog", "concept": colour, "size": i} for i, colour in enumerate(COLOURS)]
+    file.write_text("\n".join(map(json.dumps, [*entries, entries[0]])))
+    return file
+
+
+def test_prompts_of_a_text_file_keep_their_order_and_repetitions(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog\na violin\na dog\n")
+    assert load_evaluation_prompts(file) == EvaluationPrompts(["a dog", "a violin", "a dog"], [])
+    assert load_evaluation_prompts(file, max_prompts=2).prompts == ["a dog", "a violin"]
+
+
+def test_prompts_and_labels_are_columns(rows):
+    found = load_evaluation_prompts(rows, prompt_column="prompt", label_column="concept", max_prompts=4)
+    assert found == EvaluationPrompts(["a red dog", "a lime dog", "a blue dog", "a red dog"], [*COLOURS, "red"])
+
+
+def test_bad_prompts_are_refused(rows, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog\n \n")
+    with pytest.raises(ValueError, match=r"prompt 1 of .* is ' '"):
+        load_evaluation_prompts(file)
+    with pytest.raises(ValueError, match="it has no columns"):
+        load_evaluation_prompts(file, label_column="concept")
+    file.write_text("")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        load_evaluation_prompts(file)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_evaluation_prompts(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="has no column 'text': it has prompt, concept, size"):
+        load_evaluation_prompts(rows)
+    with pytest.raises(ValueError, match=r"prompt 0 of .* is 0, which is no text"):
+        load_evaluation_prompts(rows, prompt_column="size")
+
+
+def test_the_prompts_of_mjhq_30k_are_known_by_name(monkeypatch, tmp_path):
+    file = tmp_path / "meta_data.json"
+    file.write_text(
+        json.dumps({"0a": {"prompt": "a red dog", "category": "red"}, "0b": {"prompt": "b", "category": "lime"}})
+    )
+    asked = []
+    monkeypatch.setattr(
+        "diffusers_tbcm.data.prompts.hf_hub_download", lambda *names, **kind: asked.append((names, kind)) or file
+    )
+    assert load_evaluation_prompts(MJHQ_30K) == EvaluationPrompts(["a red dog", "b"], ["red", "lime"])
+    assert asked == [((MJHQ_30K, "meta_data.json"), {"repo_type": "dataset"})]
 
 
 def test_every_epoch_sees_every_prompt_once_in_an_order_of_its_own():

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from diffusers_tbcm import diffusion as diffusion_rows
 from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
-from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.draws import draw_generator
+from diffusers_tbcm.files import written_beside
 from diffusers_tbcm.guidance import guided_output
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
@@ -108,7 +109,7 @@ class Teacher:
             predictions = []
             for t in timesteps.unbind(1):
                 sample = diffuse(original, noise, t)
-                output = guided_output(self.network, sample / SIGMA_DATA, t, *text, scale)
+                output = guided_output(self.network, sample / SIGMA_DATA, t, text.embeds, text.mask, scale)
                 predictions.append(consistency_output(sample, output, t, SIGMA_DATA))
             return {"noise": noise, "predictions": torch.stack(predictions, dim=1)}
 
@@ -137,17 +138,17 @@ class Teacher:
         else:
             generators = [draw_generator(index, SEED, ROUTE_STREAM) for index in indices]
             timesteps = sample_timesteps(scheme, len(indices), num_steps, generator=generators, device=self.device)
-        embeds, mask = self.encoder([self.prompts[index] for index in indices])
-        negative_embeds, negative_mask = self.encoder([UNCONDITIONAL])
+        text = self.encoder([self.prompts[index] for index in indices])
+        negative = self.encoder([UNCONDITIONAL])
         trajectory = record_trajectory(
             self.network,
             noise / SIGMA_DATA,
             timesteps,
-            embeds,
-            negative_embeds,
+            text.embeds,
+            negative.embeds,
             torch.full((len(indices),), guidance_scale, device=self.device),
-            prompt_attention_mask=mask,
-            negative_prompt_attention_mask=negative_mask,
+            prompt_attention_mask=text.mask,
+            negative_prompt_attention_mask=negative.mask,
             sigma_data=SIGMA_DATA,
         )
         latents, output, timesteps = trajectory.latents, trajectory.velocity / SIGMA_DATA, trajectory.timesteps
@@ -201,7 +202,6 @@ def kept(
         return load_file(path)
     tensors = {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+    with written_beside(path) as partial:
+        save_file(tensors, partial)
     return tensors

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
 
 

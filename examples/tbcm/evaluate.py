@@ -26,14 +26,10 @@ from diffusers import DiffusionPipeline, SanaPipeline
 from evaluate_args import parse_args
 from PIL import Image
 
-from diffusers_tbcm.data.evaluation import (
-    MJHQ_30K,
-    DatasetPictures,
-    EvaluationPrompts,
-    FolderPictures,
-    load_evaluation_prompts,
-)
-from diffusers_tbcm.data.prompts import draw_generator
+from diffusers_tbcm.data.columns import MJHQ_30K
+from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
+from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
+from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.evaluation.drawing import load_pipeline
 from diffusers_tbcm.evaluation.evaluator import Evaluator, seconds_per_image
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_tbcm.data.evaluation import MJHQ_30K
+from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.pipeline_folder import TRAINING_RECORD
 
 

@@ -19,8 +19,9 @@ from make_mini_teacher import (
 )
 from PIL import Image
 
-from diffusers_tbcm.data.latents import CaptionedImages, to_pixels
+from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.data.prompts import load_prompts
+from diffusers_tbcm.images import to_pixels
 from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.trigflow import infer_timestep_scale
 

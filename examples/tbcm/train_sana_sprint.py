@@ -80,9 +80,7 @@ class SanaSprintSettings(PictureSettings):
                 "`misaligned_pairs_D` swaps the captions of a batch: it needs `train_batch_size` 2 or more"
             )
         if self.compile:
-            raise ValueError(
-                "`compile` hides the teacher's blocks from the hooks that the discriminator reads"
-            )
+            raise ValueError("`compile` hides the teacher's blocks from the hooks that the discriminator reads")
 
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""

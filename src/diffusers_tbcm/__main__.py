@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from .files import PICTURE_SUFFIXES
+
 
 if TYPE_CHECKING:  # what is heavy is imported by the command that needs it
     from PIL import Image
@@ -18,7 +20,6 @@ if TYPE_CHECKING:  # what is heavy is imported by the command that needs it
     from .evaluation.drawing import Drawing
 
 PROG = "diffusers-tbcm"
-PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**64 - 1  # torch's
 NAME_LENGTH = 48  # characters of a prompt in a file name

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .draws import per_prompt_generators
+from .files import written_beside
 from .transfer import to_device
 
 
@@ -44,9 +45,8 @@ def cached_black_latent(teacher_folder: str | PathLike[str], pixels: int, cache:
         return load_file(cache)["black_latent"]
     except (FileNotFoundError, SafetensorError):
         vae = AutoencoderDC.from_pretrained(teacher_folder, subfolder="vae").float()
-        partial = cache.with_suffix(".partial")
-        save_file({"black_latent": black_latent(vae, pixels, pixels).contiguous()}, partial)
-        partial.replace(cache)
+        with written_beside(cache) as partial:
+            save_file({"black_latent": black_latent(vae, pixels, pixels).contiguous()}, partial)
         return load_file(cache)["black_latent"]
 
 

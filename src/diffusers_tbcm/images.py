@@ -81,6 +81,23 @@ def fit_image(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return pixels[:, :, top : top + height, left : left + width]
 
 
+def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
+    """Make a picture a square: on white where it is transparent, resized to cover it, cut around the centre.
+
+    Args:
+        image: of any mode and size.
+        resolution: the square's sides in pixels.
+
+    Returns:
+        Pixels in [-1, 1], (1, 3, `resolution`, `resolution`), float32.
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = VaeImageProcessor(do_resize=False, do_convert_rgb=True).preprocess(image)
+    return fit_image(pixels, resolution, resolution)
+
+
 def pixels_to_pil(pixels: torch.Tensor) -> list[Image.Image]:
     """Turn pixels into the pictures that diffusers makes of them, rounded to bytes where they are.
 

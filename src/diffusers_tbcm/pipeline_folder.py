@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from .files import read_json
 
 
 MODEL_INDEX = "model_index.json"  # what makes a folder a pipeline to diffusers
@@ -123,14 +122,3 @@ def license_of(card: Path) -> dict[str, str]:
         return {}
     data = ModelCard.load(card).data.to_dict()
     return {field: data[field] for field in ("license", "license_name", "license_link") if field in data}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, its folder made where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

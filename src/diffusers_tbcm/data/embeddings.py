@@ -5,10 +5,8 @@ tokens of the first prompt, then of the second and so on as `embeds` (tokens, D)
 each prompt begins with; and what encoded them as its metadata.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
 from hashlib import blake2b
 from os import PathLike
 from pathlib import Path
@@ -16,20 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import SanaPipeline
-from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
-from ..pipeline_folder import SKIPPED_FILES
 from ..text import Text
+from .shards import TORN, ShardFolder, digest_files, dtype_name, own_shards, read_slice
 
-
-logger = logging.get_logger(__name__)
 
 UNCONDITIONAL = ""  # classifier-free guidance's prompt
-METADATA = "encoder"  # one entry: safetensors writes several in an order that varies
-WEIGHT_SAMPLE = 4096  # bytes of every weight tensor that an encoder is recognised by
 
 
 class PromptEncoder:
@@ -63,14 +53,14 @@ class PromptEncoder:
         self.cache_size = cache_size
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def __call__(self, prompts: list[str]) -> Text:
+    def __call__(self, prompts: Sequence[str]) -> Text:
         """Embed a batch, padded to its longest prompt only.
 
         Args:
             prompts: B prompts; the empty one is classifier-free guidance's.
 
         Returns:
-            Their text, (B, L, D), on `device`.
+            Their text, on `device`.
         """
         for prompt in prompts:
             if prompt not in self._cache:
@@ -81,7 +71,7 @@ class PromptEncoder:
         rows = [self._cache[prompt] for prompt in prompts]
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
-        return _pad(rows, self.device)
+        return _padded(rows).to(self.device)
 
     @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
@@ -129,16 +119,9 @@ class EmbeddingCache:
         self.device = device
         self._shards: list[Path] = []
         keys, places = [np.empty(0, np.int64)], [np.empty((0, 3), np.int64)]
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    found = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-                    _check_fingerprint(self.folder, found, fingerprint)
-                    keys.append(file.get_tensor("keys"))
-                    offsets = file.get_tensor("offsets")
-            except (OSError, SafetensorError) as error:
-                logger.warning(f"{str(path)!r} is torn, its prompts count as missing: {error}")
-                continue
+        for path, tensors in _store(self.folder, fingerprint).whole(("keys", "offsets")):
+            keys.append(tensors["keys"].numpy())
+            offsets = tensors["offsets"].numpy()
             shard = np.full(len(offsets) - 1, len(self._shards))
             places.append(np.stack([shard, offsets[:-1], offsets[1:]], axis=1))
             self._shards.append(path)
@@ -149,14 +132,14 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __call__(self, prompts: list[str]) -> Text:
+    def __call__(self, prompts: Sequence[str]) -> Text:
         """Read a batch, padded to its longest prompt only.
 
         Args:
             prompts: B prompts; the empty one is classifier-free guidance's.
 
         Returns:
-            Their text, (B, L, D), on `device`.
+            Their text, on `device`.
 
         Raises:
             ValueError: where a prompt is not in the folder, or its shard is gone or torn.
@@ -167,7 +150,7 @@ class EmbeddingCache:
                 f"prompt {prompts[int(found.argmin())]!r} is not among the {len(self)} embedded in"
                 f" {str(self.folder)!r}: run precompute_embeddings on that folder again, which adds what is missing"
             )
-        return _pad([self._read(*place) for place in self._places[found].tolist()], self.device)
+        return _padded([self._read(*place) for place in self._places[found].tolist()]).to(self.device)
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Say which prompts are not in the folder.
@@ -189,9 +172,8 @@ class EmbeddingCache:
     def _read(self, shard: int, start: int, stop: int) -> torch.Tensor:
         path = self._shards[shard]
         try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_slice("embeds")[start:stop]
-        except (OSError, SafetensorError) as error:
+            return read_slice(path, "embeds", slice(start, stop))
+        except TORN as error:
             raise ValueError(
                 f"shard {str(path)!r} is missing or torn: run precompute_embeddings on its folder again, which"
                 " redoes this shard only"
@@ -228,25 +210,13 @@ def precompute_embeddings(
     Raises:
         ValueError: where the folder's embeddings come from another encoder; the message says what differs.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     cache = EmbeddingCache(folder, fingerprint)
     wanted = list(dict.fromkeys([UNCONDITIONAL, *prompts]))
-    # A prompt's process depends on its place alone, so none is embedded twice however the processes are timed.
-    own = range(process_index * shard_size, len(wanted), num_processes * shard_size)
-    shards = [missing for start in own if (missing := cache.missing(wanted[start : start + shard_size]))]
-    if not shards:
-        return 0
-    encoder = make_encoder()
-    total = sum(map(len, shards))
-    with tqdm(total=total, desc="Embedding prompts", unit="prompt", disable=process_index > 0) as progress:
-        for shard in shards:
-            rows = []
-            for prompt in shard:
-                rows.append(encoder.encode(prompt))
-                progress.update()
-            _write_shard(folder, shard, rows, fingerprint)
-    return total
+    shares = own_shards(len(wanted), shard_size, process_index=process_index, num_processes=num_processes)
+    shards = [missing for share in shares if (missing := cache.missing(wanted[share.start : share.stop]))]
+    return _store(cache.folder, fingerprint).fill(
+        shards, make_encoder, _embed, label="Embedding prompts", quiet=process_index > 0
+    )
 
 
 def encoder_fingerprint(
@@ -277,47 +247,19 @@ def encoder_fingerprint(
         if instruction
         else "none",
         "max_sequence_length": str(max_sequence_length),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
 
 
-def digest_files(folder: Path) -> str:
-    """Digest a component's folder: the first bytes of every weight tensor and all of every other file.
-
-    Args:
-        folder: of a pipeline's component.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = blake2b(digest_size=8)
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or any(fnmatch(path.name, pattern) for pattern in SKIPPED_FILES):
-            continue
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if path.suffix != ".safetensors":
-            digest.update(path.read_bytes())
-            continue
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            tensors = json.loads(header)
-            tensors.pop("__metadata__", None)
-            digest.update(json.dumps(tensors, sort_keys=True).encode())
-            for start, stop in sorted(tensor["data_offsets"] for tensor in tensors.values()):
-                file.seek(8 + len(header) + start)
-                digest.update(file.read(min(stop - start, WEIGHT_SAMPLE)))
-    return digest.hexdigest()
-
-
-def _check_fingerprint(folder: Path, found: dict[str, str], expected: dict[str, str]) -> None:
-    differences = [
-        f"{name} is {found.get(name)}, not {value}" for name, value in expected.items() if found.get(name) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"{str(folder)!r} holds embeddings of another encoder: {'; '.join(differences)}. Choose another folder, or"
-            " delete this one to embed the prompts again"
-        )
+def _store(folder: Path, fingerprint: dict[str, str]) -> ShardFolder:
+    return ShardFolder(
+        folder,
+        fingerprint,
+        entry="encoder",
+        items="prompts",
+        others="embeddings of another encoder",
+        redo="embed the prompts again",
+    )
 
 
 def _keys(prompts: Sequence[str]) -> np.ndarray:
@@ -326,19 +268,23 @@ def _keys(prompts: Sequence[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype="<i8")
 
 
-def _write_shard(folder: Path, prompts: list[str], rows: list[torch.Tensor], fingerprint: dict[str, str]) -> None:
+def _embed(
+    encoder: PromptEncoder, prompts: list[str], done: Callable[[int], object]
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """Make a shard. It is named by its prompts: embedded again, a torn one is replaced and no other one is."""
+    rows = []
+    for prompt in prompts:
+        rows.append(encoder.encode(prompt))
+        done(1)
     keys = _keys(prompts)
     tensors = {
         "keys": torch.tensor(keys),
         "offsets": torch.tensor([0, *map(len, rows)]).cumsum(0),
         "embeds": torch.cat(rows),
     }
-    # Named by its prompts: embedded again, a torn shard is replaced and no other one is.
-    path = folder / f"{blake2b(keys.tobytes(), digest_size=8).hexdigest()}.safetensors"
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={METADATA: json.dumps(fingerprint)})
-    partial.replace(path)
+    return blake2b(keys.tobytes(), digest_size=8).hexdigest(), tensors
 
 
-def _pad(rows: list[torch.Tensor], device: torch.device | str) -> Text:
-    return Text.cat([Text.unmasked(row.unsqueeze(0)) for row in rows]).to(device)
+def _padded(rows: list[torch.Tensor]) -> Text:
+    """Put the embeddings of single prompts, (tokens, D) each, into one text."""
+    return Text.cat([Text.unmasked(row.unsqueeze(0)) for row in rows])

@@ -1,13 +1,17 @@
-"""Prompts: where they come from, and the order and randomness they are drawn with."""
+"""Prompts: where they come from, to train on and to evaluate on."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
 
-DATA_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # suffix: `datasets` builder
-READ_BATCH = 1000  # captions taken together from a data set on disk; a stream gives one at a time
+from .columns import DATA_FILES, MJHQ_30K, column_values, load_data
+
+
+MJHQ_30K_PROMPTS = "meta_data.json"
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,14 @@ def load_prompts(
     """
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"max_prompts is {max_prompts}: it takes at least 1")
-    path = Path(source)
-    if path.suffix in (*DATA_FILES, ".txt") and not path.is_file():
-        raise ValueError(f"prompts file {str(source)!r} does not exist")
+    path = _existing(source)
     captions: Iterable[object]
     if path.is_file() and path.suffix not in DATA_FILES:
         captions = _read_lines(path)
     elif path.is_file() and path.stat().st_size == 0:
         captions = ()
     else:
-        captions = _read_column(str(source), config, split, column, streaming)
+        captions = column_values(load_data(source, column, config=config, split=split, streaming=streaming), column)
 
     prompts: dict[str, None] = {}  # a set that keeps the order
     empty = duplicates = 0
@@ -88,6 +90,77 @@ def load_prompts(
     return PromptList(list(prompts), empty, duplicates)
 
 
+@dataclass(frozen=True)
+class EvaluationPrompts:
+    """Prompts in a fixed order, repetitions and all: a picture is known by its prompt's place.
+
+    Args:
+        prompts: P texts, none empty.
+        labels: the concept that each asks for, P names; empty where they are not known.
+    """
+
+    prompts: list[str]
+    labels: list[str]
+
+
+def load_evaluation_prompts(
+    source: str | PathLike[str],
+    *,
+    config: str | None = None,
+    split: str = "train",
+    prompt_column: str = "text",
+    label_column: str | None = None,
+    max_prompts: int | None = None,
+) -> EvaluationPrompts:
+    """Read prompts to evaluate on.
+
+    Args:
+        source: a csv, json, jsonl or parquet file; any other file, as UTF-8 text with one prompt a line; or what
+            `datasets.load_dataset` takes. `playgroundai/MJHQ-30K` needs no columns: its labels are its categories.
+        config: the data set's configuration.
+        split: the data set's split.
+        prompt_column: the column of the prompts; a text file has none.
+        label_column: the column of the concepts that they ask for.
+        max_prompts: how many, the first ones; None for all.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        ValueError: where a file or a column is missing, a prompt is empty, or a text file is asked for labels.
+    """
+    path = _existing(source)
+    labels: list[str] = []
+    if str(source) == MJHQ_30K:
+        entries = json.loads(Path(hf_hub_download(MJHQ_30K, MJHQ_30K_PROMPTS, repo_type="dataset")).read_bytes())
+        prompts = [entry["prompt"] for entry in entries.values()]
+        labels = [entry["category"] for entry in entries.values()]
+    elif path.is_file() and path.suffix not in DATA_FILES:
+        if label_column is not None:
+            raise ValueError(f"label_column is {label_column!r}, but {str(source)!r} is text: it has no columns")
+        prompts = path.read_text(encoding="utf-8-sig").splitlines()
+    else:
+        columns = (prompt_column,) if label_column is None else (prompt_column, label_column)
+        data = load_data(source, *columns, config=config, split="train" if path.is_file() else split)
+        prompts = list(column_values(data, prompt_column))
+        labels = [] if label_column is None else list(column_values(data, label_column))
+    prompts, labels = prompts[:max_prompts], labels[:max_prompts]
+    for place, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt {place} of {str(source)!r} is {prompt!r}, which is no text to draw")
+    if not prompts:
+        raise ValueError(f"{str(source)!r} holds no prompt")
+    return EvaluationPrompts(prompts, [str(label) for label in labels])
+
+
+def _existing(source: str | PathLike[str]) -> Path:
+    """The path of prompts, which may be a Hub id, but where it is named like a file, is one."""
+    path = Path(source)
+    if path.suffix in (*DATA_FILES, ".txt") and not path.is_file():
+        raise ValueError(f"prompts file {str(source)!r} does not exist")
+    return path
+
+
 def _read_lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -95,20 +168,3 @@ def _read_lines(path: Path) -> Iterator[str]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"prompts file {str(path)!r} is not UTF-8: line {number} cannot be read") from error
-
-
-def _read_column(source: str, config: str | None, split: str, column: str, streaming: bool) -> Iterator[object]:
-    from datasets import load_dataset
-
-    path = Path(source)
-    if path.is_file():
-        data = load_dataset(DATA_FILES[path.suffix], data_files=source, split=split, streaming=streaming)
-    else:
-        data = load_dataset(source, config, split=split, streaming=streaming)
-    if streaming and data.features is not None:
-        data = data.decode(False)  # a remote stream decodes every image in threads, whatever is selected later
-    columns = data.column_names or list(next(iter(data), {}))  # unknown to a stream of csv or json until it is read
-    if column not in columns:
-        raise ValueError(f"{source!r} has no column {column!r}: it has {', '.join(columns)}")
-    for batch in data.select_columns([column]).iter(batch_size=1 if streaming else READ_BATCH):
-        yield from batch[column]

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..draws import draw_generator
-from ..pipeline_folder import read_json, write_json
+from ..files import read_json, write_json, written_beside
 
 
 SETTINGS = "settings.json"
@@ -129,9 +129,8 @@ class PictureFolder(Sequence[Image.Image]):
                 **options,
             ).images
             for index, picture in zip(batch, pictures, strict=True):
-                partial = self.path(index).with_suffix(".partial")
-                picture.save(partial, format="PNG")
-                partial.replace(self.path(index))
+                with written_beside(self.path(index)) as partial:
+                    picture.save(partial, format="PNG")
 
 
 def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import written_beside
 from .features import NUM_COMPONENTS
 from .metrics import fit_gaussian, frechet_distance, symmetric_root
 
@@ -77,7 +78,8 @@ class FeatureReference:
         tensors = {"features": self.features, "mean": self.mean}
         if self.components is not None:
             tensors["components"] = self.components
-        save_file(tensors, path, metadata={"labels": json.dumps(self.labels)})
+        with written_beside(path) as partial:
+            save_file(tensors, partial, metadata={"labels": json.dumps(self.labels)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> FeatureReference:

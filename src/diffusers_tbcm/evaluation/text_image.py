@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
+from ..files import written_beside
 from .features import FeatureExtractor, MobileNetFeatures
 
 
@@ -111,7 +112,8 @@ class TextImageHead(nn.Module):
             accuracy: what it was measured to be, on pictures that it was not trained on too, JSON values by name.
         """
         weights = {name: weight.half().contiguous() for name, weight in self.state_dict().items()}
-        save_file(weights, path, metadata={"accuracy": json.dumps(accuracy)})
+        with written_beside(path) as partial:
+            save_file(weights, partial, metadata={"accuracy": json.dumps(accuracy)})
 
 
 class HeadScorer:

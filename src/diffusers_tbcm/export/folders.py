@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
+from ..files import read_json, remove, replace, write_json, written_beside
 from ..lora import LORA_FILE, save_lora
 from ..pipeline_folder import (
     CARD,
@@ -28,10 +30,8 @@ from ..pipeline_folder import (
     TRANSFORMER,
     VARIANTS,
     license_of,
-    read_json,
     resolve_teacher,
     vae_scale_factor,
-    write_json,
 )
 from ..scheduling_tbcm import TBCMScheduler
 from ..standalone import standalone_pipeline_source
@@ -105,35 +105,23 @@ def save_student_pipeline(
         raise ValueError(f"output_dir {str(output_dir)!r} is the teacher's own folder: the export would replace it")
     scheduler = TBCMScheduler() if scheduler is None else scheduler
 
-    partial = _start(output_dir)
-    for component in COPIED_COMPONENTS:
-        shutil.copytree(teacher_folder / component, partial / component, ignore=shutil.ignore_patterns(*SKIPPED_FILES))
-    student.save_pretrained(partial / TRANSFORMER)
-    student_config = read_json(partial / TRANSFORMER / "config.json")
-    student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
-    write_json(partial / TRANSFORMER / "config.json", student_config)
-    scheduler.to_stock().save_pretrained(partial / "scheduler")
-    (partial / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
-
-    teacher_classes = read_json(teacher_folder / MODEL_INDEX)
-    model_index = {
-        "_class_name": SanaSprintPipeline.__name__,
-        "_diffusers_version": diffusers_version,
-        **{component: teacher_classes[component] for component in COPIED_COMPONENTS},
-        TRANSFORMER: ["diffusers", SanaTransformer2DModel.__name__],
-        "scheduler": ["diffusers", SCMScheduler.__name__],
-    }
-    if (partial / "tokenizer" / "tokenizer.json").is_file():
-        library, name = model_index["tokenizer"]
-        model_index["tokenizer"] = [library, tokenizer_class(name)]
-    write_json(partial / MODEL_INDEX, model_index)
-    for variant in variants:
-        _save_variant(partial, variant)
-
-    record = _record(student, teacher, teacher_folder, prompt, training, resolution, license, image_free)
-    record = {"model_id": model_id or output_dir.resolve().name, **record}
-    _describe(partial, teacher_folder, record, config, samples)
-    _move(partial, output_dir, last=MODEL_INDEX)
+    with written_beside(output_dir.resolve(), place=partial(_move, last=MODEL_INDEX)) as folder:
+        for component in COPIED_COMPONENTS:
+            shutil.copytree(
+                teacher_folder / component, folder / component, ignore=shutil.ignore_patterns(*SKIPPED_FILES)
+            )
+        student.save_pretrained(folder / TRANSFORMER)
+        student_config = read_json(folder / TRANSFORMER / "config.json")
+        student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
+        write_json(folder / TRANSFORMER / "config.json", student_config)
+        scheduler.to_stock().save_pretrained(folder / "scheduler")
+        (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
+        write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder))
+        for variant in variants:
+            _save_variant(folder, variant)
+        record = _record(student, teacher, teacher_folder, prompt, training, resolution, license, image_free)
+        record = {"model_id": model_id or output_dir.resolve().name, **record}
+        _describe(folder, teacher_folder, record, config, samples)
     return output_dir
 
 
@@ -171,16 +159,30 @@ def save_student_lora(
     """
     teacher_folder = resolve_teacher(teacher)
     output_dir = Path(output_dir)
-    partial = _start(output_dir)
     stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
-    save_lora(student, partial, guidance_scale if stock else None)
-
-    record = _record(student, teacher, teacher_folder, prompt, training, resolution, license, image_free)
-    adapter = {"guidance_scale": guidance_scale, "stock_pipeline": stock}
-    record = {"model_id": model_id or output_dir.resolve().name, **record, "adapter": adapter}
-    _describe(partial, teacher_folder, record, config, samples)
-    _move(partial, output_dir, last=LORA_FILE)
+    with written_beside(output_dir.resolve(), place=partial(_move, last=LORA_FILE)) as folder:
+        save_lora(student, folder, guidance_scale if stock else None)
+        record = _record(student, teacher, teacher_folder, prompt, training, resolution, license, image_free)
+        adapter = {"guidance_scale": guidance_scale, "stock_pipeline": stock}
+        record = {"model_id": model_id or output_dir.resolve().name, **record, "adapter": adapter}
+        _describe(folder, teacher_folder, record, config, samples)
     return output_dir
+
+
+def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
+    """What makes `folder`, a copy of the teacher's components, a pipeline to diffusers."""
+    teacher_classes = read_json(teacher_folder / MODEL_INDEX)
+    model_index = {
+        "_class_name": SanaSprintPipeline.__name__,
+        "_diffusers_version": diffusers_version,
+        **{component: teacher_classes[component] for component in COPIED_COMPONENTS},
+        TRANSFORMER: ["diffusers", SanaTransformer2DModel.__name__],
+        "scheduler": ["diffusers", SCMScheduler.__name__],
+    }
+    if (folder / "tokenizer" / "tokenizer.json").is_file():
+        library, name = model_index["tokenizer"]
+        model_index["tokenizer"] = [library, tokenizer_class(name)]
+    return model_index
 
 
 def _save_variant(folder: Path, variant: str) -> None:
@@ -248,24 +250,11 @@ def _describe(
     render_model_card(folder).save(folder / CARD)
 
 
-def _start(output_dir: Path) -> Path:
-    """An empty folder beside `output_dir`, on its disk."""
-    partial = output_dir.resolve().with_name(f"{output_dir.resolve().name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of an export that was interrupted
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _move(partial: Path, output_dir: Path, last: str) -> None:
+def _move(written: Path, output_dir: Path, *, last: str) -> None:
     """Put a written folder into its place; until `last`, which makes it one to diffusers, there is none there."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in (last, METRICS, SAMPLE_GRID):  # of an earlier student
-        (output_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(output_dir / SAMPLES, ignore_errors=True)
-    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == last):
-        target = output_dir / entry.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        entry.replace(target)
-    partial.rmdir()
+    for name in (last, METRICS, SAMPLE_GRID, SAMPLES):  # of an earlier student
+        remove(output_dir / name)
+    for entry in sorted(written.iterdir(), key=lambda entry: entry.name == last):
+        replace(entry, output_dir / entry.name)
+    written.rmdir()

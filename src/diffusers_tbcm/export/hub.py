@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import time
@@ -19,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 
+from ..files import PICTURE_SUFFIXES, json_text, read_json
 from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
 from ..pipeline_folder import (
     CARD,
@@ -27,7 +27,6 @@ from ..pipeline_folder import (
     TRAINING_RECORD,
     WEIGHTS_COMPONENTS,
     license_of,
-    read_json,
 )
 from ..training.checkpoints import list_checkpoints
 
@@ -36,7 +35,6 @@ logger = logging.get_logger(__name__)
 
 MIN_HUB_VERSION = "1.32"  # the first whose `auth_check` was seen to ask for write access
 TOP_LEVEL_SUFFIXES = (".json", ".md", ".py")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 RETRY_WAITS = (1, 4, 16)  # seconds; the client retries each upload by itself before that
@@ -124,7 +122,7 @@ def push_pipeline_to_hub(
         record = read_json(folder / TRAINING_RECORD)
         old_id, step = record["model_id"], record["training"].get("steps")
         record |= {"model_id": repo_id, "license": record["license"] or {"license": license}}
-        files[TRAINING_RECORD] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+        files[TRAINING_RECORD] = json_text(record).encode()
         tag = f"step-{step}" if tag is None and step is not None else tag
     card = CommitOperationAdd(CARD, _card_for_repo(folder / CARD, old_id, repo_id, license).encode())
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..pipeline_folder import SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS, read_json
+from ..files import read_json
+from ..pipeline_folder import SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
 from .record import Metrics, load_metrics

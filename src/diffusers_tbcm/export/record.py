@@ -16,7 +16,8 @@ from PIL import Image
 
 from diffusers_tbcm import __version__
 
-from ..pipeline_folder import METRICS, read_json, write_json
+from ..files import read_json, write_json
+from ..pipeline_folder import METRICS
 
 
 RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")

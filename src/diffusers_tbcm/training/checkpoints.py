@@ -1,6 +1,5 @@
 """Training checkpoints that are whole or not there: written beside, renamed when complete, checked before loading."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 from safetensors import SafetensorError
+
+from ..files import beside, read_json, replace, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +36,7 @@ def save_checkpoint(
         The checkpoint's folder; None where it could not be written.
     """
     final = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f"{final.name}.partial"
+    partial = beside(final)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -62,9 +63,8 @@ def save_checkpoint(
 
 def _complete(partial: Path, final: Path, step: int, total_limit: int | None) -> None:
     sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-    (partial / MANIFEST).write_text(json.dumps({"step": step, "files": sizes}, indent=2))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    write_json(partial / MANIFEST, {"step": step, "files": sizes})
+    replace(partial, final)
     if total_limit is not None:
         others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
         for other in others[: max(0, len(others) - total_limit + 1)]:
@@ -97,7 +97,7 @@ def checkpoint_step(checkpoint: Path) -> int:
         ValueError: where the folder is missing, or a file of it is missing or cut short.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = read_json(checkpoint / MANIFEST)
         step, sizes = int(manifest["step"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {str(checkpoint)!r} is not complete: no readable {MANIFEST}") from error

@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 from ..draws import draw_generator
 from ..export.hub import choose_license, prepare_repo, push_or_warn
 from ..export.record import training_config
+from ..files import write_json
 from ..lora import drop_frozen_weights
-from ..pipeline_folder import TRAINING_CONFIG, write_json
+from ..pipeline_folder import TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
 from .averaging import ShardedEMA

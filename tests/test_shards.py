@@ -1,0 +1,91 @@
+"""The folder of shards that embeddings and latents are kept in."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffusers_tbcm.data.shards import TORN, ShardFolder, own_shards, read_slice
+
+
+FINGERPRINT = {"model": "a", "dtype": "float32"}
+
+
+def store(folder, fingerprint=FINGERPRINT):
+    return ShardFolder(folder, fingerprint, entry="made_of", items="numbers", others="others", redo="count again")
+
+
+def count(model, shard, done):
+    """A shard of numbers, named by its first."""
+    done(len(shard))
+    return str(shard.start), {"numbers": torch.arange(shard.start, shard.stop) + model}
+
+
+def fill(folder, shards=(range(0, 3), range(3, 5)), load=lambda: 0, **kwargs):
+    return store(folder, **kwargs).fill(shards, load, count, label="Counting", quiet=True)
+
+
+def never():
+    raise AssertionError("the model was loaded")
+
+
+def test_shards_hold_their_tensors_and_what_they_were_made_of(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    assert fill(folder) == 5
+    assert sorted(path.name for path in folder.iterdir()) == ["0.safetensors", "3.safetensors"]
+    assert load_file(folder / "3.safetensors")["numbers"].tolist() == [3, 4]
+    with safe_open(folder / "0.safetensors", framework="pt") as file:
+        assert {name: json.loads(text) for name, text in file.metadata().items()} == {"made_of": FINGERPRINT}
+    found = [(path.stem, tensors["numbers"].tolist()) for path, tensors in store(folder).whole(("numbers",))]
+    assert found == [("0", [0, 1, 2]), ("3", [3, 4])]
+    assert read_slice(store(folder).path("0"), "numbers", slice(1, 3)).tolist() == [1, 2]
+    assert int(read_slice(store(folder).path("3"), "numbers", 1)) == 4
+
+
+def test_nothing_to_make_loads_no_model_and_makes_no_folder(tmp_path):
+    assert fill(tmp_path / "folder", shards=[], load=never) == 0
+    assert not (tmp_path / "folder").exists() and list(store(tmp_path / "folder").whole()) == []
+
+
+def test_what_was_written_stays_where_the_next_shard_fails(tmp_path):
+    def fail_at_three(model, shard, done):
+        if shard.start == 3:
+            raise KeyboardInterrupt
+        return count(model, shard, done)
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path).fill([range(0, 3), range(3, 5)], lambda: 0, fail_at_three, label="", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1])
+def test_a_torn_shard_is_named_and_passed_over(tmp_path, keep, caplog):
+    fill(tmp_path)
+    torn = tmp_path / "0.safetensors"
+    torn.write_bytes(torn.read_bytes()[:keep])
+    with caplog.at_level(logging.WARNING):
+        assert [path.stem for path, _ in store(tmp_path).whole()] == ["3"]
+    assert "0.safetensors' is torn, its numbers count as missing" in caplog.text
+    with pytest.raises(TORN):
+        read_slice(torn, "numbers", 0)
+
+
+def test_shards_of_another_fingerprint_are_refused_and_what_differs_is_said(tmp_path):
+    fill(tmp_path)
+    other = store(tmp_path, {"model": "b", "dtype": "float32", "size": "3"})
+    message = "holds others: model is a, not b; size is None, not 3. Choose another folder, or delete this one to"
+    with pytest.raises(ValueError, match=f"{message} count again"):
+        list(other.whole())
+    save_file({"numbers": torch.zeros(1)}, tmp_path / "9.safetensors")  # of another program
+    with pytest.raises(ValueError, match="model is None, not a"):
+        list(store(tmp_path).whole())
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_processes_share_the_shards_that_one_makes(num_processes):
+    shares = [own_shards(8, 3, process_index=index, num_processes=num_processes) for index in range(num_processes)]
+    assert sorted((shard.start, shard.stop) for share in shares for shard in share) == [(0, 3), (3, 6), (6, 8)]
+    assert max(map(len, shares)) == -(-3 // num_processes)
