@@ -30,7 +30,7 @@ from diffusers import DiffusionPipeline, SanaPipeline, SanaSprintPipeline
 from random_teacher import random_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.trigflow import make_student
+from diffusers_tbcm.backbones.sana import make_student
 
 
 EMBEDDED = "embedded"

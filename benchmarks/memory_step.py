@@ -14,6 +14,7 @@ from memory_meter import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, MemoryMeter, c
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.lora import make_lora_student
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
@@ -21,7 +22,7 @@ from diffusers_tbcm.tangent import TangentOutput, consistency_tangent, dual_inpu
 from diffusers_tbcm.training.memory import peak_memory
 from diffusers_tbcm.training.replay import Recording, TrainingRows
 from diffusers_tbcm.trajectory import record_trajectory
-from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
+from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
 BF16 = torch.bfloat16

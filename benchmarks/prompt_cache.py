@@ -25,10 +25,10 @@ import psutil
 import torch
 from diffusers import SanaPipeline
 
+from diffusers_tbcm.backbones.sana import INSTRUCTION
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from diffusers_tbcm.data.prompts import load_prompts
 from diffusers_tbcm.pipeline_folder import resolve_teacher
-from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
 from diffusers_tbcm.versions import dtype_argument
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     args = parser.parse_args()
 
     settings = {
-        "complex_human_instruction": COMPLEX_HUMAN_INSTRUCTION if args.complex_human_instruction else None,
+        "complex_human_instruction": INSTRUCTION if args.complex_human_instruction else None,
         "max_sequence_length": args.max_sequence_length,
     }
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]

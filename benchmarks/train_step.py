@@ -35,14 +35,15 @@ from common import (
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_tbcm.backbones.prompt_attention import share_prompts
+from diffusers_tbcm.backbones.sana import make_student
+from diffusers_tbcm.backbones.sana_attention import share_prompts
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.guidance import guidance_branches, guided_output
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
 from diffusers_tbcm.tangent import consistency_tangent, dual_inputs, normalized_tangent
 from diffusers_tbcm.training.replay import Recording, ReplayBuffer, TrainingRows
 from diffusers_tbcm.trajectory import TrajectoryOutput, record_trajectory, rotate, sample_timesteps
-from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
+from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
 matplotlib.use("Agg")

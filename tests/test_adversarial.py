@@ -15,8 +15,9 @@ from diffusers_tbcm.adversarial import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.diffusion import diffuse
-from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output, make_student
+from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 
 
 INNER_DIM = 16

@@ -7,11 +7,12 @@ from test_trajectory import gaussian_teacher, generators
 from test_trigflow import SIGMA_DATA, four_axes, randn
 from tiny import tiny_transformer
 
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.diffusion import diffusion_rows
 from diffusers_tbcm.discrete import discrete_loss, discrete_target, neighbouring_timesteps
 from diffusers_tbcm.loss import endpoint_loss
 from diffusers_tbcm.trajectory import reference_route, rotate
-from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output, make_student
+from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 
 
 def make_rows(teacher, t):

@@ -11,11 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from diffusers_tbcm import dual
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.dual import Dual, checkpoint_dual
 from diffusers_tbcm.lora import make_lora_student
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
 from diffusers_tbcm.tangent import consistency_tangent, dual_inputs, normalized_tangent
-from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
+from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
 WEIGHT, BIAS = randn(5, 4, seed=1), randn(5, seed=2)

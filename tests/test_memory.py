@@ -5,9 +5,10 @@ import torch
 from tiny import TEXT_HIDDEN_SIZE, tiny_sana_pipeline
 from torch.autograd.graph import saved_tensors_hooks
 
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
 from diffusers_tbcm.training.memory import activation_bytes, memory_plan, peak_memory, recomputed_bytes
-from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
+from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
 ROWS = 3

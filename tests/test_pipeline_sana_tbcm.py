@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import generate, tiny_sana_pipeline, tiny_tbcm_pipeline, tiny_transformer
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
+from diffusers_tbcm.backbones.sana import INSTRUCTION
 
 
 HALF_PI = math.pi / 2
@@ -231,9 +231,9 @@ def test_prompt_embeds_replace_the_prompt(pipeline):
 
 
 def test_complex_human_instruction_is_sanas(pipeline):
-    assert COMPLEX_HUMAN_INSTRUCTION[-1] == "User Prompt: "
+    assert INSTRUCTION[-1] == "User Prompt: "
     arguments = {"num_inference_steps": 1, "generator": torch.Generator().manual_seed(0)}
-    with_instruction = generate(pipeline, complex_human_instruction=COMPLEX_HUMAN_INSTRUCTION, **arguments)
+    with_instruction = generate(pipeline, complex_human_instruction=INSTRUCTION, **arguments)
     assert not torch.equal(with_instruction, generate(pipeline, num_inference_steps=1))
 
 

@@ -3,7 +3,7 @@ import torch
 from test_trigflow import network_inputs, randn
 from tiny import tiny_transformer
 
-from diffusers_tbcm.backbones.prompt_attention import deal_out, keep_text, share_prompts
+from diffusers_tbcm.backbones.sana_attention import deal_out, keep_text, share_prompts
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 

@@ -86,9 +86,9 @@ def test_only_names_of_settings_become_flags(tmp_path, capsys, monkeypatch):
 
 
 def test_without_a_command_line_the_argument_is_named(tmp_path):
-    with pytest.raises(ValueError, match="^`max_train_steps` is 0: it has to be positive$"):
+    with pytest.raises(ValueError, match=r"^`max_train_steps` is 0: it has to be positive$"):
         RunSettings(output_dir=str(tmp_path), max_train_steps=0)
-    with pytest.raises(ValueError, match="^`seed` is -1: it must not be negative$"):
+    with pytest.raises(ValueError, match=r"^`seed` is -1: it must not be negative$"):
         check_not_negative(RunSettings(output_dir=str(tmp_path), seed=-1), "seed")
     check_positive(RunSettings(output_dir=str(tmp_path)), "checkpoints_total_limit")  # None passes
 
@@ -112,9 +112,9 @@ def test_every_setting_has_a_type_that_a_command_line_can_give(kind):
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
-    with pytest.raises(ValueError, match="`output_dir` .* holds another run"):
+    with pytest.raises(ValueError, match=r"`output_dir` .* holds another run"):
         RunSettings(output_dir=str(tmp_path))
     RunSettings(output_dir=str(tmp_path), resume_from_checkpoint="latest")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="`output_dir` .* is a file"):
+    with pytest.raises(ValueError, match=r"`output_dir` .* is a file"):
         RunSettings(output_dir=str(tmp_path / "file"))

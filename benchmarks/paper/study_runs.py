@@ -25,12 +25,12 @@ from emoji_metrics import (
 from safetensors.torch import load_file, save_file
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.evaluation.evaluator import Evaluator, FeatureReference, MobileNetFeatures
 from diffusers_tbcm.evaluation.metrics import fit_gaussian, symmetric_root
 from diffusers_tbcm.evaluation.text_image import HEAD_FILE, HeadScorer
 from diffusers_tbcm.files import read_json, write_json
 from diffusers_tbcm.training.checkpoints import list_checkpoints
-from diffusers_tbcm.trigflow import make_student
 
 
 Flags = Mapping[str, Any]

@@ -31,10 +31,10 @@ from emoji_metrics import (
 from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.evaluation.evaluator import image_grid, pictures_to_tensor, seconds_per_image
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
-from diffusers_tbcm.trigflow import make_student
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")

@@ -19,11 +19,10 @@ from make_mini_teacher import (
 )
 from PIL import Image
 
+from diffusers_tbcm.backbones.sana import INSTRUCTION, infer_timestep_scale
 from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.data.prompts import load_prompts
 from diffusers_tbcm.images import to_pixels
-from diffusers_tbcm.pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION
-from diffusers_tbcm.trigflow import infer_timestep_scale
 
 
 MAX_BYTES = 40 * 10**6
@@ -54,7 +53,7 @@ def test_the_recipe_embeds_captions_as_the_pipeline_does():
     for with_instruction in (False, True):
         embeds, mask = encode_captions(captions, tokenizer, text_encoder, with_instruction)
         for row, row_mask, text in zip(embeds, mask, captions, strict=True):
-            expected = embed(pipeline, text, COMPLEX_HUMAN_INSTRUCTION if with_instruction else None)
+            expected = embed(pipeline, text, INSTRUCTION if with_instruction else None)
             assert int(row_mask.sum()) == len(expected)
             torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
 
@@ -152,7 +151,7 @@ def test_the_embedded_teacher_is_small_and_complete(teacher):
 
 def test_the_embedded_teacher_reads_a_prompt_the_same_with_and_without_the_instruction(teacher):
     prompt = "a fluent 3d emoji of a volcano"
-    plain, instructed = (embed(teacher, prompt, lines) for lines in (None, COMPLEX_HUMAN_INSTRUCTION))
+    plain, instructed = (embed(teacher, prompt, lines) for lines in (None, INSTRUCTION))
     assert len(instructed) == len(plain) + 1  # the instruction's last token
     # Two layers of attention over 6 tokens reach 10 back: the last words stand beyond <bos> and the instruction alike.
     torch.testing.assert_close(instructed[-1], plain[-1], atol=1e-5, rtol=1e-5)

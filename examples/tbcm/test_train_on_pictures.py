@@ -18,6 +18,7 @@ from tiny import student_weights
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.adversarial import DiscriminatorHeads
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.draws import prompt_at
 from diffusers_tbcm.scripts import train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.text import Text
@@ -26,7 +27,6 @@ from diffusers_tbcm.training.launch import check_launch
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import parse_settings
 from diffusers_tbcm.trajectory import reference_route
-from diffusers_tbcm.trigflow import make_student
 
 
 METHODS = {

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tiny import student_weights, tiny_sana_pipeline, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION
 from diffusers_tbcm.scripts import train_tbcm_distill
@@ -28,7 +29,6 @@ from diffusers_tbcm.training import launch, run
 from diffusers_tbcm.training.distillation import Distillation
 from diffusers_tbcm.training.launch import check_launch
 from diffusers_tbcm.training.settings import parse_settings
-from diffusers_tbcm.trigflow import make_student
 
 
 SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
@@ -345,7 +345,7 @@ def test_another_run_is_not_overwritten(flags, tmp_path, capsys):
         (lambda folder: (folder / "vae").rename(folder / "av"), "lacks its vae"),
         (
             lambda folder: (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-            "no Sana pipeline",
+            "of no known family: its transformer is None",
         ),
     ],
 )

@@ -82,9 +82,10 @@ def block_features(
     network = teacher.transformer
     # What follows the last of the blocks is told to stop before it begins. The block itself cannot: under gradient
     # checkpointing it would leave its own recorded forward by an exception.
-    following = [*network.transformer_blocks, network.norm_out][max(blocks) + 1]
+    of_network = [*teacher.backbone.blocks(network), teacher.backbone.after_blocks(network)]
+    following = of_network[max(blocks) + 1]
     handles = [
-        network.transformer_blocks[block].register_forward_hook(lambda _, __, output, block=block: keep(block, output))
+        of_network[block].register_forward_hook(lambda _, __, output, block=block: keep(block, output))
         for block in blocks
     ]
     handles.append(following.register_forward_pre_hook(stop))

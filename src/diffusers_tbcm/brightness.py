@@ -4,29 +4,29 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from diffusers.models import AutoencoderDC
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from .backbones import Backbone, find_backbone
 from .draws import per_prompt_generators
 from .files import written_beside
 from .transfer import to_device
 
 
 @torch.no_grad()
-def black_latent(vae: AutoencoderDC, height: int, width: int) -> torch.Tensor:
+def black_latent(vae: nn.Module, backbone: Backbone, pixels: int) -> torch.Tensor:
     """Encode an all-black image.
 
     Args:
         vae: the autoencoder.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
+        backbone: its family.
+        pixels: the image's sides.
 
     Returns:
-        The latent times the autoencoder's scaling factor (unit scale), (1, channels, height, width), float32.
+        The latent on unit scale, (1, channels, height, width), float32.
     """
-    image = torch.full((1, vae.config["in_channels"], height, width), -1.0, device=vae.device, dtype=vae.dtype)
-    return vae.encode(image).latent.float() * vae.config["scaling_factor"]
+    return backbone.encode_pixels(vae, torch.full((1, 3, pixels, pixels), -1.0))
 
 
 def cached_black_latent(teacher_folder: str | PathLike[str], pixels: int, cache: str | PathLike[str]) -> torch.Tensor:
@@ -44,9 +44,10 @@ def cached_black_latent(teacher_folder: str | PathLike[str], pixels: int, cache:
     try:
         return load_file(cache)["black_latent"]
     except (FileNotFoundError, SafetensorError):
-        vae = AutoencoderDC.from_pretrained(teacher_folder, subfolder="vae").float()
+        backbone = find_backbone(Path(teacher_folder))
+        vae = backbone.load_vae(Path(teacher_folder)).float()
         with written_beside(cache) as partial:
-            save_file({"black_latent": black_latent(vae, pixels, pixels).contiguous()}, partial)
+            save_file({"black_latent": black_latent(vae, backbone, pixels).contiguous()}, partial)
         return load_file(cache)["black_latent"]
 
 

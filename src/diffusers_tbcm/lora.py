@@ -18,19 +18,12 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from .trigflow import embed_guidance
+from .backbones.sana import GUIDANCE_EMBEDDER, LORA_TARGET_MODULES, TEACHER_TIME_LAYER, embed_guidance
 
 
-# Every large matrix, as in diffusers' LCM-LoRA script: attention is only half of a Sana block's weights, the pointwise
-# convolutions of its Mix-FFN the other half, and a student answers to time otherwise than its teacher, hence the
-# modulation layer. The depthwise convolution is small and has no low rank.
-DEFAULT_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "time_embed.linear")
-GUIDANCE_EMBEDDER = "time_embed.guidance_embedder"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 # Beside diffusers' file and not in it: diffusers takes no file with a weight that is not LoRA's.
 GUIDANCE_EMBEDDER_FILE = "guidance_embedder.safetensors"
-# The last layer of the time embedding, as a network without a guidance embedder calls it.
-TEACHER_TIME_LAYER = "time_embed.emb.timestep_embedder.linear_2"
 CONFIG_ENTRIES = ("guidance_embeds_scale", "timestep_scale")  # what a student's config adds to its teacher's
 
 
@@ -39,7 +32,7 @@ def make_lora_student(
     *,
     rank: int,
     alpha: int | None = None,
-    target_modules: Sequence[str] = DEFAULT_TARGET_MODULES,
+    target_modules: Sequence[str] = LORA_TARGET_MODULES,
 ) -> SanaTransformer2DModel:
     """Make a student of the teacher's very parameters, LoRA adapters and a guidance embedder, equal to it at first.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from diffusers.schedulers.scheduling_scm import SCMScheduler
 from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
+from .backbones.sana import INSTRUCTION
 from .images import fit_image, load_image, pixels_to_pil, resolution_bins
 from .lora import GUIDANCE_EMBEDDER_FILE, drop_guidance_bias, load_guidance_embedder
 from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler
@@ -31,9 +31,6 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_NUM_INFERENCE_STEPS = 2
 OFFLOADING_HOOKS = frozenset(("_diffusers_hook", "_hf_hook"))  # as diffusers and accelerate name them on a layer
-COMPLEX_HUMAN_INSTRUCTION: list[str] = (
-    inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
-)
 
 
 class SanaTBCMPipeline(SanaSprintPipeline):
@@ -270,10 +267,9 @@ class SanaTBCMPipeline(SanaSprintPipeline):
                 torch.stack([torch.cat([value[row, :1], value[row, last:]]) for row in rows]) for value in encoded
             )
         assert prompt_attention_mask is not None  # `check_inputs` asks for one
-        return (
-            prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),
-            prompt_attention_mask.repeat_interleave(num_images_per_prompt, dim=0),
-        )
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        prompt_attention_mask = prompt_attention_mask.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, prompt_attention_mask
 
     def check_inputs(
         self,
@@ -432,7 +428,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' default)
         max_sequence_length: int = 300,
-        complex_human_instruction: list[str] = COMPLEX_HUMAN_INSTRUCTION,
+        complex_human_instruction: list[str] = INSTRUCTION,
         image: PipelineImageInput | None = None,
         strength: float = 0.6,
     ) -> SanaPipelineOutput | tuple:

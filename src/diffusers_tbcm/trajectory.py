@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from .backbones.prompt_attention import keep_text
+from .backbones.sana_attention import keep_text
 from .draws import per_prompt_generators
 from .guidance import guidance_branches, guided_output
 from .rows import Recording

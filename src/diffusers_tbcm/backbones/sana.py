@@ -1,47 +1,331 @@
-"""stub"""
+"""Sana (arXiv 2410.10629): all that is this family's own."""
 
-from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+import copy
+import inspect
+from pathlib import Path
 
-from ..pipeline_folder import latent_size, vae_scale_factor
-from ..pipeline_sana_tbcm import COMPLEX_HUMAN_INSTRUCTION, SanaTBCMPipeline
-from ..trigflow import infer_timestep_scale, make_student
+import torch
+from diffusers import AutoencoderDC, SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
+from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepGuidanceEmbeddings
+from torch import nn
+
+from ..files import read_json
+from ..text import Text
 from ..versions import dtype_argument
+from .sana_attention import deal_out, share_prompts
 
 
-class Sana:
-    instruction = COMPLEX_HUMAN_INSTRUCTION
+__all__ = ["share_prompts"]
 
-    def load_transformer(self, folder):
-        return SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").float()
+TRANSFORMER_CLASS = SanaTransformer2DModel
+PIPELINE_CLASS = SanaPipeline
+STUDENT_PIPELINE_CLASS = SanaSprintPipeline
+COPIED_COMPONENTS = ("text_encoder", "tokenizer", "vae")  # the student's are its teacher's, byte for byte
+INSTRUCTION: list[str] = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
 
-    def load_vae(self, folder):
-        return AutoencoderDC.from_pretrained(folder, subfolder="vae")
+# diffusers' SanaPipeline feeds the network 1000 s times `config.timestep_scale`, and its SanaSprintPipeline feeds s
+# itself whatever the config says. A checkpoint with this scale is therefore one whose network was trained on s.
+DENSE_TIME_CONFIG_SCALE = 0.001
+PLAIN_SANA_SCALE = 1000.0
 
-    def load_text_pipeline(self, folder, dtype):
-        text = SanaPipeline.from_pretrained(folder, vae=None, transformer=None, **dtype_argument(dtype))
-        text.text_encoder.requires_grad_(False)
-        return text
+# LoRA adapts every large matrix, as diffusers' LCM-LoRA script does: attention is only half of a Sana block's weights,
+# the pointwise convolutions of its Mix-FFN the other half, and a student answers to time otherwise than its teacher,
+# hence the modulation layer. The depthwise convolution is small and has no low rank.
+LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "time_embed.linear")
+GUIDANCE_EMBEDDER = "time_embed.guidance_embedder"
+# The last layer of the time embedding, as a network without a guidance embedder calls it.
+TEACHER_TIME_LAYER = "time_embed.emb.timestep_embedder.linear_2"
 
-    def latent_shape(self, folder, transformer, resolution):
-        size = latent_size(folder, transformer, resolution)
-        return (transformer.config.in_channels, size, size)
 
-    def vae_scale_factor(self, folder):
-        return vae_scale_factor(folder)
+def load_transformer(folder: Path) -> SanaTransformer2DModel:
+    """Load the network of a pipeline folder, in float32."""
+    return SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").float()
 
-    def infer_timestep_scale(self, transformer, text):
-        return infer_timestep_scale(transformer, text.embeds, text.mask)
 
-    def blocks(self, transformer):
-        return list(transformer.transformer_blocks)
+def load_vae(folder: Path) -> AutoencoderDC:
+    """Load the autoencoder of a pipeline folder."""
+    return AutoencoderDC.from_pretrained(folder, subfolder="vae")
 
-    def inner_dim(self, transformer):
-        return transformer.config.num_attention_heads * transformer.config.attention_head_dim
 
-    def make_student(self, transformer):
-        return make_student(transformer)
+def load_text_pipeline(folder: Path, dtype: torch.dtype) -> SanaPipeline:
+    """Load what embeds prompts, frozen, and nothing else of a pipeline folder."""
+    pipeline = SanaPipeline.from_pretrained(folder, vae=None, transformer=None, **dtype_argument(dtype))
+    pipeline.text_encoder.requires_grad_(False)
+    return pipeline
 
-    def student_pipeline(self, folder, transformer, scheduler):
-        pipeline = SanaTBCMPipeline(None, None, self.load_vae(folder).to(transformer.device), transformer, scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+
+def encode_prompt(
+    pipeline: SanaPipeline,
+    prompt: str,
+    *,
+    max_sequence_length: int,
+    instruction: list[str] | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Embed a prompt.
+
+    Args:
+        pipeline: with tokenizer and text encoder.
+        prompt: the prompt.
+        max_sequence_length: tokens kept of it.
+        instruction: lines put before it.
+        device: where to compute.
+
+    Returns:
+        Its own tokens' embeddings, (tokens, dim).
+    """
+    embeds, mask, _, _ = pipeline.encode_prompt(
+        prompt,
+        do_classifier_free_guidance=False,
+        device=device,
+        max_sequence_length=max_sequence_length,
+        complex_human_instruction=instruction,
+    )
+    return embeds[0, : int(mask.sum())]
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderDC, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pictures.
+
+    Args:
+        vae: the autoencoder.
+        pixels: in [-1, 1], (batch, 3, height, width).
+
+    Returns:
+        Latents on unit scale, (batch, channels, height, width), float32, on the autoencoder's device.
+    """
+    return vae.encode(pixels.to(vae.device, vae.dtype)).latent.float() * vae.config["scaling_factor"]
+
+
+def vae_scale_factor(folder: Path) -> int:
+    """Read how many pixels a side a latent pixel stands for, without loading the autoencoder.
+
+    Args:
+        folder: a pipeline's folder.
+
+    Returns:
+        The autoencoder's compression, 32 for Sana's own.
+    """
+    return 2 ** (len(read_json(folder / "vae" / "config.json")["encoder_block_out_channels"]) - 1)
+
+
+def latent_shape(folder: Path, transformer: SanaTransformer2DModel, resolution: int | None) -> tuple[int, ...]:
+    """Say what shape a picture's latents have, from the autoencoder's config alone.
+
+    Args:
+        folder: the pipeline's folder.
+        transformer: its transformer.
+        resolution: pixels a side; None for the transformer's own.
+
+    Returns:
+        (channels, height, width).
+
+    Raises:
+        ValueError: where the autoencoder or the position embedding does not allow the resolution.
+    """
+    config = transformer.config
+    if resolution is None:
+        return config["in_channels"], config["sample_size"], config["sample_size"]
+    factor = vae_scale_factor(folder)
+    multiple = factor * config["patch_size"]
+    if resolution < multiple or resolution % multiple:
+        raise ValueError(f"resolution is {resolution}: it has to be a positive multiple of {multiple} pixels")
+    size = resolution // factor
+    if config["interpolation_scale"] is not None and size != config["sample_size"]:
+        native = config["sample_size"] * factor
+        raise ValueError(f"resolution is {resolution}: this teacher's position embedding is for {native} pixels")
+    return config["in_channels"], size, size
+
+
+def native_resolution(folder: Path, transformer: SanaTransformer2DModel) -> int:
+    """Say how many pixels a side a network's own pictures have."""
+    return transformer.config["sample_size"] * vae_scale_factor(folder)
+
+
+def blocks(transformer: SanaTransformer2DModel) -> list[nn.Module]:
+    """Give the network's blocks, in order."""
+    return list(transformer.transformer_blocks)
+
+
+def after_blocks(transformer: SanaTransformer2DModel) -> nn.Module:
+    """Give what a forward calls after the last block."""
+    return transformer.norm_out
+
+
+def inner_dim(transformer: SanaTransformer2DModel) -> int:
+    """Give the size of the network's hidden states."""
+    return transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+
+
+def embeds_guidance(transformer: SanaTransformer2DModel) -> bool:
+    """Say whether the network takes the guidance scale as an input."""
+    return transformer.config["guidance_embeds"]
+
+
+def velocity(
+    transformer: SanaTransformer2DModel,
+    sample: torch.Tensor,
+    time: torch.Tensor,
+    text: Text,
+    guidance: torch.Tensor | None,
+) -> torch.Tensor:
+    """Evaluate the network, v(x_s, s).
+
+    Args:
+        transformer: the network, prepared by `share_prompts`.
+        sample: x_s on unit scale, (batch, channels, height, width).
+        time: s in the network's own units, (batch,).
+        text: of the prompts; batch is a multiple of them.
+        guidance: unscaled classifier-free guidance weight, (batch,), for a network that embeds it.
+
+    Returns:
+        The velocity, the shape of `sample`, in the network's dtype.
+    """
+    dtype = transformer.dtype
+    embeds, mask = deal_out(text.embeds.to(dtype), text.mask, sample.shape[0])
+    return transformer(
+        sample.to(dtype),
+        encoder_hidden_states=embeds,
+        timestep=time,
+        guidance=_scaled(transformer, guidance),
+        encoder_attention_mask=mask,
+        return_dict=False,
+    )[0]
+
+
+def embed_time(transformer: SanaTransformer2DModel, time: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
+    """Embed time, and guidance where the network takes it, as it does before its modulation layers.
+
+    Args:
+        transformer: the network.
+        time: s in the network's own units, (batch,).
+        guidance: unscaled classifier-free guidance weight, (batch,), for a network that embeds it.
+
+    Returns:
+        The conditioning vector, (batch, inner_dim).
+    """
+    condition = {} if guidance is None else {"guidance": _scaled(transformer, guidance)}
+    _, embedded = transformer.time_embed(time, hidden_dtype=transformer.dtype, **condition)
+    return embedded
+
+
+def timestep_scale(transformer: SanaTransformer2DModel) -> float:
+    """Read what s is multiplied by before the network sees it, where its config tells.
+
+    Args:
+        transformer: the network.
+
+    Returns:
+        `config.timestep_scale`, or 1 where that is 0.001, the mark of a network trained on s itself.
+    """
+    scale = transformer.config["timestep_scale"]
+    return 1.0 if scale == DENSE_TIME_CONFIG_SCALE else scale
+
+
+@torch.no_grad()
+def infer_timestep_scale(transformer: SanaTransformer2DModel, text: Text) -> float:
+    """Find out what a network's time input is in units of s: its config alone does not tell 1 from 1000.
+
+    A config with `timestep_scale=1.0` is a dense-time network (fed s) in a Sana-Sprint pipeline and a plain Sana (fed
+    1000 s) in a SanaPipeline. So both are tried on pure noise e, where v = e - E[x_0] is close to e: told another
+    time than that of pure noise, a network takes the noise for signal and misses it.
+
+    Args:
+        transformer: the network in flow-matching form.
+        text: of any prompt, the empty one for example.
+
+    Returns:
+        The factor on s for `TrigFlowTransformer`: 1 for dense time, 1000 for a plain Sana.
+    """
+    config = transformer.config
+    if config["guidance_embeds"] or config["timestep_scale"] != 1:
+        return timestep_scale(transformer)
+    size = config["sample_size"]
+    noise = torch.randn((1, config["in_channels"], size, size), generator=torch.Generator().manual_seed(0))
+    noise = noise.to(transformer.device, transformer.dtype)
+
+    def error(time: float) -> float:
+        velocity = transformer(
+            noise,
+            encoder_hidden_states=text.embeds.to(transformer.dtype),
+            timestep=torch.full((1,), time, device=transformer.device),
+            encoder_attention_mask=text.mask,
+            return_dict=False,
+        )[0]
+        return (velocity - noise).float().square().mean().item()
+
+    # By a clear margin: a network that was not trained tells nothing, and counts as dense.
+    return PLAIN_SANA_SCALE if error(PLAIN_SANA_SCALE) < 0.5 * error(1.0) else 1.0
+
+
+class WideTimeEmbedding(SanaCombinedTimestepGuidanceEmbeddings):
+    """diffusers' time and guidance embedding, in float32 under autocast too: its tangent spikes in bf16."""
+
+    def forward(
+        self, timestep: torch.Tensor, guidance: torch.Tensor, hidden_dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed times and guidance; `hidden_dtype`, the activations', is followed by half-precision weights only."""
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            return super().forward(timestep, guidance, hidden_dtype)
+        with torch.autocast(timestep.device.type, enabled=False):
+            return super().forward(timestep, guidance, dtype)
+
+
+def make_student(
+    teacher: SanaTransformer2DModel, guidance_embeds_scale: float | None = None
+) -> SanaTransformer2DModel:
+    """Copy a teacher into a trainable student that takes the guidance scale as an input and starts equal to it.
+
+    A teacher without a guidance embedder gets one whose last layer is zero, so the copy computes the same function for
+    every guidance. The weights `time_embed.emb.timestep_embedder.*` are `time_embed.timestep_embedder.*` in the copy.
+
+    Args:
+        teacher: the network to copy; it is left as it is.
+        guidance_embeds_scale: what the student multiplies guidance by; None keeps the teacher's.
+
+    Returns:
+        The student, on the teacher's device and in its dtype, every parameter trainable.
+
+    Raises:
+        ValueError: if the teacher already embeds guidance with another scale than `guidance_embeds_scale`.
+    """
+    scale = teacher.config["guidance_embeds_scale"] if guidance_embeds_scale is None else guidance_embeds_scale
+    if teacher.config["guidance_embeds"] and scale != teacher.config["guidance_embeds_scale"]:
+        raise ValueError(
+            f"`guidance_embeds_scale` is {scale}, but the teacher embeds guidance with scale "
+            f"{teacher.config['guidance_embeds_scale']}."
+        )
+    student = copy.deepcopy(teacher)
+    embed_guidance(student, scale)
+    return student.requires_grad_(True)
+
+
+def embed_guidance(transformer: SanaTransformer2DModel, guidance_embeds_scale: float) -> None:
+    """Let a transformer take the guidance scale as an input, in place and without changing what it computes.
+
+    Its embedders and modulation layer are kept, the first renamed from `time_embed.emb.timestep_embedder` to
+    `time_embed.timestep_embedder`; a new `time_embed.guidance_embedder` has a last layer of zeros.
+
+    Args:
+        transformer: a network with or without a guidance embedder.
+        guidance_embeds_scale: what it is to multiply guidance by.
+    """
+    inner_dim = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+    old, time_embed = transformer.time_embed, WideTimeEmbedding(inner_dim)
+    if transformer.config["guidance_embeds"]:
+        time_embed.timestep_embedder, time_embed.guidance_embedder = old.timestep_embedder, old.guidance_embedder
+    else:
+        nn.init.zeros_(time_embed.guidance_embedder.linear_2.weight)
+        nn.init.zeros_(time_embed.guidance_embedder.linear_2.bias)
+        time_embed.to(device=transformer.device, dtype=transformer.dtype)
+        time_embed.timestep_embedder = old.emb.timestep_embedder
+    time_embed.linear = old.linear
+    transformer.time_embed = time_embed
+    transformer.register_to_config(guidance_embeds=True, guidance_embeds_scale=guidance_embeds_scale)
+
+
+def _scaled(transformer: SanaTransformer2DModel, guidance: torch.Tensor | None) -> torch.Tensor | None:
+    """Guidance as the network's embedding takes it."""
+    return None if guidance is None else guidance * transformer.config["guidance_embeds_scale"]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from diffusers import SanaPipeline
 
+from ..backbones import backbone_of
 from ..text import Text
 from .shards import TORN, ShardFolder, digest_files, dtype_name, own_shards, read_slice
 
@@ -45,6 +46,7 @@ class PromptEncoder:
         offload: bool = False,
     ) -> None:
         self.pipeline = pipeline
+        self.backbone = backbone_of(pipeline)
         self.text_encoder = pipeline.text_encoder
         self.device = self.text_encoder.device if device is None else torch.device(device)
         self.offload = offload
@@ -84,14 +86,14 @@ class PromptEncoder:
             Its embedding (tokens, D), on the CPU, in the text encoder's dtype.
         """
         self.text_encoder.to(self.device)
-        embeds, mask, _, _ = self.pipeline.encode_prompt(
+        embeds = self.backbone.encode_prompt(
+            self.pipeline,
             prompt,
-            do_classifier_free_guidance=False,
-            device=self.device,
             max_sequence_length=self.max_sequence_length,
-            complex_human_instruction=None if prompt == UNCONDITIONAL else self.complex_human_instruction,
+            instruction=None if prompt == UNCONDITIONAL else self.complex_human_instruction,
+            device=self.device,
         )
-        return embeds[0, : int(mask.sum())].cpu()
+        return embeds.cpu()
 
 
 class EmbeddingCache:

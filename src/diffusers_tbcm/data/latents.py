@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers.models import AutoencoderDC
 
+from ..backbones import Backbone
 from ..images import to_pixels
 from .pictures import CaptionedImages
 from .shards import TORN, ShardFolder, digest_files, dtype_name, own_shards, read_slice
@@ -72,10 +73,11 @@ class LatentCache:
 
 def precompute_latents(
     images: CaptionedImages,
-    make_vae: Callable[[], AutoencoderDC],
+    make_vae: Callable[[], Any],
     folder: str | PathLike[str],
     fingerprint: dict[str, str],
     *,
+    backbone: Backbone,
     resolution: int,
     batch_size: int = 8,
     process_index: int = 0,
@@ -92,6 +94,7 @@ def precompute_latents(
             missing.
         folder: the folder of shards; created where it does not exist.
         fingerprint: `latents_fingerprint` of pictures, autoencoder and resolution.
+        backbone: the autoencoder's family.
         resolution: the pictures' sides in pixels: they are resized to cover a square, and its centre is used.
         batch_size: pictures encoded together.
         process_index: this process among those that share the work.
@@ -108,12 +111,12 @@ def precompute_latents(
         len(images), int(fingerprint["shard_size"]), process_index=process_index, num_processes=num_processes
     )
 
-    def encode(vae: AutoencoderDC, shard: range, done: Callable[[int], object]) -> tuple[str, dict[str, torch.Tensor]]:
+    def encode(vae: Any, shard: range, done: Callable[[int], object]) -> tuple[str, dict[str, torch.Tensor]]:
         latents = []
         for start in range(shard.start, shard.stop, batch_size):
             batch = range(start, min(start + batch_size, shard.stop))
             pixels = torch.cat([to_pixels(images[index], resolution) for index in batch])
-            latents.append(encode_pixels(vae, pixels).to("cpu", vae.dtype))
+            latents.append(backbone.encode_pixels(vae, pixels).to("cpu", vae.dtype))
             done(len(batch))
         return _shard_name(shard.start), {"latents": torch.cat(latents).contiguous()}
 
@@ -154,20 +157,6 @@ def latents_fingerprint(
         "dtype": dtype_name(dtype),
         "shard_size": str(shard_size),
     }
-
-
-@torch.no_grad()
-def encode_pixels(vae: AutoencoderDC, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode pictures.
-
-    Args:
-        vae: the autoencoder.
-        pixels: in [-1, 1], (batch, 3, height, width).
-
-    Returns:
-        Latents times the autoencoder's scaling factor, (batch, channels, height, width), float32, on its device.
-    """
-    return vae.encode(pixels.to(vae.device, vae.dtype)).latent.float() * vae.config["scaling_factor"]
 
 
 def _store(folder: Path, fingerprint: dict[str, str]) -> ShardFolder:

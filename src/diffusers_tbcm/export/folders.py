@@ -14,11 +14,11 @@ from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
+from ..backbones import backbone_of, find_backbone
 from ..files import read_json, remove, replace, write_json, written_beside
 from ..lora import LORA_FILE, save_lora
 from ..pipeline_folder import (
     CARD,
-    COPIED_COMPONENTS,
     LEGAL_FILES,
     METRICS,
     MODEL_INDEX,
@@ -31,11 +31,9 @@ from ..pipeline_folder import (
     VARIANTS,
     license_of,
     resolve_teacher,
-    vae_scale_factor,
 )
 from ..scheduling_tbcm import TBCMScheduler
 from ..standalone import standalone_pipeline_source
-from ..trigflow import DENSE_TIME_CONFIG_SCALE
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
 from .record import Sample
@@ -106,7 +104,7 @@ def save_student_pipeline(
     scheduler = TBCMScheduler() if scheduler is None else scheduler
 
     with written_beside(output_dir.resolve(), place=partial(_move, last=MODEL_INDEX)) as folder:
-        for component in COPIED_COMPONENTS:
+        for component in backbone_of(student).COPIED_COMPONENTS:
             shutil.copytree(
                 teacher_folder / component, folder / component, ignore=shutil.ignore_patterns(*SKIPPED_FILES)
             )
@@ -171,12 +169,12 @@ def save_student_lora(
 
 def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
     """What makes `folder`, a copy of the teacher's components, a pipeline to diffusers."""
-    teacher_classes = read_json(teacher_folder / MODEL_INDEX)
+    backbone, teacher_classes = find_backbone(teacher_folder), read_json(teacher_folder / MODEL_INDEX)
     model_index = {
-        "_class_name": SanaSprintPipeline.__name__,
+        "_class_name": backbone.STUDENT_PIPELINE_CLASS.__name__,
         "_diffusers_version": diffusers_version,
-        **{component: teacher_classes[component] for component in COPIED_COMPONENTS},
-        TRANSFORMER: ["diffusers", SanaTransformer2DModel.__name__],
+        **{component: teacher_classes[component] for component in backbone.COPIED_COMPONENTS},
+        TRANSFORMER: ["diffusers", backbone.TRANSFORMER_CLASS.__name__],
         "scheduler": ["diffusers", SCMScheduler.__name__],
     }
     if (folder / "tokenizer" / "tokenizer.json").is_file():
@@ -196,8 +194,7 @@ def _save_variant(folder: Path, variant: str) -> None:
 
 def _draws_in_sana_pipeline(student: SanaTransformer2DModel, teacher_config: Mapping[str, Any]) -> bool:
     """Whether a stock `SanaPipeline` of the teacher feeds the adapted network the times that the student knows."""
-    time_scale = student.config["timestep_scale"]
-    time_scale = 1.0 if time_scale == DENSE_TIME_CONFIG_SCALE else time_scale
+    time_scale = backbone_of(student).timestep_scale(student)
     fed = SANA_PIPELINE_TIME * teacher_config.get("timestep_scale", 1.0)
     return not teacher_config.get("guidance_embeds", False) and fed == time_scale
 
@@ -214,7 +211,7 @@ def _record(
 ) -> dict[str, Any]:
     """What the card says of either kind of student."""
     if resolution is None:
-        resolution = student.config["sample_size"] * vae_scale_factor(teacher_folder)
+        resolution = backbone_of(student).native_resolution(teacher_folder, student)
     is_local = Path(teacher).is_dir()
     return {
         "teacher": Path(teacher).resolve().name if is_local else str(teacher),

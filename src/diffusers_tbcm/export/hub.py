@@ -25,7 +25,7 @@ from ..pipeline_folder import (
     LEGAL_FILES,
     MODEL_INDEX,
     TRAINING_RECORD,
-    WEIGHTS_COMPONENTS,
+    holding_weights,
     license_of,
 )
 from ..training.checkpoints import list_checkpoints
@@ -194,7 +194,7 @@ def _files_to_push(folder: Path, include_training_state: bool) -> dict[str, Path
     """What of a folder is published, by path in the repository; all but the card."""
     if (folder / MODEL_INDEX).is_file():
         components = [name for name in read_json(folder / MODEL_INDEX) if (folder / name).is_dir()]
-        for name in set(components) & set(WEIGHTS_COMPONENTS):
+        for name in holding_weights(components):
             if not any((folder / name).glob("*.safetensors")):
                 raise ValueError(f"folder {str(folder)!r} has no safetensors weights of its {name}: save it with them")
     elif (folder / LORA_FILE).is_file():

@@ -23,6 +23,7 @@ from ..export.record import Sample, StudentDescription
 from ..lora import make_lora_student, merge_lora
 from ..loss import LogvarHead, StudentWithLogvar
 from ..pipeline_folder import resolve_teacher
+from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
 from .memory import memory_plan
@@ -109,6 +110,7 @@ class Distillation:
             lambda: self.backbone.load_vae(self.folder).to(run.device),
             cache,
             fingerprint,
+            backbone=self.backbone,
             resolution=self.resolution,
             process_index=run.accelerator.process_index,
             num_processes=run.accelerator.num_processes,
@@ -185,8 +187,8 @@ class Distillation:
 
     def _make_encoder(self) -> PromptEncoder | EmbeddingCache:
         run, settings = self.run, self.settings
-        reading = {
-            "complex_human_instruction": self.backbone.instruction if settings.complex_human_instruction else None,
+        reading: dict[str, Any] = {
+            "complex_human_instruction": self.backbone.INSTRUCTION if settings.complex_human_instruction else None,
             "max_sequence_length": settings.max_sequence_length,
         }
 
@@ -209,7 +211,7 @@ class Distillation:
         run.accelerator.wait_for_everyone()
         return EmbeddingCache(cache, fingerprint, device=run.device)
 
-    def _make_student(self) -> nn.Module:
+    def _make_student(self) -> Any:
         settings, teacher = self.settings, self.teacher.transformer
         if settings.rank is None:
             student = self.backbone.make_student(teacher)
@@ -219,7 +221,7 @@ class Distillation:
         student.register_to_config(timestep_scale=self.teacher.timestep_scale)
         return student
 
-    def _load_student(self, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy of the student in its teacher's dtype."""
         student = self._make_student()
         student.load_state_dict(weights)
@@ -245,10 +247,12 @@ class Distillation:
         print(f"Memory plan: {sum(plan.values()) / 2**30:.2f} GiB a process, before any sharding = {parts}")
 
     @torch.no_grad()
-    def _draw(self, transformer: nn.Module) -> list[Sample]:
+    def _draw(self, transformer: Any) -> list[Sample]:
         """Draw the validation prompts, put a labelled grid of them into log and folder, give the pictures."""
         run, prompts = self.run, self.settings.validation_prompts or []
-        pipeline = self.backbone.student_pipeline(self.folder, transformer, self.scheduler)
+        vae = self.backbone.load_vae(self.folder).to(transformer.device)
+        pipeline = SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
         columns = [
             list(
                 draw_pictures(
@@ -274,7 +278,7 @@ class Distillation:
             for steps, image in zip(VALIDATION_STEPS, row, strict=True)
         ]
 
-    def _save(self, transformer: nn.Module, description: StudentDescription) -> Path:
+    def _save(self, transformer: Any, description: StudentDescription) -> Path:
         """Save the adapters, the pipeline or both; the folder to publish."""
         settings, output_dir = self.settings, self.run.output_dir
         teacher = settings.pretrained_model_name_or_path

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -55,16 +55,11 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
         The second run.
     """
     folder = Path(settings.output_dir).with_name(Path(settings.output_dir).name + ".dry_run")
+    at_home: dict[str, Any] = {"push_to_hub": False, "hub_strategy": "end"}
+    at_home |= dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_license"))
+    often: dict[str, Any] = dict.fromkeys(("checkpointing_steps", "validation_steps", "logging_steps"), 1)
     once = replace(
-        settings,
-        output_dir=str(folder),
-        checkpointing_steps=1,
-        validation_steps=1,
-        logging_steps=1,
-        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_license")),
-        hub_strategy="end",
-        max_train_steps=1,
-        resume_from_checkpoint=None,
+        settings, output_dir=str(folder), max_train_steps=1, resume_from_checkpoint=None, **at_home, **often
     )
     train(once, stop)
     run = train(replace(once, max_train_steps=2, resume_from_checkpoint="latest"), stop)

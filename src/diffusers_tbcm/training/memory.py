@@ -3,13 +3,15 @@
 import resource
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from diffusers.models import SanaTransformer2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+
+from ..backbones import FAMILIES, backbone_of
 
 
 def peak_memory(device: torch.device) -> int:
@@ -78,15 +80,16 @@ def recomputed_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: to
     """Count what the backward of one checkpointed block makes again.
 
     Args:
-        model: the module, a `SanaTransformer2DModel` or with some in it; their blocks are alike.
+        model: the module, a backbone's transformer or with some in it; their blocks are alike.
         inputs: its inputs, tensors of the right shape, dtype and device.
         autocast_dtype: dtype of autocast; None for none.
 
     Returns:
         Bytes; 0 without gradient checkpointing.
     """
-    transformers = [module for module in model.modules() if isinstance(module, SanaTransformer2DModel)]
-    parts = [transformer for transformer in transformers if transformer.gradient_checkpointing]
+    classes = tuple(family.TRANSFORMER_CLASS for family in FAMILIES)
+    transformers = [module for module in model.modules() if isinstance(module, classes)]
+    parts: list[Any] = [transformer for transformer in transformers if transformer.gradient_checkpointing]
     if not parts:
         return 0
     kept = activation_bytes(model, *inputs, autocast_dtype=autocast_dtype)
@@ -97,7 +100,7 @@ def recomputed_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: to
     finally:
         for part in parts:
             part.gradient_checkpointing = True
-    return (everything - kept) // sum(len(part.transformer_blocks) for part in parts)
+    return (everything - kept) // sum(len(backbone_of(part).blocks(part)) for part in parts)
 
 
 def memory_plan(

@@ -259,9 +259,10 @@ def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, desc
     try:
         return settings(**values)
     except ValueError as error:
-        message = str(error)
-    flags = {name: f"--{name}" for name in names}
-    parser.error(re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), message))
+        flags = {name: f"--{name}" for name in names}
+        message = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error))
+    parser.error(message)
+    raise AssertionError("argparse has ended the program")
 
 
 def _group(part: type) -> type:
