@@ -21,12 +21,18 @@ FINGERPRINT = {"text_encoder": "gemma", "complex_human_instruction": "none"}
 PROMPTS = ["a violin", "a much longer prompt", "b", "a cat and a dog", "the sun", "c"]
 
 
+def same_text(first, second):
+    return torch.equal(first.embeds, second.embeds) and torch.equal(first.mask, second.mask)
+
+
 def test_embeddings_are_the_pipelines_without_its_padding():
     pipeline = tiny_sana_pipeline()
     instruction = ["Enhance the prompt.", "User Prompt: "]
     encoder = PromptEncoder(pipeline, complex_human_instruction=instruction, max_sequence_length=40)
     prompts = ["a violin", "a much longer prompt", ""]
-    embeds, mask = encoder(prompts)
+    text = encoder(prompts)
+    embeds, mask = text.embeds, text.mask
+    assert text.pooled is None
     for row, row_mask, prompt in zip(embeds, mask, prompts, strict=True):
         expected, expected_mask, _, _ = pipeline.encode_prompt(
             prompt,
@@ -51,7 +57,7 @@ def test_each_prompt_is_encoded_alone_and_once_while_it_is_cached(monkeypatch):
     encoder = PromptEncoder(pipeline, max_sequence_length=40, cache_size=2)
     first = encoder(["a", "b", "a"])
     again = encoder(["a", "b", "a"])
-    assert encoded == ["a", "b"] and all(map(torch.equal, first, again))
+    assert encoded == ["a", "b"] and same_text(first, again)
     encoder(["c"])  # drops "b", whose last use is the oldest
     encoder(["a"])
     encoder(["b"])
@@ -68,11 +74,12 @@ def test_a_folder_gives_what_the_encoder_gives_bit_for_bit(tmp_path, dtype):
     assert len(cache) == 7 and cache.missing(["x", "", "b", "y"]) == ["x", "y"]
     for batch in (["c", "a violin", ""], [""], PROMPTS[::-1], ["b", "b"]):
         found, expected = cache(batch), encoder(batch)
-        assert all(map(torch.equal, found, expected))
-        assert [value.dtype for value in found] == [value.dtype for value in expected] == [dtype, torch.long]
+        assert same_text(found, expected)
+        assert found.embeds.dtype == expected.embeds.dtype == dtype
+        assert found.mask.dtype == expected.mask.dtype == torch.long
     shards = [load_file(path) for path in tmp_path.iterdir()]
     assert sorted(len(shard["keys"]) for shard in shards) == [1, 3, 3]
-    tokens = sum(int(encoder([prompt])[1].sum()) for prompt in ["", *PROMPTS])
+    tokens = sum(int(encoder([prompt]).mask.sum()) for prompt in ["", *PROMPTS])
     assert sum(len(shard["embeds"]) for shard in shards) == tokens  # no padding
 
 
