@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trigflow import SIGMA_DATA, network_inputs, randn
 from tiny import tiny_transformer
 from torch import nn
+from toy_networks import SIGMA_DATA, network_inputs, randn
 
 from diffusers_tbcm.adversarial import (
     DiscriminatorHeads,
@@ -17,6 +17,7 @@ from diffusers_tbcm.adversarial import (
 )
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.diffusion import diffuse
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 
 
@@ -70,7 +71,7 @@ def test_features_are_what_the_blocks_of_a_whole_forward_give(blocks):
     for index, block in enumerate(teacher.transformer.transformer_blocks):
         block.register_forward_hook(lambda _, __, output, index=index: ran.append(index))
     hooks = [len(block._forward_hooks) for block in teacher.transformer.transformer_blocks]
-    features = block_features(teacher, blocks, sample, t, embeds, torch.ones(3), prompt_attention_mask=mask)
+    features = block_features(teacher, blocks, sample, t, Text(embeds, mask), torch.ones(3))
     assert [*features] == list(blocks) and features[blocks[0]].shape == (3, TOKENS, INNER_DIM)
     assert all(torch.equal(features[block], seen[block]) for block in blocks)
     assert ran == list(range(blocks[-1] + 1))  # nothing after the last of them
@@ -85,7 +86,7 @@ def test_features_depend_on_the_prompt_and_on_embedded_guidance():
 
     def features(teacher, embeds, weight):
         weight = torch.full((3,), weight)
-        return block_features(teacher, (2,), sample, t, embeds, weight, prompt_attention_mask=mask)[2]
+        return block_features(teacher, (2,), sample, t, Text(embeds, mask), weight)[2]
 
     assert not torch.allclose(features(plain, embeds, 4.0), features(plain, embeds.flip(0), 4.0), rtol=1e-3)
     assert torch.equal(features(plain, embeds, 4.0), features(plain, embeds, 5.0))
@@ -96,7 +97,7 @@ def test_an_error_of_the_teacher_is_not_swallowed_and_leaves_no_hook():
     teacher = make_teacher()
     sample, t, embeds, mask = network_inputs()
     with pytest.raises(RuntimeError):
-        block_features(teacher, (1,), sample, t, embeds[..., :7], torch.ones(3), prompt_attention_mask=mask)
+        block_features(teacher, (1,), sample, t, Text(embeds[..., :7], mask), torch.ones(3))
     modules = [*teacher.transformer.transformer_blocks, teacher.transformer.norm_out]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
@@ -109,7 +110,7 @@ def test_gradients_reach_the_latents_through_the_frozen_teacher():
     sample.requires_grad_(True)
 
     def loss(latents):
-        features = block_features(teacher, heads.blocks, latents, t, embeds, torch.ones(2))
+        features = block_features(teacher, heads.blocks, latents, t, Text.unmasked(embeds), torch.ones(2))
         return hinge_generator_loss(frozen_verdicts(heads, features))
 
     (gradient,) = torch.autograd.grad(loss(sample), sample)
@@ -130,7 +131,7 @@ def test_checkpointing_the_teacher_changes_no_gradient():
         if checkpointing:
             teacher.transformer.enable_gradient_checkpointing()
         latents = sample.clone().requires_grad_(True)
-        features = block_features(teacher, heads.blocks, latents, t, embeds, torch.ones(3), prompt_attention_mask=mask)
+        features = block_features(teacher, heads.blocks, latents, t, Text(embeds, mask), torch.ones(3))
         hinge_generator_loss(frozen_verdicts(heads, features)).backward()
         gradients.append(latents.grad)
     assert torch.equal(*gradients) and gradients[0].norm() > 0
@@ -227,23 +228,23 @@ class Training:
         self.teacher = make_teacher()
         self.student = TrigFlowTransformer(make_student(self.teacher.transformer))
         self.heads = make_heads()
-        self.sample, self.t, self.embeds, self.mask = network_inputs()
+        self.sample, self.t, embeds, mask = network_inputs()
+        self.text = Text(embeds, mask)
         self.weight, self.real = torch.full((3,), 4.5), SIGMA_DATA * randn(3, 4, 8, 8, seed=2, dtype=torch.float32)
         self.disc_t, self.noise = torch.tensor([0.4, 0.9, 1.3]), randn(3, 4, 8, 8, seed=3, dtype=torch.float32)
 
     def predict(self):
-        output = self.student(self.sample / SIGMA_DATA, self.t, self.embeds, self.mask, self.weight)
+        output = self.student(self.sample / SIGMA_DATA, self.t, **self.text.arguments(), guidance=self.weight)
         return consistency_output(self.sample, output, self.t)
 
-    def features(self, original, embeds=None):
+    def features(self, original, text=None):
         return block_features(
             self.teacher,
             self.heads.blocks,
             diffuse(original, self.noise, self.disc_t),
             self.disc_t,
-            self.embeds if embeds is None else embeds,
+            self.text if text is None else text,
             self.weight,
-            prompt_attention_mask=self.mask,
         )
 
     def generator_loss(self):
@@ -253,7 +254,7 @@ class Training:
         with torch.no_grad():
             features = [self.features(self.real), self.features(self.predict())]
             if misaligned:
-                features.append(self.features(self.real, self.embeds.roll(1, 0)))
+                features.append(self.features(self.real, self.text.roll(1)))
         real, *fake = self.heads(*features)
         return hinge_discriminator_loss(real, torch.cat(fake))
 

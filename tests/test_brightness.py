@@ -1,7 +1,7 @@
 import pytest
 import torch
-from test_trigflow import randn
 from tiny import LATENT_CHANNELS, tiny_vae
+from toy_networks import generators, randn
 
 from diffusers_tbcm.brightness import black_latent, keep_mask
 
@@ -58,14 +58,11 @@ def test_a_broken_latent_is_dropped(hard):
 def test_a_prompts_fate_depends_on_its_own_generator_only():
     latents = at_distance([0.5] * 30)
 
-    def generators(seeds):
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    together = keep_mask(latents, BLACK, 1.0, generator=generators(range(30)))
-    backwards = keep_mask(latents, BLACK, 1.0, generator=generators(reversed(range(30))))
+    together = keep_mask(latents, BLACK, 1.0, generator=generators(*range(30)))
+    backwards = keep_mask(latents, BLACK, 1.0, generator=generators(*reversed(range(30))))
     assert 0 < together.sum() < 30
     assert torch.equal(together, backwards.flip(0))
-    alone = [keep_mask(latents[:1], BLACK, 1.0, generator=generators([seed])).item() for seed in range(30)]
+    alone = [keep_mask(latents[:1], BLACK, 1.0, generator=generators(seed)).item() for seed in range(30)]
     assert together.tolist() == alone
 
 

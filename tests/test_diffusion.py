@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from test_trajectory import DATA_STD, cfg_arguments, gaussian_std, gaussian_teacher, generators
-from test_trigflow import SIGMA_DATA, four_axes, randn
+from gaussian_data import DATA_STD, gaussian_std, gaussian_teacher
 from tiny import tiny_transformer
+from toy_networks import SIGMA_DATA, cfg_arguments, four_axes, generators, no_text, randn
 
 from diffusers_tbcm.diffusion import diffuse, diffusion_rows, sample_diffusion_timesteps
 from diffusers_tbcm.guidance import guidance_branches, guided_output
@@ -69,8 +69,10 @@ def test_noising_keeps_the_variance_and_ends_at_noise():
 def test_rows_of_gaussian_data_have_the_velocity_of_their_closed_form_ode():
     image_latents, noise = randn(2, 5, 3, 2, 2)
     t = torch.linspace(0.1, 1.5, 5, dtype=torch.float64)
-    embeds, weight = torch.zeros(5, 1, 1), torch.full((5,), 4.5)
-    rows = diffusion_rows(gaussian_teacher(), image_latents, noise, t, embeds, embeds[:1], weight)
+    text, weight = no_text(5), torch.full((5,), 4.5)
+    recording = diffusion_rows(gaussian_teacher(), image_latents, noise, t, text, text[:1], weight)
+    assert recording.timesteps.shape == (5, 1)  # one place a row
+    rows = recording.rows()
     original = SIGMA_DATA * image_latents
     torch.testing.assert_close(rows.pred_original_sample, original)
     torch.testing.assert_close(rows.latents, four_axes(t.cos()) * original + four_axes(t.sin()) * SIGMA_DATA * noise)
@@ -78,41 +80,32 @@ def test_rows_of_gaussian_data_have_the_velocity_of_their_closed_form_ode():
     slope = t.sin() * t.cos() * (SIGMA_DATA**2 - DATA_STD**2) / gaussian_std(t) ** 2
     torch.testing.assert_close(rows.velocity, four_axes(slope) * rows.latents)
     assert torch.equal(rows.timesteps, t) and torch.equal(rows.guidance_scale, weight)
-    assert rows.prompt_attention_mask.shape == (5, 1) and rows.prompt_attention_mask.all()
+    assert rows.text.mask.shape == (5, 1) and rows.text.mask.all()
 
 
 def test_rows_have_the_guided_velocity_and_carry_their_prompts():
-    noise, timesteps, embeds, mask, negative, negative_mask, weight = cfg_arguments()
+    noise, timesteps, text, negative, weight = cfg_arguments()
     image_latents, t = randn(*noise.shape, seed=7, dtype=torch.float32), timesteps[:, 1]
     for guidance_embeds in (False, True):
         teacher = TrigFlowTransformer(tiny_transformer(guidance_embeds=guidance_embeds))
-        masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": negative_mask}
         given = None if guidance_embeds else negative
-        rows = diffusion_rows(teacher, image_latents, noise, t, embeds, given, weight, **masks)
-        branches = guidance_branches(teacher, embeds, given, **masks)
+        rows = diffusion_rows(teacher, image_latents, noise, t, text, given, weight).rows()
+        branches = guidance_branches(teacher, text, given)
         with torch.no_grad():
-            output = guided_output(teacher, rows.latents / SIGMA_DATA, t, *branches, weight)
+            output = guided_output(teacher, rows.latents / SIGMA_DATA, t, branches, weight)
         assert torch.equal(rows.velocity, SIGMA_DATA * output) and not rows.velocity.requires_grad
-        assert rows.prompt_embeds is embeds and rows.prompt_attention_mask is mask
+        assert rows.text is text
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
-    noise, timesteps, embeds, mask, negative, negative_mask, weight = cfg_arguments()
+    noise, timesteps, text, negative, weight = cfg_arguments()
     teacher = TrigFlowTransformer(tiny_transformer())
     image_latents, t = randn(*noise.shape, seed=7, dtype=torch.float32), timesteps[:, 1]
 
     def make(chosen):
         return diffusion_rows(
-            teacher,
-            image_latents[chosen],
-            noise[chosen],
-            t[chosen],
-            embeds[chosen],
-            negative,
-            weight[chosen],
-            prompt_attention_mask=mask[chosen],
-            negative_prompt_attention_mask=negative_mask,
-        )
+            teacher, image_latents[chosen], noise[chosen], t[chosen], text[chosen], negative, weight[chosen]
+        ).rows()
 
     both, last = make(slice(0, 2)), make(slice(1, 2))
     assert torch.equal(both.latents[1:], last.latents)
@@ -120,17 +113,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 
 def test_rows_are_wide():
-    noise, timesteps, embeds, _, negative, _, weight = cfg_arguments()
+    noise, timesteps, text, negative, weight = cfg_arguments()
     teacher = TrigFlowTransformer(tiny_transformer().bfloat16())
-    rows = diffusion_rows(teacher, noise.bfloat16(), noise.bfloat16(), timesteps[:, 1], embeds, negative, weight)
+    rows = diffusion_rows(teacher, noise.bfloat16(), noise.bfloat16(), timesteps[:, 1], text, negative, weight).rows()
     for value in (rows.latents, rows.velocity, rows.timesteps, rows.pred_original_sample):
         assert value.dtype == torch.float32
 
 
 def test_wrong_arguments_are_named():
-    noise, timesteps, embeds, _, negative, _, weight = cfg_arguments()
+    noise, timesteps, text, negative, weight = cfg_arguments()
     teacher = TrigFlowTransformer(tiny_transformer())
     with pytest.raises(ValueError, match=r"`timesteps` has shape \(2, 4\), but it must be \(2,\)"):
-        diffusion_rows(teacher, noise, noise, timesteps, embeds, negative, weight)
+        diffusion_rows(teacher, noise, noise, timesteps, text, negative, weight)
     with pytest.raises(ValueError, match=r"`guidance_scale` has shape \(1,\), but it must be \(2,\)"):
-        diffusion_rows(teacher, noise, noise, timesteps[:, 1], embeds, negative, weight[:1])
+        diffusion_rows(teacher, noise, noise, timesteps[:, 1], text, negative, weight[:1])

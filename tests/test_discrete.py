@@ -2,15 +2,15 @@ import math
 
 import pytest
 import torch
-from test_tangent import exact_gaussian_function, trig_student
-from test_trajectory import gaussian_teacher, generators
-from test_trigflow import SIGMA_DATA, four_axes, randn
+from gaussian_data import exact_gaussian_function, gaussian_teacher
 from tiny import tiny_transformer
+from toy_networks import SIGMA_DATA, four_axes, generators, no_text, randn, trig_student
 
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.diffusion import diffusion_rows
 from diffusers_tbcm.discrete import discrete_loss, discrete_target, neighbouring_timesteps
 from diffusers_tbcm.loss import endpoint_loss
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import reference_route, rotate
 from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 
@@ -19,18 +19,17 @@ def make_rows(teacher, t):
     """Rows of random latents, float64, without prompts to speak of."""
     count = len(t)
     image_latents, noise = randn(2, count, 2, 3, 3)
-    embeds = torch.zeros(count, 1, 1)
-    return diffusion_rows(teacher, image_latents, noise, t, embeds, embeds[:1], torch.full((count,), 4.5))
+    text = no_text(count)
+    return diffusion_rows(teacher, image_latents, noise, t, text, text[:1], torch.full((count,), 4.5)).rows()
 
 
 def output_of(network, rows):
-    return network(
-        rows.latents / SIGMA_DATA, rows.timesteps, rows.prompt_embeds, rows.prompt_attention_mask, rows.guidance_scale
-    )
+    sample = rows.latents / SIGMA_DATA
+    return network(sample, rows.timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
 
 
 def without_guidance(network):
-    return lambda sample, t, embeds, mask, guidance: network(sample, t, embeds, mask)
+    return lambda sample, t, guidance, **text: network(sample, t, **text)
 
 
 def test_intervals_are_neighbours_of_the_grid_each_equally_often():
@@ -146,9 +145,9 @@ def test_the_student_takes_guidance_and_gets_the_only_gradient():
     student = TrigFlowTransformer(make_student(teacher.transformer))
     later, earlier = neighbouring_timesteps(reference_route(4), 2, generator=generators(1, 2))
     latents, noise = randn(2, 2, 4, 8, 8, dtype=torch.float32)
-    embeds = randn(2, 3, 16, dtype=torch.float32)
+    text = Text.unmasked(randn(2, 3, 16, dtype=torch.float32))
     weight = torch.tensor([4.0, 5.0])
-    rows = diffusion_rows(teacher, latents, noise, later, embeds, embeds[:1], weight)
+    rows = diffusion_rows(teacher, latents, noise, later, text, text[:1], weight).rows()
     target = discrete_target(student, rows, earlier)
     assert not target.requires_grad
     loss = discrete_loss(output_of(student, rows), rows.latents, target, later)
@@ -161,12 +160,12 @@ def test_the_target_is_at_the_rows_prompt_and_guidance():
     network = TrigFlowTransformer(tiny_transformer(guidance_embeds=True))
     latents, noise = randn(2, 2, 4, 8, 8, dtype=torch.float32)
     later, earlier = torch.tensor([1.2, 0.9]), torch.tensor([0.8, 0.3])
-    embeds, mask = randn(2, 3, 16, dtype=torch.float32), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    text = Text(randn(2, 3, 16, dtype=torch.float32), torch.tensor([[1, 1, 0], [1, 1, 1]]))
     weight = torch.tensor([1.0, 9.0])
-    rows = diffusion_rows(network, latents, noise, later, embeds, None, weight, prompt_attention_mask=mask)
+    rows = diffusion_rows(network, latents, noise, later, text, None, weight).rows()
     arrived = rotate(rows.latents, rows.velocity, later - earlier)
     with torch.no_grad():
-        output = network(arrived / SIGMA_DATA, earlier, embeds, mask, weight)
-        other = network(arrived / SIGMA_DATA, earlier, embeds, mask, weight.flip(0))
+        output = network(arrived / SIGMA_DATA, earlier, text.embeds, text.mask, weight)
+        other = network(arrived / SIGMA_DATA, earlier, text.embeds, text.mask, weight.flip(0))
     assert not torch.allclose(output, other, rtol=1e-2)
     assert torch.equal(discrete_target(network, rows, earlier), consistency_output(arrived, output, earlier))

@@ -5,10 +5,10 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trigflow import SIGMA_DATA, network_inputs, randn
 from tiny import tiny_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
+from toy_networks import SIGMA_DATA, network_inputs, randn
 
 from diffusers_tbcm import dual
 from diffusers_tbcm.backbones.sana import make_student
@@ -16,6 +16,7 @@ from diffusers_tbcm.dual import Dual, checkpoint_dual
 from diffusers_tbcm.lora import make_lora_student
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
 from diffusers_tbcm.tangent import consistency_tangent, dual_inputs, normalized_tangent
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
@@ -135,10 +136,10 @@ def student_model(**config):
 
 
 def step_inputs(dtype):
-    """latents, velocity, timesteps; prompts for two rows each, their mask, guidance."""
+    """latents, velocity, timesteps; text for two rows a prompt; guidance."""
     sample, t, embeds, mask = network_inputs(batch=4, dtype=dtype)
     velocity = SIGMA_DATA * randn(*sample.shape, seed=3, dtype=dtype)
-    return (SIGMA_DATA * sample, velocity, t), (embeds[:2], mask[:2], torch.full((4,), 4.5))
+    return (SIGMA_DATA * sample, velocity, t), Text(embeds[:2], mask[:2]), torch.full((4,), 4.5)
 
 
 def gradients(model, loss):
@@ -148,20 +149,20 @@ def gradients(model, loss):
 
 
 def one_pass(model, dtype):
-    (latents, velocity, t), text = step_inputs(dtype)
-    trig_output, logvar = model(*dual_inputs(latents, velocity, t, SIGMA_DATA), *text)
+    (latents, velocity, t), text, guidance = step_inputs(dtype)
+    inputs = dual_inputs(latents, velocity, t, SIGMA_DATA)
+    trig_output, logvar = model(*inputs, **text.arguments(), guidance=guidance)
     tangent = normalized_tangent(trig_output, latents, velocity, t, ratio=0.9, sigma_data=SIGMA_DATA)
     loss = consistency_loss(trig_output.primal, tangent.trig_output, tangent.tangent, logvar, t, SIGMA_DATA)
     return tangent, gradients(model, loss)
 
 
 def two_passes(model, dtype):
-    (latents, velocity, t), (embeds, mask, guidance) = step_inputs(dtype)
+    (latents, velocity, t), text, guidance = step_inputs(dtype)
     tangent = consistency_tangent(
-        model.student, latents, velocity, t, embeds, guidance,
-        prompt_attention_mask=mask, ratio=0.9, sigma_data=SIGMA_DATA,
+        model.student, latents, velocity, t, text, guidance, ratio=0.9, sigma_data=SIGMA_DATA
     )  # fmt: skip
-    trig_output, logvar = model(latents / SIGMA_DATA, t, embeds, mask, guidance)
+    trig_output, logvar = model(latents / SIGMA_DATA, t, **text.arguments(), guidance=guidance)
     loss = consistency_loss(trig_output, tangent.trig_output, tangent.tangent, logvar, t, SIGMA_DATA)
     return tangent, gradients(model, loss)
 

@@ -21,6 +21,7 @@ from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeli
 from diffusers_tbcm.lora import LORA_FILE, drop_frozen_weights, make_lora_student, merge_lora, save_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
 from diffusers_tbcm.tangent import consistency_tangent
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.trigflow import TrigFlowTransformer, trig_to_flow_timestep
 
 
@@ -149,14 +150,7 @@ def test_tangent_is_that_of_the_merged_student(dtype, tolerance):
     def tangent(transformer):
         with torch.autocast("cpu", torch.bfloat16, enabled=transformer.dtype == torch.bfloat16):
             return consistency_tangent(
-                TrigFlowTransformer(transformer),
-                sample,
-                velocity,
-                t,
-                embeds,
-                guidance,
-                prompt_attention_mask=mask,
-                ratio=1.0,
+                TrigFlowTransformer(transformer), sample, velocity, t, Text(embeds, mask), guidance, ratio=1.0
             ).tangent.flatten(1)
 
     start, ours = tangent(student), tangent(disturb(student))

@@ -2,10 +2,9 @@ import math
 
 import pytest
 import torch
-from test_tangent import trig_student
-from test_trajectory import DATA_STD, gaussian_std, gaussian_teacher
-from test_trigflow import SIGMA_DATA, four_axes, network_inputs, randn
+from gaussian_data import DATA_STD, gaussian_std, gaussian_teacher
 from tiny import tiny_transformer
+from toy_networks import SIGMA_DATA, four_axes, network_inputs, no_text, randn, trig_student
 
 from diffusers_tbcm.loss import (
     LogvarHead,
@@ -140,14 +139,11 @@ def test_training_finds_the_consistency_function_of_a_gaussian():
     for _ in range(150):
         timesteps = sample_timesteps("reference", 16, 16, generator=generator)
         noise = torch.randn(16, 1, 2, 2, generator=generator, dtype=torch.float64)
-        embeds = torch.zeros(16, 1, 1)
-        recorded = record_trajectory(gaussian_teacher(), noise, timesteps, embeds, embeds, torch.ones(16))
-        latents, velocity, t = (
-            value.flatten(0, 1) for value in (recorded.latents, recorded.velocity, recorded.timesteps)
-        )
-        embeds = torch.zeros(len(t), 1, 1)
-        target = consistency_tangent(student, latents, velocity, t, embeds, None, ratio=1.0)
-        output = student(latents / SIGMA_DATA, t, embeds)
+        text = no_text(16)
+        rows = record_trajectory(gaussian_teacher(), noise, timesteps, text, text, torch.ones(16)).rows()
+        latents, t, text = rows.latents, rows.timesteps, no_text(len(rows))
+        target = consistency_tangent(student, latents, rows.velocity, t, text, None, ratio=1.0)
+        output = student(latents / SIGMA_DATA, t, **text.arguments())
         loss = consistency_loss(output, target.trig_output, target.tangent, torch.zeros(len(t)), t, SIGMA_DATA)
         optimizer.zero_grad()
         loss.backward()

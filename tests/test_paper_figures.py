@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from gaussian_data import DATA_STD, gaussian_std, gaussian_teacher
 from teacher_trajectories import diffuse, kept
-from test_trajectory import DATA_STD, gaussian_std, gaussian_teacher
-from test_trigflow import SIGMA_DATA, randn
+from toy_networks import SIGMA_DATA, no_text, randn
 from trajectory_statistics import (
     cosine_similarity,
     mean_and_error,
@@ -69,9 +69,7 @@ def test_along_a_gaussian_generation_the_equivalent_noise_keeps_its_direction_an
     # x_t = z std(t) / sigma_data and x_0 = z DATA_STD / sigma_data: Eq. 8 is z times a number that depends on t only.
     noise, steps = randn(2, 2, 3, 3), 400
     timesteps = reference_route(steps).double().expand(2, -1)
-    found = record_trajectory(
-        gaussian_teacher(), noise, timesteps, torch.zeros(2, 1, 1), torch.zeros(1, 1, 1), torch.ones(2).double()
-    )
+    found = record_trajectory(gaussian_teacher(), noise, timesteps, no_text(2), no_text(1), torch.ones(2).double())
     for place in (100, 200, 300):
         t = found.timesteps[:, place]
         at_t = equivalent_noise(found.latents[:, place], found.pred_original_sample, t)

@@ -1,4 +1,4 @@
-"""Where prompts come from, and the order and randomness they are drawn with."""
+"""Where prompts come from."""
 
 import csv
 import inspect
@@ -7,17 +7,14 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from datasets import Dataset, Image, IterableDataset, load_dataset
 
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.prompts import (
     EvaluationPrompts,
     PromptList,
-    draw_generator,
     load_evaluation_prompts,
     load_prompts,
-    prompt_at,
 )
 
 
@@ -167,17 +164,3 @@ def test_the_prompts_of_mjhq_30k_are_known_by_name(monkeypatch, tmp_path):
     )
     assert load_evaluation_prompts(MJHQ_30K) == EvaluationPrompts(["a red dog", "b"], ["red", "lime"])
     assert asked == [((MJHQ_30K, "meta_data.json"), {"repo_type": "dataset"})]
-
-
-def test_every_epoch_sees_every_prompt_once_in_an_order_of_its_own():
-    epochs = [[prompt_at(epoch * 50 + i, 50, seed=3) for i in range(50)] for epoch in range(2)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(50))] * 2
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != [prompt_at(i, 50, seed=4) for i in range(50)]
-
-
-def test_draws_have_generators_of_their_own():
-    keys = [(draw, seed, stream) for draw in (0, 1) for seed in (0, 1) for stream in (0, 1)]
-    values = {key: torch.randn(4, generator=draw_generator(*key)) for key in keys}
-    assert torch.equal(values[1, 0, 0], torch.randn(4, generator=draw_generator(1, 0)))
-    assert len({tuple(value.tolist()) for value in values.values()}) == len(keys)

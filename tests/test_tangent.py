@@ -2,45 +2,26 @@ import math
 
 import pytest
 import torch
-from test_trajectory import DATA_STD, gaussian_std, gaussian_teacher
-from test_trigflow import SIGMA_DATA, FlowFunction, four_axes, network_inputs, randn
+from gaussian_data import exact_gaussian_function, gaussian_teacher
 from tiny import tiny_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from toy_networks import SIGMA_DATA, four_axes, network_inputs, no_text, randn, trig_student
 
-from diffusers_tbcm.tangent import consistency_tangent, tangent_ratio
-from diffusers_tbcm.trigflow import (
-    TrigFlowTransformer,
-    consistency_output,
-    flow_to_trig_sample,
-    flow_to_trig_timestep,
-    trig_to_flow_output,
-)
-
-
-def trig_student(function):
-    """A student whose F(x_t / sigma_data, t) is `function` of the two."""
-
-    def velocity(flow_sample, s):
-        trig_output = function(flow_to_trig_sample(flow_sample, s, 1.0), flow_to_trig_timestep(s))
-        return trig_to_flow_output(flow_sample, trig_output, s)
-
-    return TrigFlowTransformer(FlowFunction(velocity))
+from diffusers_tbcm.dual import Dual
+from diffusers_tbcm.tangent import consistency_tangent, normalized_tangent, tangent_ratio
+from diffusers_tbcm.text import Text
+from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 
 
 def nonlinear_function(sample, t):
     return torch.sin(2 * sample + four_axes(t)) * four_axes(t) + sample.mean(dim=(1, 2, 3), keepdim=True) ** 2
 
 
-def exact_gaussian_function(sample, t):
-    """F of the exact consistency function f(x_t, t) = x_t DATA_STD / std(t)."""
-    return four_axes((t.cos() - DATA_STD / gaussian_std(t)) / t.sin()) * sample
-
-
 def rows(count=6):
-    """latents, velocity, timesteps, prompt embeddings and no guidance: analytic training rows."""
+    """latents, velocity, timesteps, text and no guidance: analytic training rows."""
     t = torch.linspace(0.05, 1.5, count, dtype=torch.float64)
     latents, velocity = SIGMA_DATA * randn(2, count, 2, 3, 3)
-    return latents, velocity, t, torch.zeros(count, 1, 1), None
+    return latents, velocity, t, no_text(count), None
 
 
 def unnormalized(output):
@@ -93,9 +74,9 @@ def test_jvp_of_a_sana_transformer_agrees_with_finite_differences():
 
 
 def test_tangent_is_cos_t_times_the_total_derivative_of_the_consistency_function():
-    latents, velocity, t, embeds, guidance = rows()
+    latents, velocity, t, text, guidance = rows()
     student = trig_student(nonlinear_function)
-    output = consistency_tangent(student, latents, velocity, t, embeds, guidance, ratio=1.0)
+    output = consistency_tangent(student, latents, velocity, t, text, guidance, ratio=1.0)
 
     def consistency(h):
         moved = latents + h * velocity
@@ -107,10 +88,10 @@ def test_tangent_is_cos_t_times_the_total_derivative_of_the_consistency_function
 
 
 def test_ratio_scales_the_second_term_only():
-    latents, velocity, t, embeds, guidance = rows()
+    latents, velocity, t, text, guidance = rows()
     student = trig_student(nonlinear_function)
     none, some, full = (
-        unnormalized(consistency_tangent(student, latents, velocity, t, embeds, guidance, ratio=ratio))
+        unnormalized(consistency_tangent(student, latents, velocity, t, text, guidance, ratio=ratio))
         for ratio in (0.0, 0.75, 1.0)
     )
     first = -(four_axes(t).cos() ** 2) * (SIGMA_DATA * nonlinear_function(latents / SIGMA_DATA, t) - velocity)
@@ -119,9 +100,9 @@ def test_ratio_scales_the_second_term_only():
 
 
 def test_tangent_is_normalized_per_sample():
-    latents, velocity, t, embeds, guidance = rows()
+    latents, velocity, t, text, guidance = rows()
     student = trig_student(nonlinear_function)
-    arguments = (student, latents, velocity, t, embeds, guidance)
+    arguments = (student, latents, velocity, t, text, guidance)
     plain = consistency_tangent(*arguments, ratio=1.0)
     invariant = consistency_tangent(*arguments, ratio=1.0, resolution_invariant=True)
     torch.testing.assert_close(plain.tangent.flatten(1).norm(dim=1), plain.norm / (plain.norm + 0.1))
@@ -130,51 +111,74 @@ def test_tangent_is_normalized_per_sample():
     torch.testing.assert_close(unnormalized(invariant), unnormalized(plain))
 
 
+@pytest.mark.parametrize("shape", [(4,), (3, 2), (2, 3, 2, 2)])
+def test_rows_of_any_number_of_axes_are_normalized_alike(shape):
+    """A row is its elements, however they are arranged: points of the plane, pictures, videos."""
+    output, derivative, latents, velocity = randn(4, 5, math.prod(shape))
+    t = torch.linspace(0.05, 1.5, 5, dtype=torch.float64)
+    for invariant in (False, True):
+        found, expected = (
+            normalized_tangent(
+                Dual(*(value.view(5, *axes) for value in (output, derivative))),
+                *(value.view(5, *axes) for value in (latents, velocity)),
+                t,
+                ratio=0.9,
+                resolution_invariant=invariant,
+            )
+            for axes in (shape, (math.prod(shape), 1, 1))
+        )
+        torch.testing.assert_close(found.norm, expected.norm)
+        torch.testing.assert_close(found.tangent.flatten(1), expected.tangent.flatten(1))
+
+
+def test_the_norm_of_pictures_is_over_their_three_axes_bit_for_bit():
+    latents, velocity, derivative = randn(3, 6, 4, 8, 8, dtype=torch.float32)
+    t = torch.linspace(0.05, 1.5, 6)
+    found = normalized_tangent(Dual(latents, derivative), latents, velocity, t, ratio=0.0)
+    tangent = -(four_axes(t.cos()) ** 2) * (SIGMA_DATA * latents - velocity)
+    assert torch.equal(found.norm, torch.linalg.vector_norm(tangent, dim=(1, 2, 3)))
+
+
 def test_exact_student_has_zero_tangent():
-    latents, _, t, embeds, guidance = rows()
-    velocity = SIGMA_DATA * gaussian_teacher()(latents / SIGMA_DATA, t, embeds)
-    exact = consistency_tangent(
-        trig_student(exact_gaussian_function), latents, velocity, t, embeds, guidance, ratio=1.0
-    )
+    latents, _, t, text, guidance = rows()
+    velocity = SIGMA_DATA * gaussian_teacher()(latents / SIGMA_DATA, t, text.embeds)
+    exact = consistency_tangent(trig_student(exact_gaussian_function), latents, velocity, t, text, guidance, ratio=1.0)
     assert exact.norm.max() < 1e-12
     # The teacher itself is not its own consistency function.
-    assert consistency_tangent(gaussian_teacher(), latents, velocity, t, embeds, guidance, ratio=1.0).norm.min() > 1e-3
+    assert consistency_tangent(gaussian_teacher(), latents, velocity, t, text, guidance, ratio=1.0).norm.min() > 1e-3
 
 
 def sana_rows():
     sample, t, embeds, mask = network_inputs()
     velocity = SIGMA_DATA * randn(*sample.shape, seed=3, dtype=torch.float32)
-    return (SIGMA_DATA * sample, velocity, t, embeds), mask
+    return SIGMA_DATA * sample, velocity, t, Text(embeds, mask)
 
 
 def test_guidance_reaches_the_student():
-    arguments, mask = sana_rows()
+    arguments = sana_rows()
     student = TrigFlowTransformer(tiny_transformer(guidance_embeds=True))
     one, five = (
-        consistency_tangent(
-            student, *arguments, torch.full((3,), scale), prompt_attention_mask=mask, ratio=1.0
-        ).tangent
-        for scale in (1.0, 5.0)
+        consistency_tangent(student, *arguments, torch.full((3,), scale), ratio=1.0).tangent for scale in (1.0, 5.0)
     )
     assert not torch.allclose(one, five, rtol=1e-3)
 
 
 def test_masked_tokens_do_not_reach_the_tangent():
-    (latents, velocity, t, embeds), mask = sana_rows()
+    latents, velocity, t, text = sana_rows()
     student = TrigFlowTransformer(tiny_transformer())
     clean, noised = (
-        consistency_tangent(student, latents, velocity, t, prompt, None, prompt_attention_mask=mask, ratio=1.0).tangent
-        for prompt in (embeds, torch.where(mask[:, :, None] == 1, embeds, 7.0))
+        consistency_tangent(student, latents, velocity, t, Text(embeds, text.mask), None, ratio=1.0).tangent
+        for embeds in (text.embeds, torch.where(text.mask[:, :, None] == 1, text.embeds, 7.0))
     )
     assert torch.equal(clean, noised)
 
 
 def test_tangent_under_autocast_stays_close_and_wide():
-    arguments, mask = sana_rows()
+    arguments = sana_rows()
     student = TrigFlowTransformer(tiny_transformer(guidance_embeds=True))
 
     def tangent():
-        return consistency_tangent(student, *arguments, torch.full((3,), 4.5), prompt_attention_mask=mask, ratio=1.0)
+        return consistency_tangent(student, *arguments, torch.full((3,), 4.5), ratio=1.0)
 
     full = tangent()
     with torch.autocast("cpu", torch.bfloat16):
@@ -186,7 +190,7 @@ def test_tangent_under_autocast_stays_close_and_wide():
 
 
 def test_tangent_leaves_no_graph_and_works_with_gradient_checkpointing():
-    arguments, _ = sana_rows()
+    arguments = sana_rows()
     transformer = tiny_transformer()
     plain = consistency_tangent(TrigFlowTransformer(transformer), *arguments, None, ratio=1.0)
     transformer.enable_gradient_checkpointing()

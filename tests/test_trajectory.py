@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from test_trigflow import SIGMA_DATA, FlowFunction, four_axes, network_inputs, randn
+from gaussian_data import DATA_STD, gaussian_std, gaussian_teacher
 from tiny import tiny_transformer
+from toy_networks import SIGMA_DATA, cfg_arguments, four_axes, generators, no_text, randn
 
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import (
     SAMPLING_SCHEMES,
     equivalent_noise,
@@ -15,29 +17,6 @@ from diffusers_tbcm.trajectory import (
     sample_timesteps,
 )
 from diffusers_tbcm.trigflow import TrigFlowTransformer
-
-
-# Data N(0, DATA_STD^2 I), not SIGMA_DATA, for which F would be zero. The probability-flow ODE is then linear:
-# x_t = x_{pi/2} std(t) / SIGMA_DATA, and x_0 = x_t DATA_STD / std(t).
-DATA_STD = 0.9
-
-
-def gaussian_std(t):
-    return torch.sqrt((DATA_STD * torch.cos(t)) ** 2 + (SIGMA_DATA * torch.sin(t)) ** 2)
-
-
-def gaussian_flow_velocity(flow_sample, s):
-    """E[e - x_0 | x_s] for unit-scale data of standard deviation DATA_STD / SIGMA_DATA."""
-    s, variance = four_axes(s), (DATA_STD / SIGMA_DATA) ** 2
-    return (s - (1 - s) * variance) / (s**2 + (1 - s) ** 2 * variance) * flow_sample
-
-
-def gaussian_teacher():
-    return TrigFlowTransformer(FlowFunction(gaussian_flow_velocity))
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_rotation_follows_a_straight_prediction_exactly():
@@ -161,8 +140,8 @@ def test_wrong_sampling_arguments_are_named():
 
 def record_gaussian(num_steps, noise):
     timesteps = torch.linspace(math.pi / 2, 0, num_steps + 1, dtype=torch.float64)[:-1].repeat(len(noise), 1)
-    embeds = torch.zeros(len(noise), 1, 1)
-    return record_trajectory(gaussian_teacher(), noise, timesteps, embeds, embeds, torch.ones(len(noise)))
+    text = no_text(len(noise))
+    return record_trajectory(gaussian_teacher(), noise, timesteps, text, text, torch.ones(len(noise)))
 
 
 def test_recorded_trajectory_converges_to_the_closed_form_of_a_gaussian():
@@ -194,30 +173,12 @@ def test_last_rotation_reaches_the_clean_latent():
     torch.testing.assert_close(recorded.pred_original_sample, expected)
 
 
-def cfg_arguments():
-    noise, _, embeds, mask = network_inputs(batch=2)
-    mask[0, 2:] = 0
-    negative, negative_mask = randn(1, 9, 16, seed=5, dtype=torch.float32), torch.ones(1, 9, dtype=torch.long)
-    negative_mask[:, 7:] = 0
-    timesteps = sample_timesteps("reference", 2, 4, generator=generators(0, 1))
-    return noise, timesteps, embeds, mask, negative, negative_mask, torch.tensor([4.0, 5.0])
-
-
 def test_guided_trajectory_is_that_of_two_separate_calls():
-    noise, timesteps, embeds, mask, negative, negative_mask, weight = cfg_arguments()
+    noise, timesteps, text, negative, weight = cfg_arguments()
     teacher = TrigFlowTransformer(tiny_transformer())
     calls = []
     hook = teacher.transformer.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
-    recorded = record_trajectory(
-        teacher,
-        noise,
-        timesteps,
-        embeds,
-        negative,
-        weight,
-        prompt_attention_mask=mask,
-        negative_prompt_attention_mask=negative_mask,
-    )
+    recorded = record_trajectory(teacher, noise, timesteps, text, negative, weight)
     hook.remove()
     assert calls == [4] * 4  # both branches of both prompts at once
     assert not recorded.velocity.requires_grad
@@ -227,8 +188,10 @@ def test_guided_trajectory_is_that_of_two_separate_calls():
     with torch.no_grad():
         for i in range(4):
             t = timesteps[:, i]
-            conditional = teacher(sample / SIGMA_DATA, t, embeds, mask)
-            unconditional = teacher(sample / SIGMA_DATA, t, negative.expand(2, -1, -1), negative_mask.expand(2, -1))
+            conditional = teacher(sample / SIGMA_DATA, t, text.embeds, text.mask)
+            unconditional = teacher(
+                sample / SIGMA_DATA, t, negative.embeds.expand(2, -1, -1), negative.mask.expand(2, -1)
+            )
             velocity = SIGMA_DATA * (four_axes(weight) * conditional + (1 - four_axes(weight)) * unconditional)
             latents.append(sample)
             velocities.append(velocity)
@@ -238,59 +201,44 @@ def test_guided_trajectory_is_that_of_two_separate_calls():
     torch.testing.assert_close(recorded.velocity, torch.stack(velocities[1:], 1), **tolerance)
     torch.testing.assert_close(recorded.pred_original_sample, sample, **tolerance)
     assert torch.equal(recorded.timesteps, timesteps[:, 1:])
+    assert recorded.text is text and torch.equal(recorded.guidance_scale, weight)
 
 
 def test_masked_tokens_do_not_matter_and_others_do():
-    noise, timesteps, embeds, mask, negative, negative_mask, weight = cfg_arguments()
+    noise, timesteps, text, negative, weight = cfg_arguments()
     teacher = TrigFlowTransformer(tiny_transformer())
 
-    def generate(embeds, negative):
-        return record_trajectory(
-            teacher,
-            noise,
-            timesteps,
-            embeds,
-            negative,
-            weight,
-            prompt_attention_mask=mask,
-            negative_prompt_attention_mask=negative_mask,
-        ).pred_original_sample
+    def generate(text, negative):
+        return record_trajectory(teacher, noise, timesteps, text, negative, weight).pred_original_sample
 
-    expected = generate(embeds, negative)
-    noised_embeds = torch.where(mask[:, :, None] == 1, embeds, 7.0)
-    noised_negative = torch.where(negative_mask[:, :, None] == 1, negative, -7.0)
-    assert torch.equal(generate(noised_embeds, noised_negative), expected)
-    assert not torch.allclose(generate(embeds + 1, negative), expected, rtol=1e-3)
-    assert not torch.allclose(generate(embeds, negative + 1), expected, rtol=1e-3)
+    def noised(text, value):
+        return Text(torch.where(text.mask[:, :, None] == 1, text.embeds, value), text.mask)
 
+    def moved(text):
+        return Text(text.embeds + 1, text.mask)
 
-def test_missing_masks_attend_to_every_token():
-    noise, timesteps, embeds, mask, negative, negative_mask, weight = cfg_arguments()
-    arguments = (TrigFlowTransformer(tiny_transformer()), noise, timesteps, embeds, negative, weight)
-    ones = {
-        "prompt_attention_mask": torch.ones_like(mask),
-        "negative_prompt_attention_mask": torch.ones_like(negative_mask),
-    }
-    assert torch.equal(
-        record_trajectory(*arguments).pred_original_sample, record_trajectory(*arguments, **ones).pred_original_sample
-    )
+    expected = generate(text, negative)
+    assert torch.equal(generate(noised(text, 7.0), noised(negative, -7.0)), expected)
+    assert not torch.allclose(generate(moved(text), negative), expected, rtol=1e-3)
+    assert not torch.allclose(generate(text, moved(negative)), expected, rtol=1e-3)
 
 
 def test_teacher_that_embeds_guidance_is_called_once_with_it():
-    noise, timesteps, embeds, mask, _, _, weight = cfg_arguments()
+    noise, timesteps, text, _, weight = cfg_arguments()
     teacher = TrigFlowTransformer(tiny_transformer(guidance_embeds=True))
-    recorded = record_trajectory(teacher, noise, timesteps, embeds, None, weight, prompt_attention_mask=mask)
+    recorded = record_trajectory(teacher, noise, timesteps, text, None, weight)
     with torch.no_grad():
-        expected = SIGMA_DATA * teacher(recorded.latents[:, 1] / SIGMA_DATA, timesteps[:, 2], embeds, mask, weight)
+        sample = recorded.latents[:, 1] / SIGMA_DATA
+        expected = SIGMA_DATA * teacher(sample, timesteps[:, 2], text.embeds, text.mask, weight)
     torch.testing.assert_close(recorded.velocity[:, 1], expected)
 
 
 def test_wrong_recording_arguments_are_named():
-    noise, timesteps, embeds, _, negative, _, weight = cfg_arguments()
+    noise, timesteps, text, negative, weight = cfg_arguments()
     teacher = TrigFlowTransformer(tiny_transformer())
     with pytest.raises(ValueError, match=r"`timesteps` has shape \(1, 4\)"):
-        record_trajectory(teacher, noise, timesteps[:1], embeds, negative, weight)
+        record_trajectory(teacher, noise, timesteps[:1], text, negative, weight)
     with pytest.raises(ValueError, match=r"`guidance_scale` has shape \(1,\)"):
-        record_trajectory(teacher, noise, timesteps, embeds, negative, weight[:1])
-    with pytest.raises(ValueError, match="`negative_prompt_embeds` is None"):
-        record_trajectory(teacher, noise, timesteps, embeds, None, weight)
+        record_trajectory(teacher, noise, timesteps, text, negative, weight[:1])
+    with pytest.raises(ValueError, match="`negative_text` is None"):
+        record_trajectory(teacher, noise, timesteps, text, None, weight)

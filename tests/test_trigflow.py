@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from tiny import tiny_sana_pipeline, tiny_transformer
-from torch import nn
+from toy_networks import SIGMA_DATA, FlowFunction, four_axes, network_inputs, randn
 
 from diffusers_tbcm.trigflow import (
     TrigFlowTransformer,
@@ -20,46 +20,11 @@ from diffusers_tbcm.trigflow import (
 )
 
 
-SIGMA_DATA = 0.5
-
-
-class FlowFunction(nn.Module):
-    """A closed-form velocity v(x_FM, s) with the face of a Sana transformer; it keeps the arguments of its calls."""
-
-    def __init__(self, velocity, dtype=torch.float64, **config):
-        super().__init__()
-        self.velocity = velocity
-        self.dtype = dtype
-        self.config = {"guidance_embeds": False, "guidance_embeds_scale": 0.1, "timestep_scale": 1.0, **config}
-        self.calls = []
-        self.transformer_blocks = ()
-
-    def forward(self, hidden_states, return_dict=True, **kwargs):
-        self.calls.append({"hidden_states": hidden_states, **kwargs})
-        return (self.velocity(hidden_states, kwargs["timestep"]),)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def four_axes(t):
-    return t.view(-1, 1, 1, 1)
-
-
 def straight_path(batch=4, seed=0):
     """Unit-scale data and noise, an angle per sample, and x_t between them."""
     data, noise = randn(2, batch, 3, 4, 5, seed=seed)
     t = torch.linspace(0, math.pi / 2, batch, dtype=torch.float64)
     return data, noise, t, SIGMA_DATA * (four_axes(t).cos() * data + four_axes(t).sin() * noise)
-
-
-def network_inputs(batch=3, dtype=torch.float32):
-    """sample, timestep, prompt embeddings and their mask for the tiny transformer."""
-    mask = torch.ones(batch, 6, dtype=torch.long)
-    mask[:, 4:] = 0
-    t = torch.linspace(0.2, 1.4, batch, dtype=dtype)
-    return randn(batch, 4, 8, 8, dtype=dtype), t, randn(batch, 6, 16, seed=1, dtype=dtype), mask
 
 
 def test_times_map_as_equation_5_and_back():

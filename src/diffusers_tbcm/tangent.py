@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dual import Dual
+from .text import Text
 from .trigflow import broadcast_time
 
 
@@ -116,7 +117,7 @@ def normalized_tangent(
         timesteps: t in radians, (rows,).
         ratio: r, from `tangent_ratio`.
         sigma_data: standard deviation of the latents.
-        resolution_invariant: divide the norm by the square root of channels * height * width, as some sCM code does.
+        resolution_invariant: divide the norm by the square root of the elements of a row, as some sCM code does.
 
     Returns:
         The tangent, the student's output and the norm, without gradients, in float32 or wider.
@@ -124,7 +125,7 @@ def normalized_tangent(
     output, derivative = trig_output.primal.detach(), trig_output.tangent
     cos, sin = (broadcast_time(value, output) for value in (torch.cos(timesteps), torch.sin(timesteps)))
     tangent = -(cos**2) * (sigma_data * output - velocity) - ratio * (cos * sin * latents + sigma_data * derivative)
-    norm = torch.linalg.vector_norm(tangent, dim=(1, 2, 3))
+    norm = torch.linalg.vector_norm(tangent, dim=tuple(range(1, tangent.ndim)))
     if resolution_invariant:
         norm = norm / math.sqrt(tangent[0].numel())
     tangent = tangent / (broadcast_time(norm, tangent) + NORMALIZATION_CONSTANT)
@@ -137,10 +138,9 @@ def consistency_tangent(
     latents: torch.Tensor,
     velocity: torch.Tensor,
     timesteps: torch.Tensor,
-    prompt_embeds: torch.Tensor,
+    text: Text,
     guidance_scale: torch.Tensor | None,
     *,
-    prompt_attention_mask: torch.Tensor | None = None,
     ratio: float,
     sigma_data: float = 0.5,
     resolution_invariant: bool = False,
@@ -150,13 +150,13 @@ def consistency_tangent(
     Training has it from its gradient pass, by `dual_inputs` and `normalized_tangent`.
 
     Args:
-        student: the network F, called as `TrigFlowTransformer` is: (sample, timestep, prompt_embeds, mask, guidance).
+        student: the network F, called as `TrigFlowTransformer` is: with sample, timestep, the text's arguments and
+            `guidance`.
         latents: x_t, (rows, channels, height, width).
         velocity: the teacher's dx_t/dt, the shape of `latents`.
         timesteps: t in radians, (rows,).
-        prompt_embeds: (prompts, length, dim).
+        text: of the prompts; rows are a multiple of them, and consecutive rows share one.
         guidance_scale: classifier-free guidance weight, (rows,); None for a student that does not embed it.
-        prompt_attention_mask: 1 for a token, 0 for padding, (prompts, length).
         ratio: r, from `tangent_ratio`.
         sigma_data: standard deviation of the latents.
         resolution_invariant: as in `normalized_tangent`.
@@ -167,7 +167,7 @@ def consistency_tangent(
     sample, t = dual_inputs(latents, velocity, timesteps, sigma_data)
 
     def trig_output(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return student(sample, t, prompt_embeds, prompt_attention_mask, guidance_scale)
+        return student(sample, t, **text.arguments(), guidance=guidance_scale)
 
     # Only the math kernel of scaled_dot_product_attention has forward-mode derivatives.
     with sdpa_kernel(SDPBackend.MATH):

@@ -12,10 +12,9 @@ from torch import nn
 from ..files import read_json
 from ..text import Text
 from ..versions import dtype_argument
-from .sana_attention import deal_out, share_prompts
+from .sana_attention import deal_out
+from .sana_attention import share_prompts as share_prompts
 
-
-__all__ = ["share_prompts"]
 
 TRANSFORMER_CLASS = SanaTransformer2DModel
 PIPELINE_CLASS = SanaPipeline

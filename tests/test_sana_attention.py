@@ -1,9 +1,10 @@
 import pytest
 import torch
-from test_trigflow import network_inputs, randn
 from tiny import tiny_transformer
+from toy_networks import network_inputs, randn
 
 from diffusers_tbcm.backbones.sana_attention import deal_out, keep_text, share_prompts
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
@@ -66,8 +67,9 @@ def test_a_teachers_text_is_computed_once_for_its_trajectory():
     )
     teacher = TrigFlowTransformer(transformer)
     timesteps = sample_timesteps("reference", 3, 5, generator=torch.Generator().manual_seed(0))
-    arguments = (randn(3, 4, 8, 8, dtype=torch.float32), timesteps, embeds, embeds[:1, :2], torch.full((3,), 4.5))
-    trajectory = record_trajectory(teacher, *arguments, prompt_attention_mask=mask)
+    text, negative = Text(embeds, mask), Text.unmasked(embeds[:1, :2])
+    noise = randn(3, 4, 8, 8, dtype=torch.float32)
+    trajectory = record_trajectory(teacher, noise, timesteps, text, negative, torch.full((3,), 4.5))
     assert shapes == [(6 * 6, 16)] and projected == [6, 1, 1, 1, 1]
     t = trajectory.timesteps[:, -1]
     both = teacher(
