@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """What a trained row costs: the published order of the step against ours, lever by lever, in one run.
 
-    python benchmarks/train_step.py                                                  # CPU, embedded teacher
-    python benchmarks/train_step.py --model 0.6b --dtype bf16 --gradient_checkpointing --prompts 1 2 4    # GPU
+    python -m benchmarks.train_step                                                  # CPU, embedded teacher
+    python -m benchmarks.train_step --model 0.6b --dtype bf16 --gradient_checkpointing --prompts 1 2 4    # GPU
 
 The published order: a pass under torch.func.jvp for the tangent, with attention scores of all rows in memory, then a
 pass for the gradient; the text side computed for every row and every teacher step; the teacher one batch at a time.
@@ -21,17 +20,6 @@ from statistics import median
 import matplotlib
 import pandas
 import torch
-from common import (
-    DTYPES,
-    PROMPT_TOKENS,
-    RESULTS,
-    SIGMA_DATA,
-    default_device,
-    load_transformer,
-    machine,
-    synchronize,
-    write_results,
-)
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,6 +31,18 @@ from diffusers_tbcm.tangent import consistency_tangent, dual_inputs, normalized_
 from diffusers_tbcm.training.replay import Recording, ReplayBuffer, TrainingRows
 from diffusers_tbcm.trajectory import TrajectoryOutput, record_trajectory, rotate, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
+
+from .common import (
+    DTYPES,
+    PROMPT_TOKENS,
+    RESULTS,
+    SIGMA_DATA,
+    default_device,
+    load_transformer,
+    machine,
+    synchronize,
+    write_results,
+)
 
 
 matplotlib.use("Agg")
