@@ -27,9 +27,9 @@ style: $(STAMP)  ## put the sources into the house style
 	$(BIN)/ruff format $(SOURCES)
 
 bench: $(STAMP)  ## time of a training step and of a picture, memory
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.inference
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -15,8 +15,9 @@ import transformers
 from diffusers import SanaTransformer2DModel
 
 
-RESULTS = Path(__file__).parent / "results"
-EXAMPLES = Path(__file__).parents[1] / "examples" / "tbcm"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+EXAMPLES = ROOT / "examples" / "tbcm"
 EMBEDDED_TEACHER = EXAMPLES / "sana_emoji_mini"
 CONFIGS = {
     "0.6b": {

@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """Seconds a picture and where they go, against diffusers' own Sana-Sprint pipeline and the teacher's 20 steps.
 
-    python benchmarks/inference.py                     # the embedded teacher and its untrained student
-    python benchmarks/inference.py --size 0.6b         # GPU: published sizes, random weights, 1024 px, bfloat16
-    python benchmarks/inference.py --size 0.6b --compile
+    python -m benchmarks.inference                     # the embedded teacher and its untrained student
+    python -m benchmarks.inference --size 0.6b         # GPU: published sizes, random weights, 1024 px, bfloat16
+    python -m benchmarks.inference --size 0.6b --compile
 
 The pipelines take turns in every round, in random order, so that what else the machine does meets them alike. Every
 call is made twice: as a whole, and with the device synchronised around each network for the parts. Prints a table and
@@ -25,16 +24,16 @@ from unittest.mock import patch
 import numpy as np
 import pandas
 import torch
-from common import CONFIGS, RESULTS, default_device, machine, markdown, medians
 from diffusers import DiffusionPipeline, SanaPipeline, SanaSprintPipeline
-from random_teacher import random_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
 
+from .common import CONFIGS, EMBEDDED_TEACHER, RESULTS, default_device, machine, markdown, medians
+from .random_teacher import random_pipeline
+
 
 EMBEDDED = "embedded"
-TEACHER_DIR = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini"
 PROMPT = "a fluent 3d emoji of a dolphin"
 STEPS = (1, 2, 4)
 TEACHER_STEPS = 20
@@ -59,7 +58,7 @@ def build(
 ) -> dict[str, DiffusionPipeline]:
     """The pipelines, which share text encoder and VAE; the student is the teacher's copy, untrained."""
     if size == EMBEDDED:
-        teacher = SanaPipeline.from_pretrained(TEACHER_DIR)
+        teacher = SanaPipeline.from_pretrained(EMBEDDED_TEACHER)
     else:
         teacher = random_pipeline(size, resolution, **{**GEMMA_2_2B, "num_hidden_layers": text_layers})
     if device.type == "cuda":
@@ -202,8 +201,8 @@ def main() -> None:
             raise SystemExit(f"at {steps} steps the picture is not that of diffusers' pipeline")
 
     rows = [{"pipeline": name, "steps": steps, "median": medians(seconds)} for (name, steps), seconds in found.items()]
-    record = {"config": {**vars(args), "pixels": pixels, "dtype": str(pipelines[OURS].transformer.dtype)}}
-    record |= {**machine(device), "seconds": rows}
+    config = {**vars(args), "pixels": pixels, "dtype": str(pipelines[OURS].transformer.dtype)}
+    record = {"config": config, **machine(device), "seconds": rows}
     kind = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
     options = "_compiled" * args.compile + "_no_instruction" * args.no_instruction
     path = RESULTS / f"inference_{args.size}{options}_{kind}"

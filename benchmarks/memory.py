@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """Peak memory of a training step: full fine-tuning and LoRA, with and without checkpointing, against images.
 
-    python benchmarks/memory.py                        # 16 rows of the 0.6B model at 1024 px, every setting
-    python benchmarks/memory.py --setting "LoRA, checkpointing, AdamW"
-    python benchmarks/memory.py --check --rows 4 --layers 2        # on a CPU: modelled peaks against real steps
+    python -m benchmarks.memory                        # 16 rows of the 0.6B model at 1024 px, every setting
+    python -m benchmarks.memory --setting "LoRA, checkpointing, AdamW"
+    python -m benchmarks.memory --check --rows 4 --layers 2        # on a CPU: modelled peaks against real steps
 
 On a GPU every setting takes a real step in a process of its own, and the figures are the allocator's. Elsewhere they
 are modelled: the same step on tensors without data, whose storages are counted (memory_meter.py).
@@ -24,9 +23,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import CONFIGS, RESULTS, default_device, machine, markdown
-from memory_meter import KINDS
-from memory_step import SETTINGS, run
+
+from .common import CONFIGS, RESULTS, ROOT, default_device, machine, markdown
+from .memory_meter import KINDS
+from .memory_step import SETTINGS, run
 
 
 GB = 1e9
@@ -51,10 +51,10 @@ its own code at batch 16.
 def run_in_new_process(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     """The real step of a setting, with an allocator that has held nothing yet."""
     flags = [f"--{name}={value}" for name in SHAPE for value in [getattr(args, name)] if value is not None]
-    command = [sys.executable, __file__, "--child", "--setting", setting, *flags]
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", "--setting", setting, *flags]
     # On a CPU: freed memory goes back to the system at once, or what is resident is not what is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     return json.loads(child.stdout.splitlines()[-1])
 
 

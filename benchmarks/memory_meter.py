@@ -137,7 +137,8 @@ def fake_weights(*modules: nn.Module) -> None:
     """
     fakes: dict[torch.Tensor, torch.Tensor] = {}
     for module in (part for whole in modules for part in whole.modules()):
-        for tensors in (module._parameters, module._buffers):
+        of_module: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in of_module:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from common import PROMPT_TOKENS, SIGMA_DATA, random_transformer
 from diffusers import AutoencoderDC
-from memory_meter import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, MemoryMeter, cuda_autocast, fake_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,11 +16,14 @@ from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.lora import make_lora_student
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
+from diffusers_tbcm.rows import Recording, TrainingRows
 from diffusers_tbcm.tangent import TangentOutput, consistency_tangent, dual_inputs, normalized_tangent
 from diffusers_tbcm.training.memory import peak_memory
-from diffusers_tbcm.training.replay import Recording, TrainingRows
 from diffusers_tbcm.trajectory import record_trajectory
 from diffusers_tbcm.trigflow import TrigFlowTransformer
+
+from .common import PROMPT_TOKENS, SIGMA_DATA, random_transformer
+from .memory_meter import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, MemoryMeter, cuda_autocast, fake_weights
 
 
 BF16 = torch.bfloat16
@@ -83,7 +84,7 @@ class EightBitStates(torch.optim.Optimizer):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__(parameters, {})
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in self.param_groups[0]["params"]:
             if self.state[parameter]:
                 continue
@@ -161,6 +162,7 @@ def image_rows(networks: Networks, args: argparse.Namespace, device: torch.devic
     """What TBCM does without: pictures through the autoencoder, noised, and the teacher's velocity there."""
     meter.begin("VAE encoding")
     rows, vae = args.rows, networks.vae
+    assert vae is not None
     images = torch.randn(rows, 3, args.resolution, args.resolution, device=device, dtype=vae.dtype)
     original = vae.encode(images).latent.float() * (vae.config.scaling_factor * SIGMA_DATA)
     meter.begin("teacher")
@@ -236,7 +238,7 @@ def training_step(
     loss = consistency_loss(output, tangent.trig_output, tangent.tangent, logvar, rows.timesteps, SIGMA_DATA)
     meter.label_rest(ACTIVATIONS)
     loss.backward()
-    meter.label(GRADIENTS, [parameter.grad for parameter in networks.trained])
+    meter.label(GRADIENTS, [parameter.grad for parameter in networks.trained if parameter.grad is not None])
     meter.begin("clipping and optimiser")
     torch.nn.utils.clip_grad_norm_(networks.trained, 0.1, foreach=True)
     optimizer.step()

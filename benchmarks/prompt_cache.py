@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """What a prompts file costs: reading it, embedding it once, and training from the embeddings on disk.
 
-    python benchmarks/prompt_cache.py                    # 100,000 prompts, the embedded mini teacher
-    python benchmarks/prompt_cache.py --prompts 500
+    python -m benchmarks.prompt_cache                    # 100,000 prompts, the embedded mini teacher
+    python -m benchmarks.prompt_cache --prompts 500
 
 Every stage runs in a process of its own, so that its memory is its own: resident beyond what the imports take.
 Prints one JSON object and writes it to --output.
@@ -31,8 +30,9 @@ from diffusers_tbcm.data.prompts import load_prompts
 from diffusers_tbcm.pipeline_folder import resolve_teacher
 from diffusers_tbcm.versions import dtype_argument
 
+from .common import EMBEDDED_TEACHER, RESULTS
 
-ROOT = Path(__file__).parents[1]
+
 WORDS = "a red blue old small cat dog boat house on in under the sea hill rain by night day photo of painting".split()
 BATCHES = 200  # read at random, after the first
 MIB = 2**20
@@ -117,13 +117,13 @@ def alone(stage: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", default=str(ROOT / "examples" / "tbcm" / "sana_emoji_mini"))
+    parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_TEACHER))
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--train_batch_size", type=int, default=4)
     parser.add_argument("--max_sequence_length", type=int, default=300)
     parser.add_argument("--complex_human_instruction", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the text encoder")
-    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "prompt_cache_cpu.json"))
+    parser.add_argument("--output", default=str(RESULTS / "prompt_cache_cpu.json"))
     args = parser.parse_args()
 
     settings = {

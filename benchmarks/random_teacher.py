@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Write a full-size Sana pipeline folder with random weights, to try the training script's memory and speed on.
 
-    python benchmarks/random_teacher.py --model 0.6b --output_dir runs/random-0.6b
+    python -m benchmarks.random_teacher --model 0.6b --output_dir runs/random-0.6b
     accelerate launch examples/tbcm/train_tbcm_distill.py --dry_run --pretrained_model_name_or_path runs/random-0.6b \
         --prompts_file examples/tbcm/sana_emoji_mini/prompts.txt --output_dir runs/dry --route_steps 17 \
         --mixed_precision bf16 --gradient_checkpointing --brightness_threshold 0
@@ -11,15 +10,12 @@ embedded teacher's tokenizer: the script's own work is what is measured.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-from common import CONFIGS, random_transformer
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
-
-TOKENIZER = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini" / "tokenizer"
+from .common import CONFIGS, EMBEDDED_TEACHER, random_transformer
 
 
 def random_pipeline(model: str, resolution: int, **text_config: int) -> SanaPipeline:
@@ -32,7 +28,7 @@ def random_pipeline(model: str, resolution: int, **text_config: int) -> SanaPipe
     """
     transformer = random_transformer(model, resolution)
     width = transformer.config.caption_channels
-    tokenizer = GemmaTokenizerFast.from_pretrained(TOKENIZER)
+    tokenizer = GemmaTokenizerFast.from_pretrained(EMBEDDED_TEACHER / "tokenizer")
     sizes = {"intermediate_size": width, "num_hidden_layers": 1, **text_config}
     text_encoder = Gemma2Model(
         Gemma2Config(

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Does a student lose by training on every teacher row several times? The quickstart's recipe, shortened.
 
-    python benchmarks/replay.py --output_dir runs/replay        # 18 runs, 50 minutes on a CPU core; can be resumed
+    python -m benchmarks.replay --output_dir runs/replay        # 18 runs, 50 minutes on a CPU core; can be resumed
 
 Every setting trains with every seed for the same number of optimiser steps, so on equally many rows; those with replay
 once more for the steps that fit into the time of the run without. Writes benchmarks/results/replay_<device>.json, .md
@@ -11,19 +10,16 @@ and .png: MobileNet-FD of 500 pictures at 1 step, and seconds of training.
 import argparse
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
 import pandas
-from common import EXAMPLES, RESULTS, default_device, machine, write_results
-
-
-sys.path.insert(0, str(EXAMPLES))
-from emoji_metrics import Meter, draw, load_evaluation
-from quickstart import training_command
 
 from diffusers_tbcm import SanaTBCMPipeline
+from examples.tbcm.mini_teacher.emoji_metrics import Meter, draw, load_evaluation
+from examples.tbcm.quickstart import training_command
+
+from .common import RESULTS, default_device, machine, write_results
 
 
 matplotlib.use("Agg")

@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """What a trained row costs: the published order of the step against ours, lever by lever, in one run.
 
-    python benchmarks/train_step.py                                                  # CPU, embedded teacher
-    python benchmarks/train_step.py --model 0.6b --dtype bf16 --gradient_checkpointing --prompts 1 2 4    # GPU
+    python -m benchmarks.train_step                                                  # CPU, embedded teacher
+    python -m benchmarks.train_step --model 0.6b --dtype bf16 --gradient_checkpointing --prompts 1 2 4    # GPU
 
 The published order: a pass under torch.func.jvp for the tangent, with attention scores of all rows in memory, then a
 pass for the gradient; the text side computed for every row and every teacher step; the teacher one batch at a time.
@@ -21,7 +20,21 @@ from statistics import median
 import matplotlib
 import pandas
 import torch
-from common import (
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_tbcm.backbones.sana import make_student
+from diffusers_tbcm.backbones.sana_attention import share_prompts
+from diffusers_tbcm.dual import checkpoint_dual
+from diffusers_tbcm.guidance import guidance_branches, guided_output
+from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
+from diffusers_tbcm.rows import Recording, TrainingRows
+from diffusers_tbcm.tangent import consistency_tangent, dual_inputs, normalized_tangent
+from diffusers_tbcm.training.replay import ReplayBuffer
+from diffusers_tbcm.trajectory import TrajectoryOutput, record_trajectory, rotate, sample_timesteps
+from diffusers_tbcm.trigflow import TrigFlowTransformer
+
+from .common import (
     DTYPES,
     PROMPT_TOKENS,
     RESULTS,
@@ -32,18 +45,6 @@ from common import (
     synchronize,
     write_results,
 )
-from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
-from torch.utils.flop_counter import FlopCounterMode
-
-from diffusers_tbcm.backbones.sana import make_student
-from diffusers_tbcm.backbones.sana_attention import share_prompts
-from diffusers_tbcm.dual import checkpoint_dual
-from diffusers_tbcm.guidance import guidance_branches, guided_output
-from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
-from diffusers_tbcm.tangent import consistency_tangent, dual_inputs, normalized_tangent
-from diffusers_tbcm.training.replay import Recording, ReplayBuffer, TrainingRows
-from diffusers_tbcm.trajectory import TrajectoryOutput, record_trajectory, rotate, sample_timesteps
-from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
 matplotlib.use("Agg")

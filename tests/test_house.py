@@ -134,3 +134,30 @@ def test_every_lower_bound_is_the_version_that_the_oldest_constraints_test():
     for requirement in requirements("quality", "demo", "paper"):  # the first's tools are for one version of each only
         bounds = [Version(item.version) for item in requirement.specifier if item.operator in (">=", "==")]
         assert bounds == [versions[canonicalize_name(requirement.name)]], requirement
+
+
+def test_the_examples_requirements_agree_with_setup():
+    lines = (ROOT / "examples" / "tbcm" / "requirements.txt").read_text().splitlines()
+    (package,) = [Requirement(line) for line in lines if not line.startswith("#")]
+    literals = setup_literals()
+    assert package.name == literals["name"]
+    assert package.extras == {"training", "eval"} <= {*literals["extras"]}
+    assert str(package.specifier) == f">={literals['version']}"
+
+
+@pytest.mark.parametrize("script", ["app.py", "evaluate_student.py", "quickstart.py"])
+def test_an_example_script_can_be_copied_alone(script):
+    tree = ast.parse(LOOP.with_name(script).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert all(node.level == 0 for node in froms)
+    roots = {name.partition(".")[0] for name in (*imported, *(node.module for node in froms))}
+    beside = {path.stem for path in LOOP.parent.iterdir()}
+    assert not roots & {*beside, "examples", "benchmarks"}
+
+
+def test_the_commit_hooks_run_what_make_quality_runs():
+    recipe = re.search(r"^quality:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    commands = re.findall(r"^\t\$\(BIN\)/(.*?)(?: \$\(SOURCES\))?$", recipe, re.MULTILINE)
+    hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(commands) == 3 and hooks == commands

@@ -4,9 +4,10 @@ from argparse import Namespace
 
 import pytest
 import torch
-from memory_meter import ACTIVATIONS, GRADIENTS, STATES, TEMPORARIES, WEIGHTS, MemoryMeter
-from memory_step import SETTINGS, EightBitStates, make_states, run
 from torch import nn
+
+from benchmarks.memory_meter import ACTIVATIONS, GRADIENTS, STATES, TEMPORARIES, WEIGHTS, MemoryMeter
+from benchmarks.memory_step import SETTINGS, EightBitStates, make_states, run
 
 
 CPU = torch.device("cpu")

@@ -3,15 +3,20 @@
 import gzip
 import json
 
-import make_fashion_teacher as recipe
 import numpy as np
 import pytest
 from diffusers import SanaPipeline
-from emoji_metrics import DISTILLATION_PROMPTS_FILE, EVALUATION_FILE, REFERENCE_FILE, load_evaluation
-from study_runs import Study
 
+from benchmarks.paper import make_fashion_teacher as recipe
+from benchmarks.paper.study_runs import Study
 from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.data.prompts import load_prompts
+from examples.tbcm.mini_teacher.emoji_metrics import (
+    DISTILLATION_PROMPTS_FILE,
+    EVALUATION_FILE,
+    REFERENCE_FILE,
+    load_evaluation,
+)
 
 
 PER_CLASS = 13

@@ -3,16 +3,16 @@ import math
 import pytest
 import torch
 from gaussian_data import DATA_STD, gaussian_std, gaussian_teacher
-from teacher_trajectories import diffuse, kept
 from toy_networks import SIGMA_DATA, no_text, randn
-from trajectory_statistics import (
+
+from benchmarks.paper.teacher_trajectories import diffuse, kept
+from benchmarks.paper.trajectory_statistics import (
     cosine_similarity,
     mean_and_error,
     neighbour_correlation,
     root_mean_square,
     route_statistics,
 )
-
 from diffusers_tbcm.trajectory import equivalent_noise, record_trajectory, reference_route, sample_timesteps
 
 

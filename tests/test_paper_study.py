@@ -3,18 +3,17 @@ import subprocess
 
 import pandas
 import pytest
-import study
-import study_runs
 import torch
 from distill_args import parse_args
-from emoji_metrics import REFERENCE_FILE, TEACHER_DIR
 from methods import LCM, SANA_SPRINT, SCM, TBCM
 from PIL import Image
-from study_report import report, summarize
-from study_runs import Setting, Study, training_costs
-from tbcm_variants import VARIANTS
 
+from benchmarks.paper import study, study_runs
+from benchmarks.paper.study_report import report, summarize
+from benchmarks.paper.study_runs import Setting, Study, training_costs
+from benchmarks.paper.tbcm_variants import VARIANTS
 from diffusers_tbcm.evaluation.features import NUM_COMPONENTS
+from examples.tbcm.mini_teacher.emoji_metrics import REFERENCE_FILE, TEACHER_DIR
 
 
 METHODS = {"tbcm": TBCM, "scm": SCM, "sana_sprint": SANA_SPRINT, "lcm": LCM}

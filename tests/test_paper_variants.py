@@ -5,12 +5,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import SanaPipeline
 from distill_args import parse_args
-from emoji_metrics import DISTILLATION_PROMPTS_FILE, TEACHER_DIR
 from methods import TBCM
-from tbcm_variants import VARIANTS
 
+from benchmarks.paper.tbcm_variants import VARIANTS
 from diffusers_tbcm.data.embeddings import PromptEncoder
 from diffusers_tbcm.trigflow import TrigFlowTransformer
+from examples.tbcm.mini_teacher.emoji_metrics import DISTILLATION_PROMPTS_FILE, TEACHER_DIR
 
 
 LENGTH = 24

@@ -1,10 +1,9 @@
-#!/usr/bin/env python
 """The figures of arXiv 2511.20410 that need no training, on the embedded emoji teacher.
 
-    python benchmarks/paper/figures.py noise         # Figures 3 and 8: equivalent noise, forward and generated
-    python benchmarks/paper/figures.py schemes       # Figure 7: where the sampling schemes put their angles
-    python benchmarks/paper/figures.py predictions   # Figure 9: x_0 by scheme and number of steps
-    python benchmarks/paper/figures.py pictures --students "TBCM=outputs/quickstart"    # Figure 6: side by side
+    python -m benchmarks.paper.figures noise         # Figures 3 and 8: equivalent noise, forward and generated
+    python -m benchmarks.paper.figures schemes       # Figure 7: where the sampling schemes put their angles
+    python -m benchmarks.paper.figures predictions   # Figure 9: x_0 by scheme and number of steps
+    python -m benchmarks.paper.figures pictures --students "TBCM=outputs/quickstart"    # Figure 6: side by side
 
 Each writes PNG and JSON into --output_dir. What takes minutes is kept in --work_dir: run the same command again to
 resume. Needs the extras `eval` and `paper`.
@@ -14,7 +13,6 @@ import argparse
 import json
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +21,15 @@ from typing import Any
 import diffusers
 import torch
 
+from examples.tbcm.mini_teacher.emoji_metrics import SEED
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tbcm"))
+from ..common import ROOT
+from .noise import draw_noise
+from .sampling import draw_predictions, draw_schemes
+from .side_by_side import draw_pictures
+from .study_report import RESULTS
 
-from emoji_metrics import SEED
-from noise import draw_noise
-from sampling import draw_predictions, draw_schemes
-from side_by_side import draw_pictures
 
-
-ROOT = Path(__file__).parents[2]
 MIN_PROMPTS = 12
 FIGURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "noise": draw_noise,
@@ -51,7 +48,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="*", default=[], metavar="NAME=FOLDER", help="pictures: what to compare")
     parser.add_argument("--steps", type=int, nargs="+", default=[1], help="pictures: of the students")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "paper_figures")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "paper" / "results")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.prompts < MIN_PROMPTS:
         parser.error(f"--prompts is {args.prompts}, but has to be at least {MIN_PROMPTS}: some of the first are shown")

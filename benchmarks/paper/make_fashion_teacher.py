@@ -1,12 +1,11 @@
-#!/usr/bin/env python
 """A second teacher for the study, so that no claim rests on one data set: Fashion-MNIST, prompted by class names.
 
 The embedded emoji teacher goes on learning, text encoder and transformer together, on 5000 pictures of clothes; its
 autoencoder and tokenizer stay. A prompt stands for 500 pictures, where an emoji's stands for 2 or 4: here it is the
 noise that decides most.
 
-    python benchmarks/paper/make_fashion_teacher.py --data_dir DATA --output_dir runs/fashion_teacher
-    python benchmarks/paper/study.py table2 --teacher runs/fashion_teacher \
+    python -m benchmarks.paper.make_fashion_teacher --data_dir DATA --output_dir runs/fashion_teacher
+    python -m benchmarks.paper.study table2 --teacher runs/fashion_teacher \
         --train_data_dir runs/fashion_teacher/pictures
 
 DATA holds train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz of github.com/zalandoresearch/fashion-mnist (MIT
@@ -18,7 +17,6 @@ import argparse
 import gzip
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +24,9 @@ import torch
 from diffusers import SanaPipeline
 from PIL import Image
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tbcm"))
-
-from common import EMBEDDED_TEACHER, default_device
-from emoji_data import RESOLUTION, caption, write_image_folder
-from emoji_metrics import (
+from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
+from examples.tbcm.mini_teacher.emoji_data import RESOLUTION, caption, write_image_folder
+from examples.tbcm.mini_teacher.emoji_metrics import (
     DISTILLATION_PROMPTS_FILE,
     REFERENCE_FILE,
     EvaluationPrompt,
@@ -40,9 +34,15 @@ from emoji_metrics import (
     draw,
     save_evaluation,
 )
-from make_mini_teacher import TextToLatent, encode_images, reconstruction_psnr, save_pipeline, train_teacher
+from examples.tbcm.mini_teacher.make_mini_teacher import (
+    TextToLatent,
+    encode_images,
+    reconstruction_psnr,
+    save_pipeline,
+    train_teacher,
+)
 
-from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
+from ..common import EMBEDDED_TEACHER, default_device
 
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

@@ -6,7 +6,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from emoji_metrics import SEED, load_evaluation
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -14,11 +13,13 @@ from sklearn.manifold import TSNE
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from teacher_trajectories import CELL_SIZE, EULER, SIGMA_DATA, Generation, Teacher, diffuse
-from trajectory_statistics import cosine_similarity, mean_and_error, neighbour_correlation, root_mean_square
 
 from diffusers_tbcm.evaluation.evaluator import image_grid
 from diffusers_tbcm.trajectory import equivalent_noise
+from examples.tbcm.mini_teacher.emoji_metrics import SEED, load_evaluation
+
+from .teacher_trajectories import CELL_SIZE, EULER, SIGMA_DATA, Generation, Teacher, diffuse
+from .trajectory_statistics import cosine_similarity, mean_and_error, neighbour_correlation, root_mean_square
 
 
 SHOWN_PROMPT = "a fluent 3d emoji of a dolphin"

@@ -6,13 +6,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from emoji_metrics import GUIDANCE_SCALE, SEED, Meter, load_evaluation
 from PIL import Image
-from teacher_trajectories import CELL_SIZE, EULER, Generation, Teacher
-from trajectory_statistics import mean_and_error, route_statistics
 
 from diffusers_tbcm.evaluation.evaluator import image_grid
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, sample_timesteps
+from examples.tbcm.mini_teacher.emoji_metrics import GUIDANCE_SCALE, SEED, Meter, load_evaluation
+
+from .teacher_trajectories import CELL_SIZE, EULER, Generation, Teacher
+from .trajectory_statistics import mean_and_error, route_statistics
 
 
 ROUTE_STEPS = 16

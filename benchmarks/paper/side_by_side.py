@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from diffusers import SanaPipeline
-from emoji_metrics import GUIDANCE_SCALE, TEACHER_DIR, draw
-from teacher_trajectories import CELL_SIZE
 
 from diffusers_tbcm.evaluation.drawing import load_pipeline
 from diffusers_tbcm.evaluation.evaluator import image_grid
+from examples.tbcm.mini_teacher.emoji_metrics import GUIDANCE_SCALE, TEACHER_DIR, draw
+
+from .teacher_trajectories import CELL_SIZE
 
 
 TEACHER_STEPS = (20, 1)

@@ -1,25 +1,23 @@
-#!/usr/bin/env python
 """The tables of arXiv 2511.20410 that need training, on the embedded emoji teacher, and our own choices.
 
-    python benchmarks/paper/study.py table2 --train_data_dir PICTURES    # LCM, sCM, Sana-Sprint, TBCM at 1, 2, 4 steps
-    python benchmarks/paper/study.py table2_equal_time --train_data_dir PICTURES    # the same, trained equally long
-    python benchmarks/paper/study.py table3 --train_data_dir PICTURES    # their time a row and memory
-    python benchmarks/paper/study.py table4      # sampling schemes
-    python benchmarks/paper/study.py table5      # steps of a route
-    python benchmarks/paper/study.py table6      # the tangent's final ratio
-    python benchmarks/paper/study.py table7      # warm-up against warm-up and cooldown
-    python benchmarks/paper/study.py extras      # shuffled rows, norm of the tangent, EMA, tbcm_variants.py
-    python benchmarks/paper/study.py guidance --max_train_steps 1000    # the quickstart's flags, less guided
-    python benchmarks/paper/study.py progress --max_train_steps 2400 --train_data_dir PICTURES    # over the training
+    python -m benchmarks.paper.study table2 --train_data_dir PICTURES    # LCM, sCM, Sana-Sprint, TBCM at 1, 2, 4 steps
+    python -m benchmarks.paper.study table2_equal_time --train_data_dir PICTURES    # the same, trained equally long
+    python -m benchmarks.paper.study table3 --train_data_dir PICTURES    # their time a row and memory
+    python -m benchmarks.paper.study table4      # sampling schemes
+    python -m benchmarks.paper.study table5      # steps of a route
+    python -m benchmarks.paper.study table6      # the tangent's final ratio
+    python -m benchmarks.paper.study table7      # warm-up against warm-up and cooldown
+    python -m benchmarks.paper.study extras      # shuffled rows, norm of the tangent, EMA, tbcm_variants.py
+    python -m benchmarks.paper.study guidance --max_train_steps 1000    # the quickstart's flags, less guided
+    python -m benchmarks.paper.study progress --max_train_steps 2400 --train_data_dir PICTURES    # over the training
 
-PICTURES is what examples/tbcm/emoji_data.py writes. Every method trains on 30 rows a step, with one optimiser and
-schedule. Runs and their measurements are kept in --work_dir and shared by the tables: the same command continues what
-was interrupted, and does nothing twice. Writes benchmarks/paper/results/<table>.json, .md and .png; for another
---teacher, such as make_fashion_teacher.py's, <table>_<its folder's name>.
+PICTURES is what examples/tbcm/mini_teacher/emoji_data.py writes. Every method trains on 30 rows a step, with one
+optimiser and schedule. Runs and their measurements are kept in --work_dir and shared by the tables: the same command
+continues what was interrupted, and does nothing twice. Writes benchmarks/paper/results/<table>.json, .md and .png; for
+another --teacher, such as make_fashion_teacher.py's, <table>_<its folder's name>.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,17 +26,13 @@ from typing import Any
 
 import torch
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tbcm"))
-
-from common import EMBEDDED_TEACHER, default_device, machine
-from emoji_metrics import REFERENCE_FILE
-from study_report import RESULTS, report
-from study_runs import ROWS_PER_STEP, Setting, Study
-
 from diffusers_tbcm.evaluation.features import NUM_COMPONENTS
 from diffusers_tbcm.evaluation.metrics import bootstrap, frechet_distance
+from examples.tbcm.mini_teacher.emoji_metrics import REFERENCE_FILE
+
+from ..common import EMBEDDED_TEACHER, default_device, machine
+from .study_report import RESULTS, report
+from .study_runs import ROWS_PER_STEP, Setting, Study
 
 
 TBCM = "TBCM"
@@ -220,7 +214,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if on_pictures and (args.train_data_dir is None or not args.train_data_dir.is_dir()):
         parser.error(
             f"{args.table} trains {', '.join(on_pictures)} on pictures, --train_data_dir is {args.train_data_dir}:"
-            " give the folder that examples/tbcm/emoji_data.py writes"
+            " give the folder that examples/tbcm/mini_teacher/emoji_data.py writes"
         )
     if not (args.teacher / REFERENCE_FILE).is_file():
         parser.error(f"--teacher is {args.teacher}: it takes a folder with a {REFERENCE_FILE}")

@@ -7,7 +7,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas
-from common import markdown, write_results
+
+from ..common import markdown, write_results
 
 
 matplotlib.use("Agg")

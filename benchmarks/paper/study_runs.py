@@ -12,16 +12,7 @@ from statistics import median, median_low
 from typing import Any
 
 import torch
-from common import EXAMPLES, default_device, machine
 from diffusers import DiffusionPipeline, SanaPipeline
-from emoji_metrics import (
-    DISTILLATION_PROMPTS_FILE,
-    GUIDANCE_SCALE,
-    MAX_SEQUENCE_LENGTH,
-    REFERENCE_FILE,
-    draw,
-    load_evaluation,
-)
 from safetensors.torch import load_file, save_file
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
@@ -31,6 +22,16 @@ from diffusers_tbcm.evaluation.metrics import fit_gaussian, symmetric_root
 from diffusers_tbcm.evaluation.text_image import HEAD_FILE, HeadScorer
 from diffusers_tbcm.files import read_json, write_json
 from diffusers_tbcm.training.checkpoints import list_checkpoints
+from examples.tbcm.mini_teacher.emoji_metrics import (
+    DISTILLATION_PROMPTS_FILE,
+    GUIDANCE_SCALE,
+    MAX_SEQUENCE_LENGTH,
+    REFERENCE_FILE,
+    draw,
+    load_evaluation,
+)
+
+from ..common import EXAMPLES, default_device, machine
 
 
 Flags = Mapping[str, Any]
@@ -256,6 +257,7 @@ class Study:
         file = folder / f"study_features_{self.prompts}_prompts.safetensors"
         if not file.exists():
             quality, _ = evaluators(self.teacher)
+            assert quality.reference is not None
             pictures = draw(make_pipeline().to(default_device()), self.evaluation[0], steps)
             projected = quality.reference.project(quality.extractor.extract(pictures))
             save_file({"features": projected.contiguous()}, file)
@@ -267,6 +269,7 @@ class Study:
         teacher = partial(SanaPipeline.from_pretrained, self.teacher)
         mean, covariance = fit_gaussian(self.features(teacher, self.work_dir / "teacher", TEACHER_STEPS))
         quality, _ = evaluators(self.teacher)
+        assert quality.reference is not None
         return {"FD": quality.reference.gaussian, "FD to the teacher": (mean, symmetric_root(covariance))}
 
     def measure(

@@ -1,5 +1,6 @@
 """Trajectories of the embedded teacher: generated, noised and decoded, each computed once and kept in a folder."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import SanaPipeline
-from emoji_metrics import MAX_SEQUENCE_LENGTH, SEED, TEACHER_DIR
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -21,6 +21,7 @@ from diffusers_tbcm.files import written_beside
 from diffusers_tbcm.guidance import guided_output
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
+from examples.tbcm.mini_teacher.emoji_metrics import MAX_SEQUENCE_LENGTH, SEED, TEACHER_DIR
 
 
 SIGMA_DATA = 0.5
@@ -78,7 +79,7 @@ class Teacher:
         Returns:
             The trajectories, on the CPU.
         """
-        settings = {"scheme": scheme, "num_steps": num_steps, "guidance_scale": guidance_scale}
+        settings: dict[str, str | float] = {"scheme": scheme, "num_steps": num_steps, "guidance_scale": guidance_scale}
 
         def compute(indices: range) -> dict[str, torch.Tensor]:
             return vars(self._generate(indices, scheme, num_steps, guidance_scale))
@@ -113,7 +114,7 @@ class Teacher:
                 predictions.append(consistency_output(sample, output, t, SIGMA_DATA))
             return {"noise": noise, "predictions": torch.stack(predictions, dim=1)}
 
-        settings = {"scheme": scheme, "num_steps": num_steps, "guidance_scale": guidance_scale}
+        settings: dict[str, str | float] = {"scheme": scheme, "num_steps": num_steps, "guidance_scale": guidance_scale}
         tensors = self._in_batches("diffusion", settings, compute)
         return tensors["noise"], tensors["predictions"]
 
@@ -164,7 +165,7 @@ class Teacher:
             indices = range(start, min(start + BATCH_SIZE, len(self.prompts)))
             prompts = [self.prompts[index] for index in indices]
             described = {**settings, "start": start, "prompts": prompts, "seed": SEED, "teacher": self.digest}
-            batches.append(kept(self.work_dir, name, described, lambda indices=indices: compute(indices)))
+            batches.append(kept(self.work_dir, name, described, functools.partial(compute, indices)))
         return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 

@@ -12,12 +12,16 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.evaluation.drawing import draw, load_pipeline
 
+
+if TYPE_CHECKING:
+    from gradio import Blocks
 
 DEFAULT_MODEL = "outputs/quickstart"
 STEPS = (1, 2, 4)
@@ -89,7 +93,7 @@ def draw_pictures(
     return Result([(drawing.image, f"seed {drawing.seed}") for drawing in drawings], seed, report)
 
 
-def build_page(pipeline: SanaTBCMPipeline, name: str):
+def build_page(pipeline: SanaTBCMPipeline, name: str) -> "Blocks":
     """Lay out the page.
 
     Args:
@@ -101,7 +105,7 @@ def build_page(pipeline: SanaTBCMPipeline, name: str):
     """
     import gradio as gr
 
-    def press(*values):
+    def press(*values: Any) -> tuple[list[tuple[Image.Image, str]], int, str]:
         result = draw_pictures(pipeline, *values)
         return result.pictures, result.seed, result.report
 
@@ -129,7 +133,7 @@ def build_page(pipeline: SanaTBCMPipeline, name: str):
     return page
 
 
-def launch_options() -> dict:
+def launch_options() -> dict[str, Any]:
     """How the page looks and is served; errors go to the page."""
     from gradio.themes import Soft
 

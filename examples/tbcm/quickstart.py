@@ -8,6 +8,7 @@
 """
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -18,26 +19,26 @@ from pathlib import Path
 
 import pandas
 import torch
-from diffusers import SanaPipeline
-from emoji_metrics import (
-    DISTILLATION_PROMPTS_FILE,
-    MAX_SEQUENCE_LENGTH,
-    SEED,
-    TEACHER_DIR,
-    Meter,
-    draw,
-    load_evaluation,
-)
+from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
+from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
-from diffusers_tbcm.evaluation.evaluator import image_grid, pictures_to_tensor, seconds_per_image
+from diffusers_tbcm.draws import draw_generator
+from diffusers_tbcm.evaluation.evaluator import image_grid, seconds_per_image
+from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
+from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
+TEACHER_DIR = Path(__file__).with_name("sana_emoji_mini")
+GUIDANCE_SCALE = 4.5
+MAX_SEQUENCE_LENGTH = 48  # the prompts have at most some 30 tokens: padding to 300 changes nothing but the time
+SEED = 1234
+BATCH_SIZE = 50
 GRID_PROMPTS = (
     "a fluent 3d emoji of a dolphin",
     "noto violin",
@@ -61,7 +62,7 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
     """The quickstart's `accelerate launch`, with changes of the training script's flags."""
     flags: dict[str, object] = {
         "pretrained_model_name_or_path": TEACHER_DIR,
-        "prompts_file": TEACHER_DIR / DISTILLATION_PROMPTS_FILE,
+        "prompts_file": TEACHER_DIR / "prompts.txt",
         "output_dir": output_dir,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
         "train_batch_size": 2,
@@ -89,6 +90,27 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
     # The embedded teacher reads a prompt the same without the instruction, and on a CPU the instruction costs 100 ms.
     arguments += ["--use_ema", "--no-complex_human_instruction", "--validation_prompts", *GRID_PROMPTS]
     return [*launcher, str(TRAINING_SCRIPT), *arguments]
+
+
+def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int) -> list[Image.Image]:
+    """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
+    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc=f"{type(pipeline).__name__}, {steps} steps"):
+        batch = prompts[start : start + BATCH_SIZE]
+        pictures += pipeline(
+            batch,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE_SCALE,
+            height=size,
+            width=size,
+            generator=[draw_generator(start + place, SEED) for place in range(len(batch))],
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            complex_human_instruction=None,
+            use_resolution_binning=False,
+        ).images
+    return pictures
 
 
 def likeness(pictures: list[Image.Image], references: list[Image.Image]) -> float:
@@ -119,17 +141,24 @@ def main() -> None:
         teacher.tokenizer, teacher.text_encoder, teacher.vae, make_student(teacher.transformer), TBCMScheduler()
     )
     student = SanaTBCMPipeline.from_pretrained(args.output_dir).to(device)
-    pipelines = {"teacher": teacher, "untrained student": untrained, "student": student}
-    evaluation = [item for item in load_evaluation() if not item.held_out][: args.prompts]
-    prompts, concepts = [item.prompt for item in evaluation], [item.concept for item in evaluation]
-    meter = Meter()
+    pipelines: dict[str, DiffusionPipeline] = {"teacher": teacher, "untrained student": untrained, "student": student}
+    lines = [json.loads(line) for line in (TEACHER_DIR / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluation = [line for line in lines if not line["held_out"]][: args.prompts]
+    prompts, concepts = [line["prompt"] for line in evaluation], [line["concept"] for line in evaluation]
+    extractor = MobileNetFeatures().to(device)
+    reference = FeatureReference.load(TEACHER_DIR / "reference_features.safetensors")
     drawn: dict[tuple[str, int], list[Image.Image]] = {}
     figures: dict[tuple[str, int], dict[str, float]] = {}
     for model, all_steps in MEASURED_STEPS.items():
         for steps in all_steps:
             drawn[model, steps] = draw(pipelines[model], prompts, steps)
             one = seconds_per_image(partial(draw, pipelines[model], prompts[:1], steps), repeats=3)
-            figures[model, steps] = {**meter(drawn[model, steps], concepts), "s / image": round(one, 3)}
+            features = extractor.extract(drawn[model, steps])
+            figures[model, steps] = {
+                "MobileNet-FD": round(reference.frechet_distance(features), 1),
+                "top-5 retrieval": round(reference.retrieval_at_k(features, concepts, k=5), 3),
+                "s / image": round(one, 3),
+            }
     worst, best = (figures["teacher", steps]["MobileNet-FD"] for steps in (1, 20))
     for model in ("untrained student", "student"):
         for steps in STUDENT_STEPS:

@@ -3,12 +3,13 @@
 import shutil
 from io import BytesIO
 
-import app
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_tbcm_pipeline
+
+from examples.tbcm import app
 
 
 CHROMIUM = shutil.which("chromium")

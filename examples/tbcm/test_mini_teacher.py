@@ -6,9 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
-from emoji_data import RESOLUTION, Emoji, all_captions, caption, list_emoji, load_images, write_image_folder
-from emoji_metrics import DISTILLATION_PROMPTS_FILE, TEACHER_DIR, draw, load_evaluation
-from make_mini_teacher import (
+from PIL import Image
+
+from diffusers_tbcm.backbones.sana import INSTRUCTION, infer_timestep_scale
+from diffusers_tbcm.data.pictures import CaptionedImages
+from diffusers_tbcm.data.prompts import load_prompts
+from diffusers_tbcm.images import to_pixels
+from examples.tbcm.mini_teacher.emoji_data import (
+    RESOLUTION,
+    Emoji,
+    all_captions,
+    caption,
+    list_emoji,
+    load_images,
+    write_image_folder,
+)
+from examples.tbcm.mini_teacher.emoji_metrics import DISTILLATION_PROMPTS_FILE, TEACHER_DIR, draw, load_evaluation
+from examples.tbcm.mini_teacher.make_mini_teacher import (
     Run,
     build_autoencoder,
     build_text_encoder,
@@ -17,12 +31,6 @@ from make_mini_teacher import (
     encode_captions,
     train_tokenizer,
 )
-from PIL import Image
-
-from diffusers_tbcm.backbones.sana import INSTRUCTION, infer_timestep_scale
-from diffusers_tbcm.data.pictures import CaptionedImages
-from diffusers_tbcm.data.prompts import load_prompts
-from diffusers_tbcm.images import to_pixels
 
 
 MAX_BYTES = 40 * 10**6

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train the text-image head of the embedded teacher: does a picture show what its prompt says, style included?
 
 Where no CLIP can be downloaded, this stands in for it, for emoji only: two linear maps, from MobileNet features and
@@ -8,7 +7,7 @@ what is shown and not of its sharpness. The pairs of concept and style that the 
 says how well it does on them.
 
     npm pack emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0    # then unpack both
-    python examples/tbcm/make_text_image_head.py --noto_dir ... --fluent_dir ...
+    python -m examples.tbcm.mini_teacher.make_text_image_head --noto_dir ... --fluent_dir ...    # from the checkout
 """
 
 import argparse
@@ -20,7 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import SanaPipeline
-from emoji_data import (
+from tqdm.auto import trange
+
+from diffusers_tbcm.evaluation.features import MobileNetFeatures
+from diffusers_tbcm.evaluation.text_image import HEAD_FILE, TextImageHead, pooled_text
+
+from .emoji_data import (
     CAPTIONS,
     Emoji,
     all_captions,
@@ -30,11 +34,7 @@ from emoji_data import (
     random_caption,
     to_model_range,
 )
-from emoji_metrics import TEACHER_DIR
-from tqdm.auto import trange
-
-from diffusers_tbcm.evaluation.features import MobileNetFeatures
-from diffusers_tbcm.evaluation.text_image import HEAD_FILE, TextImageHead, pooled_text
+from .emoji_metrics import TEACHER_DIR
 
 
 SIZE = 256  # of the common space
@@ -120,10 +120,11 @@ def train(
         image_features = white_features[version, torch.tensor(index)]
         logits = head(image_features, text_features[[texts[text] for text in captions]])
         right = matches(batch, captions).float()
-        loss = sum(
+        by_picture, by_caption = (
             F.cross_entropy(side / TEMPERATURE, answer / answer.sum(dim=1, keepdim=True))
             for side, answer in ((logits, right), (logits.T, right.T))
         )
+        loss = by_picture + by_caption
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

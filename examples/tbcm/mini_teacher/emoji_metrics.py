@@ -5,16 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import SanaPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
 
 
-TEACHER_DIR = Path(__file__).parent / "sana_emoji_mini"
+TEACHER_DIR = Path(__file__).parents[1] / "sana_emoji_mini"
 EVALUATION_FILE = "evaluation.jsonl"
 REFERENCE_FILE = "reference_features.safetensors"
 DISTILLATION_PROMPTS_FILE = "prompts.txt"
@@ -44,7 +43,7 @@ def save_evaluation(items: list[EvaluationPrompt], folder: Path) -> None:
 
 
 def draw(
-    pipeline: SanaPipeline | SanaTBCMPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     steps: int,
     batch_size: int = 50,
@@ -52,7 +51,6 @@ def draw(
 ) -> list[Image.Image]:
     """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    options = {"use_resolution_binning": False} if isinstance(pipeline, SanaPipeline) else {}
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=f"{type(pipeline).__name__}, {steps} steps"):
@@ -66,7 +64,7 @@ def draw(
             generator=[draw_generator(start + i, SEED) for i in range(len(batch))],
             max_sequence_length=MAX_SEQUENCE_LENGTH,
             complex_human_instruction=None,
-            **options,
+            use_resolution_binning=False,
         ).images
     return pictures
 

@@ -1,5 +1,7 @@
 """The evaluation script on tiny pipelines: what it writes, how it resumes, and one process against two."""
 
+import ast
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,9 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emoji_metrics import TEACHER_DIR
-from evaluate import main
-from evaluate_args import parse_args
 from PIL import Image
 from tiny import tiny_tbcm_pipeline, tiny_transformer
 
@@ -18,9 +17,11 @@ from diffusers_tbcm.evaluation.features import MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.record import load_metrics
+from examples.tbcm.evaluate_student import Settings, main, parse_settings
+from examples.tbcm.mini_teacher.emoji_metrics import TEACHER_DIR
 
 
-SCRIPT = Path(__file__).with_name("evaluate.py")
+SCRIPT = Path(__file__).with_name("evaluate_student.py")
 PROMPTS = [f"{count} {colour} dogs" for count in range(7) for colour in ("red", "green", "blue")]
 
 
@@ -93,6 +94,7 @@ def test_an_evaluation_against_the_teacher_writes_metrics_and_a_plot(
     reference = FeatureReference.load(tmp_path / "out" / "reference.safetensors")
     assert len(reference.features) == 42 and reference.labels[:4] == ("red", "red", "green", "green")
     assert found.dataset == "21 prompts of prompts.jsonl"
+    assert found.command.startswith("python examples/tbcm/evaluate_student.py --model ")
     assert str(tmp_path) not in found.command and "--teacher_steps 1 2" in found.command
     assert found.details["text_image_head"]["held-out pairs"]["pictures"] == 100
     with Image.open(tmp_path / "out" / "metrics.png") as picture:
@@ -130,7 +132,7 @@ def test_two_processes_draw_the_pictures_of_one(arguments, tmp_path):
     main(arguments(max_prompts=7, num_images_per_prompt=2, output_dir=tmp_path / "one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     flags = arguments(max_prompts=7, num_images_per_prompt=2, output_dir=tmp_path / "two", batch_size=3)
     finished = subprocess.run(
         [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, env=environment
@@ -199,9 +201,22 @@ def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, 
         ({"update_card": True}, "--update_card needs --model to be a folder that training wrote"),
         ({"reference_dir": ".", "reference_file": "."}, "not allowed with"),
         ({"prompts_file": None}, "one of the arguments --prompts_file --dataset_name is required"),
+        ({"stepss": 1}, "unrecognized arguments: --stepss 1"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(changes, message, arguments, capsys):
     with pytest.raises(SystemExit):
-        parse_args(arguments(**changes), None)
+        parse_settings(arguments(**changes))
     assert message in capsys.readouterr().err
+
+
+def test_every_flag_is_read_after_it_was_checked():
+    tree = ast.parse(SCRIPT.read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name != "parse_settings"]
+    read = {
+        node.attr
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "settings"
+    }
+    assert {field.name for field in dataclasses.fields(Settings)} == read

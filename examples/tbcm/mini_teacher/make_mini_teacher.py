@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train the embedded teacher: a small Sana text-to-image pipeline on captioned emoji, from nothing.
 
 The folder it writes is an ordinary `SanaPipeline` of the real classes (AutoencoderDC, GemmaTokenizer, Gemma2Model,
@@ -12,9 +11,10 @@ SanaTransformer2DModel), so everything that works on it works on the 0.6B model.
     5. the pipeline folder, its prompts and its measurements
 
     npm pack emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0    # then unpack both
-    python examples/tbcm/make_mini_teacher.py --noto_dir ... --fluent_dir ... --output_dir ... --work_dir ...
+    python -m examples.tbcm.mini_teacher.make_mini_teacher --noto_dir ... --fluent_dir ... \\
+        --output_dir ... --work_dir ...
 
-Run the same command again to resume. A GPU is used where there is one.
+Run it from the checkout; the same command again resumes. A GPU is used where there is one.
 """
 
 import argparse
@@ -22,15 +22,23 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers.training_utils import EMAModel
-from emoji_data import (
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
+
+from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
+
+from .emoji_data import (
     CAPTIONS,
     RESOLUTION,
     STYLELESS_CAPTIONS,
@@ -42,7 +50,7 @@ from emoji_data import (
     random_caption,
     to_model_range,
 )
-from emoji_metrics import (
+from .emoji_metrics import (
     DISTILLATION_PROMPTS_FILE,
     GUIDANCE_SCALE,
     REFERENCE_FILE,
@@ -52,12 +60,6 @@ from emoji_metrics import (
     load_evaluation,
     save_evaluation,
 )
-from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from tqdm.auto import tqdm
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
-
-from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
 
 
 LATENT_CHANNELS = 16
@@ -319,21 +321,22 @@ def train_teacher(
 class Run:
     """A resumable loop: restores its parts from `path`, saves them atomically, shows a smoothed progress bar."""
 
-    def __init__(self, path: Path, **parts):
-        self.path, self.parts, self.step, self.smooth = path, parts, 0, {}
+    def __init__(self, path: Path, **parts: Any) -> None:
+        self.path, self.parts, self.step = path, parts, 0
+        self.smooth: dict[str, float] = {}
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.step = state.pop("step")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
 
-    def save(self):
+    def save(self) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         part_file = self.path.with_suffix(".part")
         torch.save({"step": self.step, **state}, part_file)
         part_file.replace(self.path)
 
-    def steps(self, total: int, description: str, save_every: int):
+    def steps(self, total: int, description: str, save_every: int) -> Iterator[int]:
         self.bar = tqdm(total=total, initial=self.step, desc=description, mininterval=5)
         while self.step < total:
             yield self.step
@@ -343,13 +346,13 @@ class Run:
                 self.save()
         self.bar.close()
 
-    def report(self, **values: float):
+    def report(self, **values: float) -> None:
         for name, value in values.items():
             self.smooth[name] = 0.99 * self.smooth.get(name, value) + 0.01 * value
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in self.smooth.items()}, refresh=False)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, total: int):
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, total: int) -> None:
     """200 warm-up steps, constant, then a linear fall to zero over the last third."""
     factor = min(1.0, (step + 1) / 200, 3 * (total - step) / total)
     for group in optimizer.param_groups:
@@ -359,7 +362,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
 # 5. The pipeline folder ----------------------------------------------------------------------------------------------
 
 
-def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaTokenizerFast, output_dir: Path):
+def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaTokenizerFast, output_dir: Path) -> None:
     pipeline = SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=model.text_encoder.float().cpu().eval(),
@@ -373,7 +376,7 @@ def save_pipeline(model: TextToLatent, vae: AutoencoderDC, tokenizer: GemmaToken
     pipeline.save_pretrained(output_dir, safe_serialization=True)
 
 
-def write_prompts(pictures: list[Emoji], output_dir: Path, seed: int):
+def write_prompts(pictures: list[Emoji], output_dir: Path, seed: int) -> None:
     """Distillation and evaluation prompts, half of the latter without a style; those of held-out pairs come last."""
     lessons = [p for p in pictures if p.taught]
     prompts = sorted({text for p in lessons for text in all_captions(p)})
@@ -418,7 +421,9 @@ def measure(output_dir: Path, images: torch.Tensor, pictures: list[Emoji]) -> di
     return results
 
 
-def write_card(args: argparse.Namespace, record: dict, pipeline: SanaPipeline, pictures: list[Emoji]):
+def write_card(
+    args: argparse.Namespace, record: dict[str, Any], pipeline: SanaPipeline, pictures: list[Emoji]
+) -> None:
     def millions(module: torch.nn.Module) -> float:
         return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
@@ -471,7 +476,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)

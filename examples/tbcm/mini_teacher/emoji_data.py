@@ -1,9 +1,9 @@
 """Captioned emoji from two npm packages: pictures on white, concepts, styles and caption phrasings.
 
-As a script it writes the pictures that the embedded teacher was taught, with all their captions, as a folder that
-`datasets` reads:
+Run from the checkout, it writes the pictures that the embedded teacher was taught, with all their captions, as a
+folder that `datasets` reads:
 
-    python examples/tbcm/emoji_data.py --noto_dir ... --fluent_dir ... --output_dir ...
+    python -m examples.tbcm.mini_teacher.emoji_data --noto_dir ... --fluent_dir ... --output_dir ...
 """
 
 import argparse

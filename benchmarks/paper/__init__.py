@@ -1,0 +1,1 @@
+"""The paper's tables and figures on small teachers: `python -m benchmarks.paper.study`."""

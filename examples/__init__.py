@@ -1,0 +1,1 @@
+"""Named as a package, so that `python -m examples.tbcm.mini_teacher...` from the checkout means this folder."""

@@ -1,0 +1,74 @@
+"""Measurements as people read them: a table, and a plot over the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from ..export.record import Measurement
+
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def measurement_table(measurements: Sequence[Measurement]) -> DataFrame:
+    """Write measurements as text, four digits each.
+
+    Args:
+        measurements: the rows.
+
+    Returns:
+        `model`, `steps` and every metric, with its interval where it has one: "12.34 (11.9 to 12.8)". What a row lacks
+        is NaN.
+    """
+    from pandas import DataFrame
+
+    rows = []
+    for row in measurements:
+        cells = {"model": row.model, "steps": str(row.num_inference_steps)}
+        for name, value in row.metrics.items():
+            cells[name] = f"{value:.4g}"
+            if name in row.intervals:
+                low, high = row.intervals[name]
+                cells[name] += f" ({low:.4g} to {high:.4g})"
+        rows.append(cells)
+    return DataFrame(rows)
+
+
+def plot_measurements(measurements: Sequence[Measurement], path: str | PathLike[str]) -> None:
+    """Draw every metric over the number of steps, a line a model, with its intervals.
+
+    Args:
+        measurements: the rows.
+        path: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for row in measurements for name in row.metrics))
+    models = list(dict.fromkeys(row.model for row in measurements))
+    all_steps = sorted({row.num_inference_steps for row in measurements})
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.5 * columns, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, name in zip(axes, names, strict=False):
+        for model in models:
+            shown = sorted(
+                (row.num_inference_steps, row.metrics[name], row.intervals.get(name, (row.metrics[name],) * 2))
+                for row in measurements
+                if row.model == model and name in row.metrics
+            )
+            if shown:
+                steps, values, ends = zip(*shown, strict=True)
+                errors = [[v - low for v, (low, _) in zip(values, ends, strict=True)]]
+                errors += [[high - v for v, (_, high) in zip(values, ends, strict=True)]]
+                axis.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=model)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(all_steps, [str(steps) for steps in all_steps])
+        axis.set(title=name, xlabel="steps")
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
