@@ -35,7 +35,6 @@ CONFIGS = {
         "cross_attention_dim": 2240,
     },
 }
-SIGMA_DATA = 0.5
 PROMPT_TOKENS = 300
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -16,13 +16,14 @@ from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.lora import make_lora_student
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
-from diffusers_tbcm.rows import Recording, TrainingRows
+from diffusers_tbcm.rows import TrainingRows
 from diffusers_tbcm.tangent import TangentOutput, consistency_tangent, dual_inputs, normalized_tangent
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.training.memory import peak_memory
 from diffusers_tbcm.trajectory import record_trajectory
-from diffusers_tbcm.trigflow import TrigFlowTransformer
+from diffusers_tbcm.trigflow import SIGMA_DATA, TrigFlowTransformer
 
-from .common import PROMPT_TOKENS, SIGMA_DATA, random_transformer
+from .common import PROMPT_TOKENS, random_transformer
 from .memory_meter import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, MemoryMeter, cuda_autocast, fake_weights
 
 
@@ -140,21 +141,18 @@ def trajectory_rows(
     meter.begin("teacher")
     embeds, mask = torch.randn(1, PROMPT_TOKENS, 2304, device=device), torch.ones(1, PROMPT_TOKENS, device=device)
     size = args.resolution // 32
-    guidance = torch.full((1,), 4.5, device=device)
-    trajectory = record_trajectory(
+    text, guidance = Text(embeds, mask), torch.full((1,), 4.5, device=device)
+    recording = record_trajectory(
         networks.teacher,
         torch.randn(1, 32, size, size, device=device),
         torch.linspace(math.pi / 2, 0.1, args.route_steps, device=device)[None],
-        embeds,
-        embeds,
+        text,
+        text,
         guidance,
-        prompt_attention_mask=mask,
-        negative_prompt_attention_mask=mask,
         sigma_data=SIGMA_DATA,
     )
-    recording = Recording(trajectory, embeds, mask, guidance)
     rows = recording.rows(torch.arange(args.rows, device=device) % len(recording))
-    return replace(rows, prompt_embeds=embeds, prompt_attention_mask=mask)
+    return replace(rows, text=text)
 
 
 @torch.no_grad()
@@ -178,7 +176,7 @@ def image_rows(networks: Networks, args: argparse.Namespace, device: torch.devic
     )
     unconditional, conditional = both.chunk(2)
     velocity = SIGMA_DATA * (unconditional + 4.5 * (conditional - unconditional))
-    return TrainingRows(latents, velocity, t, original, embeds, mask, torch.full((rows,), 4.5, device=device))
+    return TrainingRows(latents, velocity, t, original, Text(embeds, mask), torch.full((rows,), 4.5, device=device))
 
 
 def two_passes(
@@ -192,9 +190,8 @@ def two_passes(
             rows.latents,
             rows.velocity,
             rows.timesteps,
-            rows.prompt_embeds,
+            rows.text,
             rows.guidance_scale,
-            prompt_attention_mask=rows.prompt_attention_mask,
             ratio=1.0,
             sigma_data=SIGMA_DATA,
         )
@@ -203,9 +200,8 @@ def two_passes(
         output, logvar = model(
             rows.latents / SIGMA_DATA,
             rows.timesteps,
-            rows.prompt_embeds,
-            rows.prompt_attention_mask,
-            rows.guidance_scale,
+            **rows.text.arguments(),
+            guidance=rows.guidance_scale,
         )
     return output, logvar, tangent
 
@@ -218,9 +214,8 @@ def one_pass(
     with torch.autocast(rows.latents.device.type, BF16):
         output, logvar = model(
             *dual_inputs(rows.latents, rows.velocity, rows.timesteps, SIGMA_DATA),
-            rows.prompt_embeds,
-            rows.prompt_attention_mask,
-            rows.guidance_scale,
+            **rows.text.arguments(),
+            guidance=rows.guidance_scale,
         )
     tangent = normalized_tangent(output, rows.latents, rows.velocity, rows.timesteps, ratio=1.0, sigma_data=SIGMA_DATA)
     return output.primal, logvar, tangent

@@ -30,15 +30,15 @@ from diffusers_tbcm.guidance import guidance_branches, guided_output
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
 from diffusers_tbcm.rows import Recording, TrainingRows
 from diffusers_tbcm.tangent import consistency_tangent, dual_inputs, normalized_tangent
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.training.replay import ReplayBuffer
-from diffusers_tbcm.trajectory import TrajectoryOutput, record_trajectory, rotate, sample_timesteps
-from diffusers_tbcm.trigflow import TrigFlowTransformer
+from diffusers_tbcm.trajectory import record_trajectory, rotate, sample_timesteps
+from diffusers_tbcm.trigflow import SIGMA_DATA, TrigFlowTransformer
 
 from .common import (
     DTYPES,
     PROMPT_TOKENS,
     RESULTS,
-    SIGMA_DATA,
     default_device,
     load_transformer,
     machine,
@@ -134,11 +134,8 @@ class Trainer:
         mask = torch.ones(prompts, self.text_shape[0], device=self.device)
         guidance = torch.full((prompts,), GUIDANCE_SCALE, device=self.device)
         record = record_trajectory if variant.shared_text else record_step_by_step
-        trajectory = record(
-            self.teacher, noise, timesteps, embeds, embeds[:1, :1], guidance,
-            prompt_attention_mask=mask, negative_prompt_attention_mask=mask[:1, :1], sigma_data=SIGMA_DATA,
-        )  # fmt: skip
-        return Recording(trajectory, embeds, mask, guidance)
+        text, negative_text = Text(embeds, mask), Text(embeds[:1, :1], mask[:1, :1])
+        return record(self.teacher, noise, timesteps, text, negative_text, guidance, sigma_data=SIGMA_DATA)
 
     def rows(self, variant: Variant, prompts: int) -> TrainingRows:
         """The next batch; the teacher generates when what it generated before is used up."""
@@ -158,20 +155,16 @@ class Trainer:
         if variant.shared_text:
             return rows
         each = self.args.route_steps - 1
-        return replace(
-            rows,
-            prompt_embeds=rows.prompt_embeds.repeat_interleave(each, dim=0),
-            prompt_attention_mask=rows.prompt_attention_mask.repeat_interleave(each, dim=0),
-        )
+        return replace(rows, text=rows.text.repeat(each))
 
     def step(self, variant: Variant, prompts: int, watch: Stopwatch) -> None:
         with watch("teacher"):
             rows = self.rows(variant, prompts)
-        text = (rows.prompt_embeds, rows.prompt_attention_mask, rows.guidance_scale)
+        text = {**rows.text.arguments(), "guidance": rows.guidance_scale}
         if variant.one_pass:
             with watch("forward"), self.autocast():
                 trig_output, logvar = self.model(
-                    *dual_inputs(rows.latents, rows.velocity, rows.timesteps, SIGMA_DATA), *text
+                    *dual_inputs(rows.latents, rows.velocity, rows.timesteps, SIGMA_DATA), **text
                 )
                 tangent = normalized_tangent(
                     trig_output, rows.latents, rows.velocity, rows.timesteps, ratio=1.0, sigma_data=SIGMA_DATA
@@ -180,11 +173,11 @@ class Trainer:
         else:
             with watch("tangent pass"), self.autocast():
                 tangent = consistency_tangent(
-                    self.model.student, rows.latents, rows.velocity, rows.timesteps, text[0], text[2],
-                    prompt_attention_mask=text[1], ratio=1.0, sigma_data=SIGMA_DATA,
+                    self.model.student, rows.latents, rows.velocity, rows.timesteps, rows.text,
+                    rows.guidance_scale, ratio=1.0, sigma_data=SIGMA_DATA,
                 )  # fmt: skip
             with watch("forward"), self.autocast():
-                trig_output, logvar = self.model(rows.latents / SIGMA_DATA, rows.timesteps, *text)
+                trig_output, logvar = self.model(rows.latents / SIGMA_DATA, rows.timesteps, **text)
         with watch("backward"):
             consistency_loss(
                 trig_output, tangent.trig_output, tangent.tangent, logvar, rows.timesteps, SIGMA_DATA
@@ -198,9 +191,7 @@ class Trainer:
         """FLOPs of one student forward on one row, F."""
         rows = self.record(replace(PUBLISHED, shared_text=True), 1).rows(torch.tensor([0]))
         with FlopCounterMode(display=False) as counter, torch.no_grad(), self.autocast():
-            self.model.student(
-                rows.latents, rows.timesteps, rows.prompt_embeds, rows.prompt_attention_mask, rows.guidance_scale
-            )
+            self.model.student(rows.latents, rows.timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
         return counter.get_total_flops()
 
 
@@ -209,30 +200,24 @@ def record_step_by_step(
     teacher: TrigFlowTransformer,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor,
+    text: Text,
+    negative_text: Text,
     guidance_scale: torch.Tensor,
     *,
-    prompt_attention_mask: torch.Tensor,
-    negative_prompt_attention_mask: torch.Tensor,
     sigma_data: float,
-) -> TrajectoryOutput:
+) -> Recording:
     """The trajectory as a sampling loop has it: every step computes its text again."""
-    text = guidance_branches(
-        teacher,
-        prompt_embeds,
-        negative_prompt_embeds,
-        prompt_attention_mask=prompt_attention_mask,
-        negative_prompt_attention_mask=negative_prompt_attention_mask,
-    )
+    branches = guidance_branches(teacher, text, negative_text)
     sample, latents, velocities = sigma_data * noise, [], []
     ends = torch.cat([timesteps[:, 1:], torch.zeros_like(timesteps[:, :1])], dim=1)
     for t, end in zip(timesteps.unbind(1), ends.unbind(1), strict=True):
-        velocity = sigma_data * guided_output(teacher, sample / sigma_data, t, *text, guidance_scale)
+        velocity = sigma_data * guided_output(teacher, sample / sigma_data, t, branches, guidance_scale)
         latents.append(sample)
         velocities.append(velocity)
         sample = rotate(sample, velocity, t - end)
-    return TrajectoryOutput(torch.stack(latents[1:], 1), torch.stack(velocities[1:], 1), timesteps[:, 1:], sample)
+    return Recording(
+        torch.stack(latents[1:], 1), torch.stack(velocities[1:], 1), timesteps[:, 1:], sample, text, guidance_scale
+    )
 
 
 def prepare(trainer: Trainer, variant: Variant) -> None:

@@ -1,15 +1,12 @@
 """What holds for the repository as a whole."""
 
-import argparse
 import ast
-import inspect
+import dataclasses
 import re
-import textwrap
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from distill_args import parse_args
-from methods import LCM, SANA_SPRINT, SCM, TBCM
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -18,10 +15,15 @@ import diffusers_tbcm
 
 
 ROOT = Path(__file__).parents[1]
-LOOP = ROOT / "examples" / "tbcm" / "train_tbcm_distill.py"
-SETUP = LOOP.with_name("distill_setup.py")
-STREAM = LOOP.with_name("row_stream.py")
-MAX_LOOP_LINES = 520
+EXAMPLES = ROOT / "examples" / "tbcm"
+SETTINGS = {
+    "train_tbcm_distill": "TBCMSettings",
+    "train_scm": "SCMSettings",
+    "train_sana_sprint": "SanaSprintSettings",
+    "train_lcm": "LCMSettings",
+}
+MAX_SCRIPT_LINES = 330
+MAX_LOOP_LINES = 60
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml"}
 TEXT_NAMES = {"Makefile", "NOTICE", "run", ".gitignore"}
 NOT_OURS = {".git", ".venv", ".venv-compat", "build", "dist", "outputs", "runs"}
@@ -49,42 +51,38 @@ def setup_literals() -> dict[str, object]:
     return literals
 
 
-def read_flags(source: str) -> set[str]:
-    """The flags that code uses, by `args` or `self.args`; to be declared, checked or described is not to be used."""
-    tree = ast.parse(textwrap.dedent(source))
+def read_attributes(source: str) -> set[str]:
+    """The attributes that code reads; to be checked in `__post_init__` or described is not to be used."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name in ("add_flags", "check_flags", "describe"):
+        if isinstance(node, ast.FunctionDef) and node.name in ("__post_init__", "describe"):
             node.body = []
-    return {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Load)
-        and "args" in (getattr(node.value, "id", None), getattr(node.value, "attr", None))
-    }
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 
-@pytest.mark.parametrize("method", [TBCM, SCM, SANA_SPRINT, LCM], ids=lambda method: method.name)
-def test_every_flag_of_a_training_script_is_read(method, monkeypatch):
-    declared = set()
-    add_argument = argparse._ActionsContainer.add_argument
-
-    def remember(*args, **kwargs):
-        action = add_argument(*args, **kwargs)
-        declared.add(action.dest)
-        return action
-
-    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", remember)
-    with pytest.raises(SystemExit):  # flags are missing
-        parse_args([], method=method)
-    parts = [part for kind in (method.rows, method.objective) for part in kind.__mro__ if part is not object]
-    sources = [file.read_text() for file in (LOOP, SETUP, STREAM)] + [inspect.getsource(part) for part in parts]
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_of_a_training_script_is_read(name):
+    script = import_module(f"diffusers_tbcm.scripts.{name}")
+    sources = [Path(script.__file__), *(ROOT / "src" / "diffusers_tbcm" / "training").glob("*.py")]
+    declared = {field.name for field in dataclasses.fields(getattr(script, SETTINGS[name]))}
     assert "pretrained_model_name_or_path" in declared
-    assert declared - {"help"} - set().union(*map(read_flags, sources)) == set()
+    assert declared - set().union(*(read_attributes(file.read_text()) for file in sources)) == set()
 
 
-def test_the_training_script_stays_readable_top_to_bottom():
-    assert len(LOOP.read_text().splitlines()) <= MAX_LOOP_LINES
+def loop_lines(source: str) -> int:
+    """The lines from the `for` over a run's batches to the end of its `update`, comments and all."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.For) and getattr(node.iter, "id", "") == "batches":
+            updates = [part for part in ast.walk(node) if ast.unparse(part).startswith("run.update(")]
+            return max(part.end_lineno for part in updates) - node.lineno + 1
+    raise AssertionError("no loop over `batches`")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_training_script_stays_readable_top_to_bottom(name):
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert len(source.splitlines()) <= MAX_SCRIPT_LINES
+    assert loop_lines(source) <= MAX_LOOP_LINES
 
 
 def test_no_file_names_its_makers_machine():

@@ -4,19 +4,23 @@ import subprocess
 import pandas
 import pytest
 import torch
-from distill_args import parse_args
-from methods import LCM, SANA_SPRINT, SCM, TBCM
 from PIL import Image
 
-from benchmarks.paper import study, study_runs
+from benchmarks.paper import study, study_runs, tbcm_variants
 from benchmarks.paper.study_report import report, summarize
 from benchmarks.paper.study_runs import Setting, Study, training_costs
-from benchmarks.paper.tbcm_variants import VARIANTS
 from diffusers_tbcm.evaluation.features import NUM_COMPONENTS
+from diffusers_tbcm.training.settings import parse_settings
+from examples.tbcm import train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from examples.tbcm.mini_teacher.emoji_metrics import REFERENCE_FILE, TEACHER_DIR
 
 
-METHODS = {"tbcm": TBCM, "scm": SCM, "sana_sprint": SANA_SPRINT, "lcm": LCM}
+SETTINGS = {
+    "tbcm": train_tbcm_distill.TBCMSettings,
+    "scm": train_scm.SCMSettings,
+    "sana_sprint": train_sana_sprint.SanaSprintSettings,
+    "lcm": train_lcm.LCMSettings,
+}
 ALL_SETTINGS = [(table, name) for table, settings in study.TABLES.items() for name in settings]
 STEPS = 240
 
@@ -27,14 +31,17 @@ def runs(tmp_path):
 
 
 def parsed(setting, runs, steps=STEPS):
-    method = VARIANTS[setting.variant] if setting.variant else METHODS[setting.method]
-    return parse_args(runs.training_arguments(setting, steps, seed=3), method=method)
+    return parse_settings(SETTINGS[setting.method], runs.training_arguments(setting, steps, seed=3))
 
 
 @pytest.mark.parametrize(("table", "name"), ALL_SETTINGS)
 def test_every_setting_is_accepted_by_its_script_and_differs_in_nothing_else(table, name, runs):
     setting = study.TABLES[table][name]
-    assert study_runs.Path(setting.script[0]).is_file()
+    if setting.variant:
+        assert setting.script == ["-m", tbcm_variants.__name__, setting.variant]
+        assert setting.variant in tbcm_variants.VARIANTS
+    else:
+        assert study_runs.Path(setting.script[0]).is_file()
     for steps in (12, STEPS):
         args = parsed(setting, runs, steps)
         assert (args.max_train_steps, args.seed, args.resume_from_checkpoint) == (steps, 3, "latest")

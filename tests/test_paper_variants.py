@@ -1,15 +1,18 @@
 """Variants of TBCM for the study: what differs from TBCM, and that nothing else does."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import SanaPipeline
-from distill_args import parse_args
-from methods import TBCM
 
 from benchmarks.paper.tbcm_variants import VARIANTS
-from diffusers_tbcm.data.embeddings import PromptEncoder
+from diffusers_tbcm.training.interruption import StopRequest
+from diffusers_tbcm.training.run import Run
+from diffusers_tbcm.training.settings import parse_settings
 from diffusers_tbcm.trigflow import TrigFlowTransformer
+from examples.tbcm import train_tbcm_distill as script
 from examples.tbcm.mini_teacher.emoji_metrics import DISTILLATION_PROMPTS_FILE, TEACHER_DIR
 
 
@@ -35,46 +38,57 @@ def flags(folder, **changes):
     ]
 
 
+class Begun(Exception):
+    """Ends a run where its loop begins."""
+
+
 @pytest.fixture(scope="module")
 def pipeline():
     return SanaPipeline.from_pretrained(TEACHER_DIR)
 
 
 @pytest.fixture
-def record(pipeline, tmp_path):
-    """The recording of four draws by a method's rows."""
+def record(tmp_path, monkeypatch):
+    """The recording of four draws by the script, as it is or as a variant changes it."""
 
-    def record(method):
-        args = parse_args(flags(tmp_path), method=method)
-        teacher = TrigFlowTransformer(pipeline.transformer, 0.001)
-        encoder = PromptEncoder(pipeline, max_sequence_length=LENGTH)
-        data = method.rows.load_data(args)
-        rows = method.rows(args, Accelerator(), teacher, TEACHER_DIR, encoder, data, (16, 8, 8), sigma_data=0.5)
-        return rows.record([0, 1, 2, 3])[0]
+    def record(variant=None):
+        recordings = []
+
+        def batches(run, record, **options):
+            recordings.append(record([0, 1, 2, 3])[0])
+            raise Begun
+
+        monkeypatch.setattr(Run, "batches", batches)
+        settings = parse_settings(script.TBCMSettings, flags(tmp_path))
+        with VARIANTS[variant](settings) if variant else nullcontext(), pytest.raises(Begun):
+            script.train(settings, StopRequest())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return recordings[0]
 
     return record
 
 
 def test_one_route_gives_a_batch_the_timesteps_of_its_first_prompt(record):
-    ours, variant = record(TBCM), record(VARIANTS["one_route"])
-    expected = ours.trajectory.timesteps[[0, 0, 2, 2]]
-    torch.testing.assert_close(variant.trajectory.timesteps, expected)
-    torch.testing.assert_close(variant.trajectory.latents[[0, 2]], ours.trajectory.latents[[0, 2]])
-    assert (ours.trajectory.timesteps[1] != expected[1]).all()
+    ours, variant = record(), record("one_route")
+    expected = ours.timesteps[[0, 0, 2, 2]]
+    torch.testing.assert_close(variant.timesteps, expected)
+    torch.testing.assert_close(variant.latents[[0, 2]], ours.latents[[0, 2]])
+    assert (ours.timesteps[1] != expected[1]).all()
 
 
 def test_prompt_mask_guides_by_the_padded_empty_prompt(record, pipeline):
-    ours, variant = record(TBCM), record(VARIANTS["prompt_mask"])
-    torch.testing.assert_close(variant.trajectory.timesteps, ours.trajectory.timesteps)
-    assert not torch.allclose(variant.trajectory.latents, ours.trajectory.latents, atol=1e-3)
+    ours, variant = record(), record("prompt_mask")
+    torch.testing.assert_close(variant.timesteps, ours.timesteps)
+    assert not torch.allclose(variant.latents, ours.latents, atol=1e-3)
 
     # The velocity at the first recorded point, from the definition: two calls of the transformer.
     empty, *_ = pipeline.encode_prompt("", do_classifier_free_guidance=False, max_sequence_length=LENGTH)
-    teacher, index = TrigFlowTransformer(pipeline.transformer, 0.001), 1
-    mask = variant.prompt_attention_mask[index : index + 1]
-    inputs = (variant.trajectory.latents[index, :1] / 0.5, variant.trajectory.timesteps[index, :1])
+    teacher, index = TrigFlowTransformer(pipeline.transformer), 1
+    own = slice(index, index + 1)
+    text = variant.text[own]
+    inputs = (variant.latents[index, :1] / 0.5, variant.timesteps[index, :1])
     with torch.no_grad():
-        conditional = teacher(*inputs, variant.prompt_embeds[index : index + 1], mask)
-        unconditional = teacher(*inputs, empty[:, : mask.shape[1]], mask)
+        conditional = teacher(*inputs, text.embeds, text.mask)
+        unconditional = teacher(*inputs, empty[:, : text.mask.shape[1]], text.mask)
     guided = unconditional + variant.guidance_scale[index] * (conditional - unconditional)
-    torch.testing.assert_close(variant.trajectory.velocity[index, :1], 0.5 * guided, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(variant.velocity[index, :1], 0.5 * guided, atol=1e-4, rtol=1e-4)

@@ -70,7 +70,7 @@ METHOD_FLAGS: Mapping[str, Flags] = {
 }
 SCRIPTS = {method: EXAMPLES / f"train_{method}.py" for method in METHOD_FLAGS}
 SCRIPTS["tbcm"] = EXAMPLES / "train_tbcm_distill.py"
-VARIANTS_SCRIPT = Path(__file__).with_name("tbcm_variants.py")
+VARIANTS_MODULE = "benchmarks.paper.tbcm_variants"
 STUDENT_STEPS = (1, 2, 4)
 TEACHER_STEPS = 20
 DIVERSITY_PROMPTS, DIVERSITY_PICTURES = 50, 4
@@ -105,7 +105,7 @@ class Setting:
 
     @property
     def script(self) -> list[str]:
-        return [str(VARIANTS_SCRIPT), self.variant] if self.variant else [str(SCRIPTS[self.method])]
+        return ["-m", VARIANTS_MODULE, self.variant] if self.variant else [str(SCRIPTS[self.method])]
 
     def run_name(self, steps: int, seed: int) -> str:
         changes = [

@@ -1,64 +1,97 @@
 #!/usr/bin/env python
 """TBCM with the choices of the published code where this project made others: rows of the study's table `extras`.
 
-    python benchmarks/paper/tbcm_variants.py VARIANT ...    # ... are the flags of examples/tbcm/train_tbcm_distill.py
+    python -m benchmarks.paper.tbcm_variants VARIANT ...    # ... are the flags of examples/tbcm/train_tbcm_distill.py
 
     one_route      all prompts of a batch share a route
     prompt_mask    the unconditional branch reads the padded empty prompt as far as the prompt beside it is long
 
-(A third difference is the row at pi/2, which is left out here: its weight 1 / tan(pi/2) is 0, it gives no gradient.)
+Each replaces what the script calls in one of its steps. (A third difference is the row at pi/2, which is left out here:
+its weight 1 / tan(pi/2) is 0, it gives no gradient.)
 """
 
-import argparse
 import sys
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
+from diffusers_tbcm.rows import Recording
+from diffusers_tbcm.text import Text
+from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.launch import launch
+from diffusers_tbcm.training.settings import parse_settings
+from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
+from diffusers_tbcm.trigflow import TrigFlowTransformer
+from examples.tbcm import train_tbcm_distill as script
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tbcm"))
 
-from distill_args import parse_args
-from methods import Method
-from objectives import TBCMObjective
-from teacher_rows import TeacherRows
-from train_tbcm_distill import main
-
-from diffusers_tbcm.data.embeddings import PromptEncoder
-
-
-class OneRouteRows(TeacherRows):
+def one_route(settings: script.TBCMSettings) -> AbstractContextManager[object]:
     """The timesteps of a batch's first prompt are those of all its prompts."""
+    size = settings.train_batch_size
 
-    def draw_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
-        size = self.args.train_batch_size
-        return super().draw_timesteps(generators[::size]).repeat_interleave(size, 0)
+    def shared(
+        scheme: str, count: int, steps: int, *, generator: list[torch.Generator], **options: Any
+    ) -> torch.Tensor:
+        timesteps = sample_timesteps(scheme, count // size, steps, generator=generator[::size], **options)
+        return timesteps.repeat_interleave(size, 0)
+
+    return patch.multiple(script, METHOD="TBCM, one route a batch", sample_timesteps=shared)
 
 
-class PromptMaskRows(TeacherRows):
+def prompt_mask(settings: script.TBCMSettings) -> AbstractContextManager[object]:
     """The empty prompt has the mask of the prompt, so that guidance also leads away from its padding tokens."""
+    empty_prompt: list[torch.Tensor] = []
 
-    def __init__(self, args: argparse.Namespace, *parts: Any, **options: Any) -> None:
-        super().__init__(args, *parts, **options)
-        if not isinstance(self.encoder, PromptEncoder):
-            raise ValueError("prompt_mask needs the text encoder: leave --precompute_embeddings out")
-        self.padded_empty_prompt, *_ = self.encoder.pipeline.encode_prompt(
-            "", do_classifier_free_guidance=False, device=self.device, max_sequence_length=args.max_sequence_length
-        )
+    class WithPaddedPrompt(Distillation):
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            if not isinstance(self.encode, PromptEncoder):
+                raise ValueError("prompt_mask needs the text encoder: leave --precompute_embeddings out")
+            padded, *_ = self.encode.pipeline.encode_prompt(
+                UNCONDITIONAL,
+                do_classifier_free_guidance=False,
+                device=self.run.device,
+                max_sequence_length=settings.max_sequence_length,
+            )
+            empty_prompt[:] = [padded]
 
-    def negative_prompt(self, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.padded_empty_prompt[:, : prompt_mask.shape[1]], prompt_mask
+    def record(
+        teacher: TrigFlowTransformer,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Text,
+        negative_text: Text,
+        guidance_scale: torch.Tensor,
+    ) -> Recording:
+        padded = empty_prompt[0][:, : text.mask.shape[1]].expand(len(text), -1, -1)
+        return record_trajectory(teacher, noise, timesteps, text, Text(padded, text.mask), guidance_scale)
+
+    return patch.multiple(
+        script,
+        METHOD="TBCM, empty prompt masked as the prompt",
+        Distillation=WithPaddedPrompt,
+        record_trajectory=record,
+    )
 
 
-VARIANTS = {
-    "one_route": Method("TBCM, one route a batch", OneRouteRows, TBCMObjective, image_free=True),
-    "prompt_mask": Method("TBCM, empty prompt masked as the prompt", PromptMaskRows, TBCMObjective, image_free=True),
+VARIANTS: dict[str, Callable[[script.TBCMSettings], AbstractContextManager[object]]] = {
+    "one_route": one_route,
+    "prompt_mask": prompt_mask,
 }
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+def main(argv: Sequence[str] | None = None) -> None:
+    name, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    if name not in VARIANTS:
         sys.exit(f"The first argument is one of {', '.join(VARIANTS)}.\n\n{__doc__}")
-    method = VARIANTS[sys.argv.pop(1)]
-    main(parse_args(description=__doc__, method=method), method)
+    settings = parse_settings(script.TBCMSettings, flags, description=__doc__)
+    with VARIANTS[name](settings):
+        launch(script.train, settings)
+
+
+if __name__ == "__main__":
+    main()

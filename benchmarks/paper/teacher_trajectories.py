@@ -19,12 +19,12 @@ from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
 from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.files import written_beside
 from diffusers_tbcm.guidance import guided_output
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
-from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
+from diffusers_tbcm.trigflow import SIGMA_DATA, TrigFlowTransformer, consistency_output
 from examples.tbcm.mini_teacher.emoji_metrics import MAX_SEQUENCE_LENGTH, SEED, TEACHER_DIR
 
 
-SIGMA_DATA = 0.5
 BATCH_SIZE = 50  # prompts computed together, and the most that an interruption costs
 ROUTE_STREAM, NOISE_STREAM = 1, 2  # of a prompt's random numbers; stream 0 is its initial noise, that of `draw`
 CELL_SIZE = 96  # pixels of a picture in a grid
@@ -105,12 +105,12 @@ class Teacher:
             rows = slice(indices.start, indices.stop)
             original, timesteps = generation.original[rows].to(self.device), generation.timesteps[rows].to(self.device)
             noise = self._noise(indices, NOISE_STREAM)
-            text = self.encoder([UNCONDITIONAL] * len(indices) + [self.prompts[index] for index in indices])
+            text = Text(*self.encoder([UNCONDITIONAL] * len(indices) + [self.prompts[index] for index in indices]))
             scale = torch.full_like(timesteps[:, 0], guidance_scale)
             predictions = []
             for t in timesteps.unbind(1):
                 sample = diffuse(original, noise, t)
-                output = guided_output(self.network, sample / SIGMA_DATA, t, text.embeds, text.mask, scale)
+                output = guided_output(self.network, sample / SIGMA_DATA, t, text, scale)
                 predictions.append(consistency_output(sample, output, t, SIGMA_DATA))
             return {"noise": noise, "predictions": torch.stack(predictions, dim=1)}
 
@@ -145,11 +145,9 @@ class Teacher:
             self.network,
             noise / SIGMA_DATA,
             timesteps,
-            text.embeds,
-            negative.embeds,
+            text,
+            negative,
             torch.full((len(indices),), guidance_scale, device=self.device),
-            prompt_attention_mask=text.mask,
-            negative_prompt_attention_mask=negative.mask,
             sigma_data=SIGMA_DATA,
         )
         latents, output, timesteps = trajectory.latents, trajectory.velocity / SIGMA_DATA, trajectory.timesteps

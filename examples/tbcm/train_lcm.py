@@ -34,6 +34,9 @@ from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import SIGMA_DATA
 
 
+METHOD = "LCM (arXiv 2310.04378)"  # on the model card
+
+
 @dataclass(kw_only=True)
 class LCMSettings(PictureSettings):
     """grid, loss"""
@@ -139,7 +142,7 @@ def train(settings: LCMSettings, stop: StopRequest) -> Run:
 
 def export(settings: LCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
     """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
-    distillation.export(student, method="LCM (arXiv 2310.04378)", training=settings.describe(), image_free=False)
+    distillation.export(student, method=METHOD, training=settings.describe(), image_free=False)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,6 +46,9 @@ from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import SIGMA_DATA, consistency_output
 
 
+METHOD = "Sana-Sprint (arXiv 2503.09641)"  # on the model card
+
+
 @dataclass(kw_only=True)
 class SanaSprintSettings(PictureSettings):
     """times, tangent, discriminator"""
@@ -263,9 +266,7 @@ def noised_features(
 
 def export(settings: SanaSprintSettings, distillation: Distillation, student: torch.nn.Module) -> None:
     """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
-    distillation.export(
-        student, method="Sana-Sprint (arXiv 2503.09641)", training=settings.describe(), image_free=False
-    )
+    distillation.export(student, method=METHOD, training=settings.describe(), image_free=False)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,6 +33,9 @@ from diffusers_tbcm.training.settings import (
 from diffusers_tbcm.transfer import to_device
 
 
+METHOD = "sCM (arXiv 2410.11081)"  # on the model card
+
+
 @dataclass(kw_only=True)
 class SCMSettings(PictureSettings):
     """times, tangent"""
@@ -139,7 +142,7 @@ def train(settings: SCMSettings, stop: StopRequest) -> Run:
 
 def export(settings: SCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
     """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
-    distillation.export(student, method="sCM (arXiv 2410.11081)", training=settings.describe(), image_free=False)
+    distillation.export(student, method=METHOD, training=settings.describe(), image_free=False)
 
 
 def main(argv: list[str] | None = None) -> None:

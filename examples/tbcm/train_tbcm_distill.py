@@ -43,6 +43,9 @@ from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, record_trajectory, sampl
 from diffusers_tbcm.trigflow import SIGMA_DATA
 
 
+METHOD = "TBCM, image-free"  # on the model card
+
+
 @dataclass(kw_only=True)
 class TBCMSettings(DistillationSettings):
     """prompts, trajectories, tangent"""
@@ -217,7 +220,7 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
 
 def export(settings: TBCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
     """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
-    distillation.export(student, method="TBCM, image-free", training=settings.describe(), image_free=True)
+    distillation.export(student, method=METHOD, training=settings.describe(), image_free=True)
 
 
 def main(argv: list[str] | None = None) -> None:

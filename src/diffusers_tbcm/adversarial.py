@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .text import Text
-from .trigflow import TrigFlowTransformer
+from .trigflow import SIGMA_DATA, TrigFlowTransformer
 
 
 REFERENCE_BLOCKS = (2, 8, 14, 19)  # Sana-Sprint's, for its teachers of 20 and of 28 blocks
@@ -55,7 +55,7 @@ def block_features(
     text: Text,
     guidance_scale: torch.Tensor,
     *,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
 ) -> dict[int, torch.Tensor]:
     """Run the teacher up to the last of some blocks and keep what they give; gradients flow to the latents.
 

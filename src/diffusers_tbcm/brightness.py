@@ -12,6 +12,7 @@ from .backbones import Backbone, find_backbone
 from .draws import per_prompt_generators
 from .files import written_beside
 from .transfer import to_device
+from .trigflow import SIGMA_DATA
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def keep_mask(
     black: torch.Tensor,
     threshold: float,
     *,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
     hard: bool = False,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:

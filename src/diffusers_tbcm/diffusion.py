@@ -12,7 +12,7 @@ from .guidance import guidance_branches, guided_output
 from .rows import Recording
 from .text import Text
 from .trajectory import sample_timesteps
-from .trigflow import TrigFlowTransformer, broadcast_time
+from .trigflow import SIGMA_DATA, TrigFlowTransformer, broadcast_time
 
 
 def sample_diffusion_timesteps(
@@ -20,7 +20,7 @@ def sample_diffusion_timesteps(
     *,
     logit_mean: float = 0.2,
     logit_std: float = 1.6,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
     largest_probability: float = 0.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
     device: torch.device | str | None = None,
@@ -67,7 +67,7 @@ def sample_diffusion_timesteps(
 
 
 def diffuse(
-    original_sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, sigma_data: float = 0.5
+    original_sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, sigma_data: float = SIGMA_DATA
 ) -> torch.Tensor:
     """Noise clean latents, x_t = cos(t) x_0 + sin(t) sigma_data e.
 
@@ -95,7 +95,7 @@ def diffusion_rows(
     negative_text: Text | None,
     guidance_scale: torch.Tensor,
     *,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
 ) -> Recording:
     """Make training rows from pictures: x_t by noising their latents, dx_t/dt from the teacher under guidance.
 

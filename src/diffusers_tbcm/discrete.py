@@ -11,7 +11,7 @@ import torch
 from .draws import per_prompt_generators
 from .rows import TrainingRows
 from .trajectory import rotate
-from .trigflow import consistency_output
+from .trigflow import SIGMA_DATA, consistency_output
 
 
 HUBER_CONSTANT = 0.001  # of the pseudo-Huber loss; the value is diffusers' LCM example's
@@ -47,7 +47,10 @@ def neighbouring_timesteps(
 
 @torch.no_grad()
 def discrete_target(
-    target: Callable[..., torch.Tensor], rows: TrainingRows, next_timesteps: torch.Tensor, sigma_data: float = 0.5
+    target: Callable[..., torch.Tensor],
+    rows: TrainingRows,
+    next_timesteps: torch.Tensor,
+    sigma_data: float = SIGMA_DATA,
 ) -> torch.Tensor:
     """Take one step of the teacher's ODE and predict the clean latent from where it leads (Alg. 1, DDIM solver).
 
@@ -74,7 +77,7 @@ def discrete_loss(
     *,
     loss_type: str = "huber",
     huber_constant: float = HUBER_CONSTANT,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
 ) -> torch.Tensor:
     """Evaluate the distance between two predictions of the clean latent, on unit scale (Alg. 1).
 

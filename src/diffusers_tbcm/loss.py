@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .dual import Dual
-from .trigflow import TrigFlowTransformer, broadcast_time
+from .trigflow import SIGMA_DATA, TrigFlowTransformer, broadcast_time
 
 
 class LogvarHead(nn.Module):
@@ -74,7 +74,7 @@ class StudentWithLogvar(nn.Module):
         return trig_output, self.logvar_head(self.student.embed_timestep(t, guidance).detach())
 
 
-def consistency_weight(t: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
+def consistency_weight(t: torch.Tensor, sigma_data: float = SIGMA_DATA) -> torch.Tensor:
     """Evaluate the prior weight of a time in the loss, w(t) = 1 / (sigma_data tan t).
 
     Args:
@@ -108,7 +108,7 @@ def consistency_loss(
     tangent: torch.Tensor,
     logvar: torch.Tensor,
     timesteps: torch.Tensor,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
 ) -> torch.Tensor:
     """Evaluate the loss mean(w(t) / exp(logvar) (F - F_sg - g)^2 + logvar) (Alg. 1).
 
@@ -137,7 +137,7 @@ def endpoint_loss(
     latents: torch.Tensor,
     pred_original_sample: torch.Tensor,
     timesteps: torch.Tensor,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
 ) -> torch.Tensor:
     """Evaluate mean ||f(x_t, t) - x_0||^2 / sigma_data^2: every point of a trajectory is to lead to its end at once.
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dual import Dual
 from .text import Text
-from .trigflow import broadcast_time
+from .trigflow import SIGMA_DATA, broadcast_time
 
 
 # The constant c of Algorithm 1's tangent normalisation g / (||g|| + c); the value is sCM's (arXiv 2410.11081).
@@ -73,7 +73,7 @@ def tangent_ratio(
 
 
 def dual_inputs(
-    latents: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor, sigma_data: float = 0.5
+    latents: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor, sigma_data: float = SIGMA_DATA
 ) -> tuple[Dual, Dual]:
     """Let the student's inputs move along the teacher's ODE, at the speed dt = cos(t) sin(t) (Alg. 1).
 
@@ -103,7 +103,7 @@ def normalized_tangent(
     timesteps: torch.Tensor,
     *,
     ratio: float,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
     resolution_invariant: bool = False,
 ) -> TangentOutput:
     """Evaluate the normalised tangent of the student along the teacher's ODE (Alg. 1, JVP rearrangement of Eq. 4).
@@ -142,7 +142,7 @@ def consistency_tangent(
     guidance_scale: torch.Tensor | None,
     *,
     ratio: float,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
     resolution_invariant: bool = False,
 ) -> TangentOutput:
     """Evaluate the normalised tangent by a pass of its own, under PyTorch's forward mode: the plain reference.

@@ -12,7 +12,7 @@ from .guidance import guidance_branches, guided_output
 from .rows import Recording
 from .text import Text
 from .transfer import to_device
-from .trigflow import TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
+from .trigflow import SIGMA_DATA, TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
 
 
 SAMPLING_SCHEMES = ("reference", "logit_normal", "random")
@@ -54,7 +54,7 @@ def sample_timesteps(
     shift: float = 2.5,
     logit_mean: float = 0.2,
     logit_std: float = 1.6,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
     generator: torch.Generator | list[torch.Generator] | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
@@ -145,7 +145,7 @@ def record_trajectory(
     negative_text: Text | None,
     guidance_scale: torch.Tensor,
     *,
-    sigma_data: float = 0.5,
+    sigma_data: float = SIGMA_DATA,
 ) -> Recording:
     """Generate from noise with the teacher and keep every sample and velocity but the first (Eq. 9).
 
