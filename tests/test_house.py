@@ -143,14 +143,16 @@ def test_the_examples_requirements_agree_with_setup():
     assert str(package.specifier) == f">={literals['version']}"
 
 
-@pytest.mark.parametrize("script", ["app.py", "evaluate_student.py", "quickstart.py"])
+@pytest.mark.parametrize(
+    "script", ["app.py", "evaluate_student.py", "quickstart.py", *(f"{name}.py" for name in SETTINGS)]
+)
 def test_an_example_script_can_be_copied_alone(script):
-    tree = ast.parse(LOOP.with_name(script).read_text())
+    tree = ast.parse((EXAMPLES / script).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert all(node.level == 0 for node in froms)
     roots = {name.partition(".")[0] for name in (*imported, *(node.module for node in froms))}
-    beside = {path.stem for path in LOOP.parent.iterdir()}
+    beside = {path.stem for path in EXAMPLES.iterdir()}
     assert not roots & {*beside, "examples", "benchmarks"}
 
 

@@ -492,3 +492,9 @@ def test_lora_is_saved_loaded_and_fused(own_pipeline, tmp_path):
     own_pipeline.unfuse_lora()
     own_pipeline.unload_lora_weights()
     torch.testing.assert_close(generate(own_pipeline), base, atol=1e-5, rtol=0)
+
+
+def test_encode_prompt_names_what_it_returns_as_diffusers_reads_it():
+    """diffusers' `test_encode_prompt_works_in_isolation` reads the returned names from the last line of the source."""
+    returned = inspect.getsource(SanaTBCMPipeline.encode_prompt).split("return")[-1].strip().split(", ")
+    assert returned == ["prompt_embeds", "prompt_attention_mask"]

@@ -6,8 +6,8 @@
     one_route      all prompts of a batch share a route
     prompt_mask    the unconditional branch reads the padded empty prompt as far as the prompt beside it is long
 
-Each replaces what the script calls in one of its steps. (A third difference is the row at pi/2, which is left out here:
-its weight 1 / tan(pi/2) is 0, it gives no gradient.)
+Each replaces what the script calls in one of its steps. (A third difference is the row at pi/2, which is left out
+here: its weight 1 / tan(pi/2) is 0, it gives no gradient.)
 """
 
 import sys

@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from .backbones.sana_attention import keep_text
 from .draws import per_prompt_generators
 from .guidance import guidance_branches, guided_output
 from .rows import Recording
@@ -179,7 +178,7 @@ def record_trajectory(
     latents = []
     velocities = []
     next_timesteps = torch.cat([timesteps[:, 1:], torch.zeros_like(timesteps[:, :1])], dim=1)
-    with keep_text(teacher.transformer):
+    with teacher.backbone.keep_text(teacher.transformer):
         for t, next_t in zip(timesteps.unbind(1), next_timesteps.unbind(1), strict=True):
             velocity = sigma_data * guided_output(teacher, sample / sigma_data, t, branches, guidance_scale)
             branches = replace(branches, embeds=branches.embeds[:, :1])  # what the text gives is kept

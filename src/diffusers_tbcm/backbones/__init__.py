@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,6 +78,8 @@ class Backbone(Protocol):
     def embeds_guidance(self, transformer: Any) -> bool: ...
 
     def share_prompts(self, transformer: Any) -> Any: ...
+
+    def keep_text(self, transformer: Any) -> AbstractContextManager[None]: ...
 
     def velocity(
         self, transformer: Any, sample: torch.Tensor, time: torch.Tensor, text: Text, guidance: torch.Tensor | None

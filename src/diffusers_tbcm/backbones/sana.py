@@ -13,6 +13,7 @@ from ..files import read_json
 from ..text import Text
 from ..versions import dtype_argument
 from .sana_attention import deal_out
+from .sana_attention import keep_text as keep_text
 from .sana_attention import share_prompts as share_prompts
 
 
