@@ -3,6 +3,7 @@ import torch
 from tiny import LATENT_CHANNELS, tiny_vae
 from toy_networks import generators, randn
 
+from diffusers_tbcm.backbones import sana
 from diffusers_tbcm.brightness import black_latent, keep_mask
 
 
@@ -18,7 +19,7 @@ def at_distance(mse, sigma_data=0.5):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_black_latent_is_the_scaled_code_of_black(dtype):
     vae = tiny_vae().to(dtype)
-    latent = black_latent(vae, 64, 32)
+    latent = black_latent(vae, 64, 32, backbone=sana)
     assert latent.shape == (1, LATENT_CHANNELS, 8, 4) and latent.dtype == torch.float32 and not latent.requires_grad
     code = vae.encode(-torch.ones(1, 3, 64, 32, dtype=dtype)).latent
     torch.testing.assert_close(latent, vae.config.scaling_factor * code.float())

@@ -5,7 +5,9 @@ import torch
 from captioned import RESOLUTION, write_images
 from tiny import LATENT_CHANNELS, tiny_vae, write_tiny_pipeline
 
-from diffusers_tbcm.data.latents import LatentCache, encode_pixels, latents_fingerprint, precompute_latents
+from diffusers_tbcm.backbones import sana
+from diffusers_tbcm.backbones.sana import encode_pixels
+from diffusers_tbcm.data.latents import LatentCache, latents_fingerprint, precompute_latents
 from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.images import to_pixels
 
@@ -50,7 +52,8 @@ def never():
 
 
 def complete(images, folder, fingerprint, make_vae=tiny_vae, **kwargs):
-    return precompute_latents(images, make_vae, folder, fingerprint, resolution=RESOLUTION, batch_size=2, **kwargs)
+    options = {"backbone": sana, "resolution": RESOLUTION, "batch_size": 2}
+    return precompute_latents(images, make_vae, folder, fingerprint, **options, **kwargs)
 
 
 def test_latents_are_the_scaled_codes_bit_for_bit(tmp_path, images, fingerprint):

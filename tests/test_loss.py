@@ -6,6 +6,7 @@ from gaussian_data import DATA_STD, gaussian_std, gaussian_teacher
 from tiny import tiny_transformer
 from toy_networks import SIGMA_DATA, four_axes, network_inputs, no_text, randn, trig_student
 
+from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.loss import (
     LogvarHead,
     StudentWithLogvar,
@@ -19,7 +20,6 @@ from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import (
     TrigFlowTransformer,
     flow_to_trig_output,
-    make_student,
     trig_to_flow_sample,
     trig_to_flow_timestep,
 )

@@ -35,7 +35,7 @@ def _pickled_text_encoder(folder: Path) -> None:
     ("damage", "message"),
     [
         (_no_index, "is no pipeline folder: it has no model_index.json"),
-        (_other_transformer, "is no Sana pipeline: .*FluxTransformer2DModel"),
+        (_other_transformer, "is of no known family: .*FluxTransformer2DModel"),
         (_no_vae, "lacks its vae"),
         (_pickled_text_encoder, "no full-precision safetensors weights of its text_encoder"),
         (shutil.rmtree, "is neither a folder nor a model on the Hub"),

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from diffusers import SanaSprintPipeline, SCMScheduler
 from tiny import tiny_sana_pipeline, tiny_transformer
 from toy_networks import SIGMA_DATA, FlowFunction, four_axes, network_inputs, randn
 
@@ -13,7 +13,6 @@ from diffusers_tbcm.trigflow import (
     flow_to_trig_output,
     flow_to_trig_sample,
     flow_to_trig_timestep,
-    make_student,
     trig_to_flow_output,
     trig_to_flow_sample,
     trig_to_flow_timestep,
@@ -155,67 +154,3 @@ def test_embedded_timestep_is_the_networks_own(guidance_embeds):
     embedded = wrapper.embed_timestep(t, guidance)
     assert embedded.shape == (3, 16)
     assert torch.equal(embedded, seen[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_student_starts_equal_to_a_teacher_without_guidance(dtype):
-    teacher = tiny_transformer(timestep_scale=0.001).to(dtype).requires_grad_(False)
-    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
-    student = make_student(teacher, guidance_embeds_scale=0.2)
-    sample, t, embeds, mask = network_inputs()
-    expected = TrigFlowTransformer(teacher)(sample, t, embeds, mask)
-    for guidance in (torch.zeros(3), torch.tensor([1.0, 4.5, 1e4])):
-        assert torch.equal(TrigFlowTransformer(student)(sample, t, embeds, mask, guidance), expected)
-    assert student.config.guidance_embeds and student.config.guidance_embeds_scale == 0.2
-    assert student.config.timestep_scale == 0.001 and student.dtype == dtype
-    assert all(parameter.requires_grad for parameter in student.parameters())
-    renamed = {name.replace("time_embed.emb.", "time_embed."): weight for name, weight in before.items()}
-    copied = {name: weight for name, weight in student.state_dict().items() if "guidance_embedder" not in name}
-    assert copied.keys() == renamed.keys() and all(torch.equal(copied[name], renamed[name]) for name in renamed)
-
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(1)
-    assert not teacher.config.guidance_embeds and not any(p.requires_grad for p in teacher.parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
-
-
-def test_student_learns_from_guidance_at_its_first_step():
-    student = make_student(tiny_transformer())
-    sample, t, embeds, mask = network_inputs()
-    TrigFlowTransformer(student)(sample, t, embeds, mask, torch.full((3,), 4.5)).square().mean().backward()
-    assert student.time_embed.guidance_embedder.linear_2.weight.grad.norm() > 0
-
-
-def test_student_of_a_teacher_with_guidance_is_a_copy():
-    teacher = tiny_transformer(guidance_embeds=True)
-    student = make_student(teacher, guidance_embeds_scale=0.1)
-    sample, t, embeds, mask = network_inputs()
-    outputs = [
-        TrigFlowTransformer(network)(sample, t, embeds, mask, torch.full((3,), guidance))
-        for network, guidance in ((teacher, 4.5), (student, 4.5), (student, 5.0))
-    ]
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.allclose(outputs[0], outputs[2], rtol=1e-3)
-    with pytest.raises(ValueError, match=r"`guidance_embeds_scale` is 0\.2"):
-        make_student(teacher, guidance_embeds_scale=0.2)
-
-
-def test_student_is_saved_as_a_plain_transformer(tmp_path):
-    student = make_student(tiny_transformer())
-    student.save_pretrained(tmp_path)
-    loaded = SanaTransformer2DModel.from_pretrained(tmp_path)
-    assert loaded.config.guidance_embeds
-    weights = loaded.state_dict()
-    assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
-
-
-@pytest.mark.parametrize("guidance_embeds", [False, True])
-def test_the_students_time_embedding_stays_in_float32_under_autocast(guidance_embeds):
-    student = make_student(tiny_transformer(guidance_embeds=guidance_embeds))
-    t, guidance = torch.tensor([0.2, 1.2]), torch.tensor([0.45, 0.4])
-    exact = student.time_embed(t, guidance=guidance, hidden_dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = student.time_embed(t, guidance=guidance, hidden_dtype=torch.bfloat16)
-        assert student.patch_embed.proj(torch.ones(1, student.config.in_channels, 2, 2)).dtype == torch.bfloat16
-    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(mixed, exact, strict=True))

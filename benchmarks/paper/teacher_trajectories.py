@@ -19,7 +19,6 @@ from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
 from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.files import written_beside
 from diffusers_tbcm.guidance import guided_output
-from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
 from diffusers_tbcm.trigflow import SIGMA_DATA, TrigFlowTransformer, consistency_output
 from examples.tbcm.mini_teacher.emoji_metrics import MAX_SEQUENCE_LENGTH, SEED, TEACHER_DIR
@@ -105,7 +104,7 @@ class Teacher:
             rows = slice(indices.start, indices.stop)
             original, timesteps = generation.original[rows].to(self.device), generation.timesteps[rows].to(self.device)
             noise = self._noise(indices, NOISE_STREAM)
-            text = Text(*self.encoder([UNCONDITIONAL] * len(indices) + [self.prompts[index] for index in indices]))
+            text = self.encoder([UNCONDITIONAL] * len(indices) + [self.prompts[index] for index in indices])
             scale = torch.full_like(timesteps[:, 0], guidance_scale)
             predictions = []
             for t in timesteps.unbind(1):

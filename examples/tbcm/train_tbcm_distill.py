@@ -180,9 +180,11 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
     for batch in batches:
         for rows in batch:
             if run.step < settings.endpoint_warmup_steps:
-                sample = rows.latents / SIGMA_DATA
                 trig_output, logvar = student(
-                    sample, rows.timesteps, **rows.text.arguments(), guidance=rows.guidance_scale
+                    rows.latents / SIGMA_DATA,
+                    rows.timesteps,
+                    **rows.text.arguments(),
+                    guidance=rows.guidance_scale,
                 )
                 loss = endpoint_loss(trig_output, rows.latents, rows.pred_original_sample, rows.timesteps)
                 run.backward(loss + 0 * logvar.sum(), student)  # DDP waits for the gradient of every parameter

@@ -16,18 +16,19 @@ from .trigflow import SIGMA_DATA
 
 
 @torch.no_grad()
-def black_latent(vae: nn.Module, backbone: Backbone, pixels: int) -> torch.Tensor:
+def black_latent(vae: nn.Module, height: int, width: int, *, backbone: Backbone) -> torch.Tensor:
     """Encode an all-black image.
 
     Args:
         vae: the autoencoder.
-        backbone: its family.
-        pixels: the image's sides.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        backbone: the autoencoder's family.
 
     Returns:
         The latent on unit scale, (1, channels, height, width), float32.
     """
-    return backbone.encode_pixels(vae, torch.full((1, 3, pixels, pixels), -1.0))
+    return backbone.encode_pixels(vae, torch.full((1, 3, height, width), -1.0))
 
 
 def cached_black_latent(teacher_folder: str | PathLike[str], pixels: int, cache: str | PathLike[str]) -> torch.Tensor:
@@ -48,7 +49,7 @@ def cached_black_latent(teacher_folder: str | PathLike[str], pixels: int, cache:
         backbone = find_backbone(Path(teacher_folder))
         vae = backbone.load_vae(Path(teacher_folder)).float()
         with written_beside(cache) as partial:
-            save_file({"black_latent": black_latent(vae, backbone, pixels).contiguous()}, partial)
+            save_file({"black_latent": black_latent(vae, pixels, pixels, backbone=backbone).contiguous()}, partial)
         return load_file(cache)["black_latent"]
 
 

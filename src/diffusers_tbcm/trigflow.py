@@ -5,6 +5,8 @@ dx_t/dt = sigma_data F(x_t / sigma_data, t). Flow matching has x_s = (1 - s) x_0
 data.
 """
 
+from typing import Any
+
 import torch
 from diffusers.utils import logging
 from torch import nn
@@ -145,6 +147,8 @@ class TrigFlowTransformer(nn.Module):
             cross-attention gets another processor, which computes the same.
         timestep_scale: what s in [0, 1] is multiplied by before the network sees it; by default what its config says.
     """
+
+    transformer: Any  # of a family's class, which diffusers leaves to run time
 
     def __init__(self, transformer: nn.Module, timestep_scale: float | None = None) -> None:
         super().__init__()

@@ -1,0 +1,132 @@
+"""What is Sana's own: its students, its time, its latents, and how its networks are recognised."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+from tiny import LATENT_CHANNELS, SAMPLE_SIZE, tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
+from toy_networks import network_inputs
+
+from diffusers_tbcm.backbones import FAMILIES, backbone_of, find_backbone, sana
+from diffusers_tbcm.backbones.sana import make_student
+from diffusers_tbcm.lora import make_lora_student
+from diffusers_tbcm.text import Text
+from diffusers_tbcm.trigflow import TrigFlowTransformer
+
+
+def test_a_family_is_found_by_network_pipeline_and_folder(tmp_path):
+    pipeline = tiny_sana_pipeline()
+    assert backbone_of(pipeline) is backbone_of(pipeline.transformer) is sana
+    assert backbone_of(make_lora_student(pipeline.transformer, rank=2)) is sana
+    assert find_backbone(write_tiny_pipeline(tmp_path)) is sana
+    with pytest.raises(ValueError, match="`model` is a Linear, and the families known are SanaTransformer2DModel"):
+        backbone_of(torch.nn.Linear(2, 2))
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "FluxTransformer2DModel"]}))
+    with pytest.raises(ValueError, match="FluxTransformer2DModel.*known are SanaTransformer2DModel"):
+        find_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_says_what_it_is_made_of(family, tmp_path):
+    transformer = tiny_transformer()
+    folder = write_tiny_pipeline(tmp_path)
+    assert len(family.blocks(transformer)) == 2 and family.inner_dim(transformer) == 16
+    assert family.after_blocks(transformer) is transformer.norm_out
+    assert family.latent_shape(folder, transformer, None) == (LATENT_CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE)
+    assert family.latent_shape(folder, transformer, 32) == (LATENT_CHANNELS, 4, 4)
+    assert family.vae_scale_factor(folder) == 8 and family.native_resolution(folder, transformer) == 64
+    with pytest.raises(ValueError, match="resolution is 20: it has to be a positive multiple of 8"):
+        family.latent_shape(folder, transformer, 20)
+
+
+@pytest.mark.parametrize(("config", "scale"), [(0.001, 1.0), (1.0, 1.0), (1000.0, 1000.0)])
+def test_a_config_of_0_001_marks_a_network_trained_on_s_itself(config, scale):
+    assert sana.timestep_scale(tiny_transformer(timestep_scale=config)) == scale
+    assert TrigFlowTransformer(tiny_transformer(timestep_scale=config)).timestep_scale == scale
+
+
+def test_velocity_is_the_stock_networks_output_and_a_view_can_be_copied():
+    transformer = tiny_transformer(guidance_embeds=True)
+    sample, t, embeds, mask = network_inputs()
+    guidance = torch.tensor([4.0, 4.5, 5.0])
+    with torch.no_grad():
+        expected = transformer(
+            sample.float(),
+            encoder_hidden_states=embeds.float(),
+            timestep=t,
+            guidance=guidance * transformer.config.guidance_embeds_scale,
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        view = TrigFlowTransformer(transformer)
+        found = sana.velocity(transformer, sample.float(), t, Text(embeds, mask), guidance)
+        # A prompt a row: the sums of attention go in the same order.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        again = copy.deepcopy(view)
+        assert torch.equal(again(sample, t, embeds, mask, guidance), view(sample, t, embeds, mask, guidance))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_student_starts_equal_to_a_teacher_without_guidance(dtype):
+    teacher = tiny_transformer(timestep_scale=0.001).to(dtype).requires_grad_(False)
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    student = make_student(teacher, guidance_embeds_scale=0.2)
+    sample, t, embeds, mask = network_inputs()
+    expected = TrigFlowTransformer(teacher)(sample, t, embeds, mask)
+    for guidance in (torch.zeros(3), torch.tensor([1.0, 4.5, 1e4])):
+        assert torch.equal(TrigFlowTransformer(student)(sample, t, embeds, mask, guidance), expected)
+    assert student.config.guidance_embeds and student.config.guidance_embeds_scale == 0.2
+    assert student.config.timestep_scale == 0.001 and student.dtype == dtype
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    renamed = {name.replace("time_embed.emb.", "time_embed."): weight for name, weight in before.items()}
+    copied = {name: weight for name, weight in student.state_dict().items() if "guidance_embedder" not in name}
+    assert copied.keys() == renamed.keys() and all(torch.equal(copied[name], renamed[name]) for name in renamed)
+
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert not teacher.config.guidance_embeds and not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
+
+
+def test_student_learns_from_guidance_at_its_first_step():
+    student = make_student(tiny_transformer())
+    sample, t, embeds, mask = network_inputs()
+    TrigFlowTransformer(student)(sample, t, embeds, mask, torch.full((3,), 4.5)).square().mean().backward()
+    assert student.time_embed.guidance_embedder.linear_2.weight.grad.norm() > 0
+
+
+def test_student_of_a_teacher_with_guidance_is_a_copy():
+    teacher = tiny_transformer(guidance_embeds=True)
+    student = make_student(teacher, guidance_embeds_scale=0.1)
+    sample, t, embeds, mask = network_inputs()
+    outputs = [
+        TrigFlowTransformer(network)(sample, t, embeds, mask, torch.full((3,), guidance))
+        for network, guidance in ((teacher, 4.5), (student, 4.5), (student, 5.0))
+    ]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], rtol=1e-3)
+    with pytest.raises(ValueError, match=r"`guidance_embeds_scale` is 0\.2"):
+        make_student(teacher, guidance_embeds_scale=0.2)
+
+
+def test_student_is_saved_as_a_plain_transformer(tmp_path):
+    student = make_student(tiny_transformer())
+    student.save_pretrained(tmp_path)
+    loaded = SanaTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.config.guidance_embeds
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
+
+
+@pytest.mark.parametrize("guidance_embeds", [False, True])
+def test_the_students_time_embedding_stays_in_float32_under_autocast(guidance_embeds):
+    student = make_student(tiny_transformer(guidance_embeds=guidance_embeds))
+    t, guidance = torch.tensor([0.2, 1.2]), torch.tensor([0.45, 0.4])
+    exact = student.time_embed(t, guidance=guidance, hidden_dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = student.time_embed(t, guidance=guidance, hidden_dtype=torch.bfloat16)
+        assert student.patch_embed.proj(torch.ones(1, student.config.in_channels, 2, 2)).dtype == torch.bfloat16
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(mixed, exact, strict=True))
