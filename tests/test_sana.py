@@ -24,7 +24,7 @@ def test_a_family_is_found_by_network_pipeline_and_folder(tmp_path):
     with pytest.raises(ValueError, match="`model` is a Linear, and the families known are SanaTransformer2DModel"):
         backbone_of(torch.nn.Linear(2, 2))
     (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "FluxTransformer2DModel"]}))
-    with pytest.raises(ValueError, match="FluxTransformer2DModel.*known are SanaTransformer2DModel"):
+    with pytest.raises(ValueError, match=r"FluxTransformer2DModel.*known are SanaTransformer2DModel"):
         find_backbone(tmp_path)
 
 
