@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from teacher_trajectories import CELL_SIZE, EULER, SIGMA_DATA, Generation, Teacher, diffuse
 from trajectory_statistics import cosine_similarity, mean_and_error, neighbour_correlation, root_mean_square
 
-from diffusers_tbcm.evaluation.evaluator import image_grid
+from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.trajectory import equivalent_noise
 
 

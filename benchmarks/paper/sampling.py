@@ -11,7 +11,7 @@ from PIL import Image
 from teacher_trajectories import CELL_SIZE, EULER, Generation, Teacher
 from trajectory_statistics import mean_and_error, route_statistics
 
-from diffusers_tbcm.evaluation.evaluator import image_grid
+from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, sample_timesteps
 
 

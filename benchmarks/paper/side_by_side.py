@@ -9,7 +9,7 @@ from emoji_metrics import GUIDANCE_SCALE, TEACHER_DIR, draw
 from teacher_trajectories import CELL_SIZE
 
 from diffusers_tbcm.evaluation.drawing import load_pipeline
-from diffusers_tbcm.evaluation.evaluator import image_grid
+from diffusers_tbcm.evaluation.grid import image_grid
 
 
 TEACHER_STEPS = (20, 1)

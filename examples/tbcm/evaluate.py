@@ -28,8 +28,8 @@ from PIL import Image
 
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
-from diffusers_tbcm.data.prompts import EvaluationPrompts, draw_generator, load_evaluation_prompts
-from diffusers_tbcm.evaluation.drawing import load_pipeline
+from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
+from diffusers_tbcm.evaluation.drawing import draw_pictures, load_pipeline, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import Evaluator, seconds_per_image
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
 from diffusers_tbcm.evaluation.picture_folder import PictureFolder, pipeline_digests
@@ -140,8 +140,10 @@ def draw_all(
         accelerator.wait_for_everyone()
 
         def draw_one(steps: int = steps, seed: int = seed) -> list[Image.Image]:
-            generator = draw_generator(0, seed)
-            return pipeline(prompts[:1], num_inference_steps=steps, generator=generator, **options).images
+            first = draw_pictures(
+                pipeline, prompts[:1], numbered_generators(seed), num_inference_steps=steps, **options
+            )
+            return list(first)
 
         seconds = seconds_per_image(draw_one, TIMED_CALLS) if accelerator.is_main_process else 0.0
         drawn.append(Drawn(model, steps, folder, seconds))

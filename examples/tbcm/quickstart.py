@@ -31,7 +31,8 @@ from emoji_metrics import (
 from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.evaluation.evaluator import image_grid, pictures_to_tensor, seconds_per_image
+from diffusers_tbcm.evaluation.evaluator import pictures_to_tensor, seconds_per_image
+from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.trigflow import make_student

@@ -27,6 +27,7 @@ from train_tbcm_distill import main
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.adversarial import DiscriminatorHeads
 from diffusers_tbcm.data.prompts import prompt_at
+from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import reference_route
 from diffusers_tbcm.trigflow import TrigFlowTransformer, make_student
 
@@ -114,7 +115,7 @@ def make_rows(picture_flags, teacher):
         def encode(prompts):  # says which prompt it was
             seeds = [torch.Generator().manual_seed(sum(map(ord, prompt))) for prompt in prompts]
             embeds = torch.stack([torch.randn(3, 16, generator=seed) for seed in seeds])
-            return embeds, torch.ones(embeds.shape[:2], dtype=torch.long)
+            return Text.unmasked(embeds)
 
         data = kind.load_data(args)
         accelerator = Accelerator(cpu=True)
@@ -144,7 +145,7 @@ def test_a_row_is_a_picture_under_one_of_its_own_captions(make_rows):
     torch.testing.assert_close(recording.trajectory.pred_original_sample, 0.5 * rows.latents(pictures))
     used = set()
     for picture, embeds in zip(pictures, recording.prompt_embeds, strict=True):
-        found = [text for text in rows.images.captions[picture] if torch.equal(encode([text])[0][0], embeds)]
+        found = [text for text in rows.images.captions[picture] if torch.equal(encode([text]).embeds[0], embeds)]
         assert len(found) == 1
         used.add(found[0])
     assert used == {caption for captions in rows.images.captions for caption in captions}

@@ -8,8 +8,8 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder
-from diffusers_tbcm.data.prompts import draw_generator
-from diffusers_tbcm.evaluation.evaluator import image_grid
+from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
+from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.export.folders import Sample
 from diffusers_tbcm.training.tracking import MetricsLog
 
@@ -36,16 +36,9 @@ def validate(
     pipeline = SanaTBCMPipeline(None, None, vae, student, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     text = encoder(prompts)
+    size = {"height": resolution, "width": resolution}
     columns = [
-        pipeline(
-            prompt_embeds=text.embeds,
-            prompt_attention_mask=text.mask,
-            num_inference_steps=steps,
-            generator=[draw_generator(index, seed) for index in range(len(prompts))],
-            height=resolution,
-            width=resolution,
-        ).images
-        for steps in STEPS
+        draw_pictures(pipeline, text, numbered_generators(seed), num_inference_steps=steps, **size) for steps in STEPS
     ]
     rows = list(zip(*columns, strict=True))
     grid = image_grid(rows, [f"{steps} step{'s' * (steps > 1)}" for steps in STEPS], prompts)

@@ -204,7 +204,7 @@ def grid(drawings: Sequence[Drawing], columns: int) -> Image.Image:
     Returns:
         The table.
     """
-    from .evaluation.evaluator import image_grid
+    from .evaluation.grid import image_grid
 
     rows = [drawings[start : start + columns] for start in range(0, len(drawings), columns)]
     several_seeds = len({drawing.seed for drawing in drawings}) > 1
