@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -57,7 +58,7 @@ from diffusers_tbcm.data.prompts import draw_generator
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
 from diffusers_tbcm.export.hub import choose_license, prepare_repo, push_or_warn
-from diffusers_tbcm.export.record import training_config
+from diffusers_tbcm.export.record import StudentDescription, training_config
 from diffusers_tbcm.files import write_json
 from diffusers_tbcm.lora import drop_frozen_weights, merge_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
@@ -251,24 +252,23 @@ def train(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accele
         pushed = True
         if accelerator.is_main_process:
             exported = load_student(args, teacher.float(), weights)
-            description = {
-                "prompt": (args.validation_prompts or prompts)[0],
-                "training": training_table(
+            description = StudentDescription(
+                prompt=(args.validation_prompts or prompts)[0],
+                training=training_table(
                     args, method, step, number * prompts_per_recording, accelerator.mixed_precision
                 ),
-                "image_free": method.image_free,
-                "config": config,
-                "samples": draw_validation(exported, step=step) if args.validation_prompts else (),
-                "resolution": args.resolution,
-            }
+                config=config,
+                samples=draw_validation(exported, step=step) if args.validation_prompts else (),
+                resolution=args.resolution,
+                image_free=method.image_free,
+            )
             if args.rank is not None:
                 folder = save_student_lora(
                     exported,
                     args.pretrained_model_name_or_path,
                     output_dir / "lora",
+                    replace(description, model_id=f"{output_dir.name}/lora"),
                     guidance_scale=median_low(args.guidance_scales),
-                    model_id=f"{output_dir.name}/lora",
-                    **description,
                 )
                 print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
             if args.rank is None or args.merge_lora:
@@ -276,9 +276,9 @@ def train(args: argparse.Namespace, stop: StopRequest, method: Method) -> Accele
                     exported if args.rank is None else merge_lora(exported),
                     args.pretrained_model_name_or_path,
                     output_dir,
+                    description,
                     scheduler=scheduler,
                     variants=args.export_variants,
-                    **description,
                 )
                 print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
             teacher.to(weight_dtype)

@@ -10,7 +10,7 @@ from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder
 from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
 from diffusers_tbcm.evaluation.grid import image_grid
-from diffusers_tbcm.export.folders import Sample
+from diffusers_tbcm.export.record import Sample
 from diffusers_tbcm.training.tracking import MetricsLog
 
 
