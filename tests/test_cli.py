@@ -15,6 +15,7 @@ from diffusers_tbcm.__main__ import file_name, main
 from diffusers_tbcm.evaluation.drawing import Drawing, draw, load_pipeline
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.hub import push_pipeline_to_hub
+from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.lora import make_lora_student, save_lora
 
 
@@ -193,8 +194,8 @@ def test_a_push_that_fails_ends_in_words(push, tmp_path, error):
 
 def test_card_writes_the_readme_again(tmp_path, capsys):
     teacher, folder = write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "exported"
-    training = {"method": "TBCM", "steps": 3}
-    save_student_pipeline(tiny_transformer(guidance_embeds=True), teacher, folder, prompt="a dog", training=training)
+    description = StudentDescription("a dog", {"method": "TBCM", "steps": 3})
+    save_student_pipeline(tiny_transformer(guidance_embeds=True), teacher, folder, description)
     card = folder / "README.md"
     exported = card.read_text()
     card.write_text("spoilt")

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,14 @@ from tiny import tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, pipeline_folder
 from diffusers_tbcm.export import folders as export
-from diffusers_tbcm.export.folders import Sample, save_student_pipeline
-from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.export.folders import save_student_pipeline
+from diffusers_tbcm.export.record import Measurement, Sample, StudentDescription, save_metrics
 from diffusers_tbcm.pipeline_folder import VARIANTS
 
 
 PROMPT = 'a "small" dolphin'
 TRAINING = {"steps": 7, "learning rate": 1e-5}
+DESCRIPTION = StudentDescription(PROMPT, TRAINING)
 
 # Runs the card's own example, then draws with the same arguments and a fixed seed.
 PLAIN_DIFFUSERS = """
@@ -61,7 +63,7 @@ def student():
 
 @pytest.fixture
 def exported(student, teacher, tmp_path) -> Path:
-    return save_student_pipeline(student, teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+    return save_student_pipeline(student, teacher, tmp_path / "student", DESCRIPTION)
 
 
 @pytest.fixture
@@ -98,9 +100,7 @@ def test_export_names_stock_classes_and_keeps_the_students_weights_and_the_teach
 
 def test_export_carries_the_schedulers_own_timesteps(student, teacher, tmp_path):
     scheduler = TBCMScheduler(timesteps_by_steps={"2": [1.5, 0.9, 0.0]}, guidance_scales=[4.0, 5.0])
-    folder = save_student_pipeline(
-        student, teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING, scheduler=scheduler
-    )
+    folder = save_student_pipeline(student, teacher, tmp_path / "student", DESCRIPTION, scheduler=scheduler)
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "SCMScheduler"
     config = SanaTBCMPipeline.from_pretrained(folder).scheduler.config
     assert config.timesteps_by_steps == {"2": [1.5, 0.9, 0.0]} and config.guidance_scales == [4.0, 5.0]
@@ -112,7 +112,7 @@ def test_export_holds_no_pickles_no_lower_precision_copies_and_no_local_paths(st
     (damaged_teacher / "text_encoder" / "model.fp16.safetensors").write_bytes(b"copy")
     student.save_pretrained(tmp_path / "somewhere")
     student = type(student).from_pretrained(tmp_path / "somewhere")  # remembers where it came from
-    folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+    folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", DESCRIPTION)
     names = {path.name for path in folder.rglob("*") if path.is_file()}
     assert not {name for name in names if name.endswith(".bin") or ".fp16" in name}
     for path in folder.rglob("*"):
@@ -121,9 +121,7 @@ def test_export_holds_no_pickles_no_lower_precision_copies_and_no_local_paths(st
 
 
 def test_variants_lie_beside_the_float32_weights_and_load_in_their_dtype(student, teacher, exported, tmp_path):
-    folder = save_student_pipeline(
-        student, teacher, tmp_path / "both", prompt=PROMPT, training=TRAINING, variants=("fp16", "bf16")
-    )
+    folder = save_student_pipeline(student, teacher, tmp_path / "both", DESCRIPTION, variants=("fp16", "bf16"))
     before = {path.relative_to(exported): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     after = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     described = {Path("README.md"), Path("training.json")}
@@ -154,14 +152,14 @@ def test_an_export_over_an_earlier_students_leaves_none_of_its_figures_and_pictu
     folder, picture = tmp_path / "student", Image.new("RGB", (8, 8))
     samples = [Sample("a dog", steps, picture) for steps in (1, 2)]
     config = {"flags": {"seed": 1}}
-    arguments = {"prompt": PROMPT, "training": TRAINING, "config": config}
-    save_student_pipeline(student, teacher, folder, samples=samples, **arguments)
+    described = replace(DESCRIPTION, config=config)
+    save_student_pipeline(student, teacher, folder, replace(described, samples=samples))
     assert json.loads((folder / "training_config.json").read_text()) == config
     save_metrics(folder, [Measurement("student", 1, {"FD": 1.0})], dataset="12 prompts", command="python measure.py")
     picture.save(folder / "grid.png")
-    save_student_pipeline(student, teacher, folder, samples=samples[:1], **arguments)
+    save_student_pipeline(student, teacher, folder, replace(described, samples=samples[:1]))
     assert [path.name for path in (folder / "images").iterdir()] == ["00.png"]
-    save_student_pipeline(student, teacher, folder, **arguments)
+    save_student_pipeline(student, teacher, folder, described)
     assert not {"images", "grid.png", "metrics.json"} & {path.name for path in folder.iterdir()}
 
 
@@ -171,7 +169,7 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
 ):
     output_dir = tmp_path / "student"
     (output_dir / "checkpoint-1").mkdir(parents=True)
-    save_student_pipeline(student, teacher, output_dir, prompt=PROMPT, training=TRAINING)
+    save_student_pipeline(student, teacher, output_dir, DESCRIPTION)
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
@@ -180,14 +178,14 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
         if moment == "writing":
             patch.setattr(export, "render_model_card", fail)
         else:
-            replace = Path.replace
-            patch.setattr(Path, "replace", lambda path, to: fail() if path.name == "vae" else replace(path, to))
+            rename = Path.replace
+            patch.setattr(Path, "replace", lambda path, to: fail() if path.name == "vae" else rename(path, to))
         with pytest.raises(OSError, match="disk full"):
-            save_student_pipeline(student, teacher, output_dir, prompt=PROMPT, training={"steps": 8})
+            save_student_pipeline(student, teacher, output_dir, StudentDescription(PROMPT, {"steps": 8}))
     # an export that failed before it touched the folder leaves the earlier one; after that there is none
     assert (output_dir / "model_index.json").exists() == (moment == "writing")
 
-    save_student_pipeline(student, teacher, output_dir, prompt=PROMPT, training={"steps": 9})
+    save_student_pipeline(student, teacher, output_dir, StudentDescription(PROMPT, {"steps": 9}))
     SanaTBCMPipeline.from_pretrained(output_dir)
     assert json.loads((output_dir / "training.json").read_text())["training"] == {"steps": 9}
     assert (output_dir / "checkpoint-1").is_dir()
@@ -198,10 +196,9 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
 def test_licence_is_never_invented(prefix, student, damaged_teacher, tmp_path):
     if prefix:
         (damaged_teacher / "README.md").write_text(prefix)
-    folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+    folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", DESCRIPTION)
     assert "license" not in (folder / "README.md").read_text().split("---")[1]
-    said = {"prompt": PROMPT, "training": TRAINING, "license": "mit"}
-    save_student_pipeline(student, damaged_teacher, folder, **said)
+    save_student_pipeline(student, damaged_teacher, folder, replace(DESCRIPTION, license="mit"))
     assert ModelCard.load(folder / "README.md").data.license == "mit"
 
 
@@ -214,10 +211,7 @@ def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(stud
         student,
         "someone/teacher",
         tmp_path / "student",
-        prompt=PROMPT,
-        training=TRAINING,
-        resolution=128,
-        model_id="me/student",
+        replace(DESCRIPTION, resolution=128, model_id="me/student"),
     )
     assert (folder / "NOTICE").read_text() == "made of"
     card = ModelCard.load(folder / "README.md")
@@ -229,11 +223,9 @@ def test_licence_is_the_teachers_and_a_teacher_of_the_hub_is_the_base_model(stud
 
 def test_wrong_arguments_are_refused_before_anything_is_written(student, teacher, tmp_path):
     with pytest.raises(ValueError, match="guidance_embeds=False"):
-        save_student_pipeline(tiny_transformer(), teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING)
+        save_student_pipeline(tiny_transformer(), teacher, tmp_path / "student", DESCRIPTION)
     with pytest.raises(ValueError, match="variants has 'int8': choose from fp16, bf16"):
-        save_student_pipeline(
-            student, teacher, tmp_path / "student", prompt=PROMPT, training=TRAINING, variants=("fp16", "int8")
-        )
+        save_student_pipeline(student, teacher, tmp_path / "student", DESCRIPTION, variants=("fp16", "int8"))
     with pytest.raises(ValueError, match="the teacher's own folder"):
-        save_student_pipeline(student, teacher, teacher, prompt=PROMPT, training=TRAINING)
+        save_student_pipeline(student, teacher, teacher, DESCRIPTION)
     assert not list(tmp_path.iterdir())

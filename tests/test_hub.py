@@ -21,6 +21,7 @@ from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION, push_or_warn, push_pipeline_to_hub
+from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.lora import make_lora_student
 
 
@@ -83,7 +84,7 @@ def student(teacher, tmp_path_factory) -> Path:
     """A run's folder: the student, a picture that its card shows, and what is not published."""
     folder = tmp_path_factory.mktemp("runs") / "student"
     weights = tiny_transformer(guidance_embeds=True)
-    save_student_pipeline(weights, teacher, folder, prompt="a dolphin", training={"steps": 7})
+    save_student_pipeline(weights, teacher, folder, StudentDescription("a dolphin", {"steps": 7}))
     (folder / "grid.png").write_bytes(b"a grid")
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card + "\nWritten by hand. ![grid](grid.png)\n")
@@ -112,7 +113,7 @@ def adapters(dense_teacher, tmp_path_factory) -> Path:
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)  # trained a long way from the teacher
     folder = tmp_path_factory.mktemp("loras") / "lora"
-    return save_student_lora(lora, dense_teacher, folder, prompt="a dolphin", training={"steps": 8})
+    return save_student_lora(lora, dense_teacher, folder, StudentDescription("a dolphin", {"steps": 8}))
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(
     damage, arguments, message, teacher, tmp_path, caplog
 ):
     weights = tiny_transformer(guidance_embeds=True)
-    folder = save_student_pipeline(weights, teacher, tmp_path / "student", prompt="a dog", training={"steps": 7})
+    folder = save_student_pipeline(weights, teacher, tmp_path / "student", StudentDescription("a dog", {"steps": 7}))
     subprocess.run(damage, shell=True, cwd=folder, check=True)
     arguments = {"repo_id": "me/student", "token": "hf_x", "license": LICENSE} | arguments
     with pytest.raises(ValueError, match=message) as caught:

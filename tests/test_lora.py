@@ -18,6 +18,7 @@ from tiny import LATENT_CHANNELS, TEXT_HIDDEN_SIZE, tiny_sana_pipeline, tiny_tra
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
+from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.lora import LORA_FILE, drop_frozen_weights, make_lora_student, merge_lora, save_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
 from diffusers_tbcm.tangent import consistency_tangent
@@ -197,7 +198,10 @@ def test_loaded_adapters_draw_what_the_merged_export_draws_and_the_teacher_stays
     student.register_to_config(guidance_embeds_scale=0.3, timestep_scale=0.001)
     folder = save_lora(student, tmp_path / "lora")
     export = save_student_pipeline(
-        merge_lora(student), write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "merged", prompt=PROMPT, training={}
+        merge_lora(student),
+        write_tiny_pipeline(tmp_path / "teacher"),
+        tmp_path / "merged",
+        StudentDescription(PROMPT, {}),
     )
     merged_pipeline = SanaTBCMPipeline.from_pretrained(export)
     expected = {scale: draw(merged_pipeline, guidance_scale=scale) for scale in (4.5, 40.0)}
@@ -289,10 +293,7 @@ def test_plain_diffusers_runs_the_lora_cards_example_and_draws_what_ours_draws(t
         student,
         tmp_path / "teacher",
         tmp_path / "run" / "lora",
-        prompt=PROMPT,
-        training={"steps": 7},
-        config={"flags": {"seed": 0}},
-        model_id="run/lora",
+        StudentDescription(PROMPT, {"steps": 7}, config={"flags": {"seed": 0}}, model_id="run/lora"),
         guidance_scale=5.0,
     )
     assert {path.name for path in folder.iterdir()} == {
@@ -323,7 +324,7 @@ def test_plain_diffusers_runs_the_lora_cards_example_and_draws_what_ours_draws(t
 def test_a_lora_card_shows_the_stock_pipeline_only_where_that_draws(config, stock, tmp_path):
     tiny_sana_pipeline(**config).save_pretrained(tmp_path / "teacher")
     student = make_lora_student(tiny_transformer(**config), rank=RANK)
-    folder = save_student_lora(student, tmp_path / "teacher", tmp_path / "lora", prompt=PROMPT, training={})
+    folder = save_student_lora(student, tmp_path / "teacher", tmp_path / "lora", StudentDescription(PROMPT, {}))
     record = json.loads((folder / "training.json").read_text())
     card = ModelCard.load(folder / "README.md")
     assert record["adapter"]["stock_pipeline"] == ("sigmas=" in card.text) == stock

@@ -7,9 +7,9 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from tiny import tiny_transformer, write_tiny_pipeline
 
-from diffusers_tbcm.export.folders import Sample, save_student_pipeline
+from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.model_card import render_model_card
-from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.export.record import Measurement, Sample, StudentDescription, save_metrics
 
 
 SAMPLES = [
@@ -31,11 +31,10 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def export(teacher, tmp_path):
-    def save(**changes):
-        arguments = {"prompt": "a dolphin", "training": {"steps": 7, "learning rate": 1e-5}, **changes}
-        return save_student_pipeline(
-            tiny_transformer(guidance_embeds=True), teacher, tmp_path / "student", **arguments
-        )
+    def save(variants=(), **changes):
+        description = StudentDescription("a dolphin", **{"training": {"steps": 7, "learning rate": 1e-5}, **changes})
+        student = tiny_transformer(guidance_embeds=True)
+        return save_student_pipeline(student, teacher, tmp_path / "student", description, variants=variants)
 
     return save
 

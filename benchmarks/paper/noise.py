@@ -14,7 +14,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from diffusers_tbcm.evaluation.evaluator import image_grid
+from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.trajectory import equivalent_noise
 from examples.tbcm.mini_teacher.emoji_metrics import SEED, load_evaluation
 

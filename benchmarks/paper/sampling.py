@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 
-from diffusers_tbcm.evaluation.evaluator import image_grid
+from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, sample_timesteps
 from examples.tbcm.mini_teacher.emoji_metrics import GUIDANCE_SCALE, SEED, Meter, load_evaluation
 

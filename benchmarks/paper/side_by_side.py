@@ -7,7 +7,7 @@ import torch
 from diffusers import SanaPipeline
 
 from diffusers_tbcm.evaluation.drawing import load_pipeline
-from diffusers_tbcm.evaluation.evaluator import image_grid
+from diffusers_tbcm.evaluation.grid import image_grid
 from examples.tbcm.mini_teacher.emoji_metrics import GUIDANCE_SCALE, TEACHER_DIR, draw
 
 from .teacher_trajectories import CELL_SIZE

@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
-from diffusers_tbcm.draws import draw_generator
-from diffusers_tbcm.evaluation.evaluator import image_grid, seconds_per_image
+from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
+from diffusers_tbcm.evaluation.evaluator import seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
+from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
@@ -96,21 +97,20 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int) -> list[Im
     """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc=f"{type(pipeline).__name__}, {steps} steps"):
-        batch = prompts[start : start + BATCH_SIZE]
-        pictures += pipeline(
-            batch,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
-            height=size,
-            width=size,
-            generator=[draw_generator(start + place, SEED) for place in range(len(batch))],
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            complex_human_instruction=None,
-            use_resolution_binning=False,
-        ).images
-    return pictures
+    pictures = draw_pictures(
+        pipeline,
+        prompts,
+        numbered_generators(SEED),
+        num_inference_steps=steps,
+        batch_size=BATCH_SIZE,
+        guidance_scale=GUIDANCE_SCALE,
+        height=size,
+        width=size,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        complex_human_instruction=None,
+        use_resolution_binning=False,
+    )
+    return list(tqdm(pictures, total=len(prompts), desc=f"{type(pipeline).__name__}, {steps} steps", unit="picture"))
 
 
 def likeness(pictures: list[Image.Image], references: list[Image.Image]) -> float:

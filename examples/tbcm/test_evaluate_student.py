@@ -16,7 +16,7 @@ from tiny import tiny_tbcm_pipeline, tiny_transformer
 from diffusers_tbcm.evaluation.features import MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.folders import save_student_pipeline
-from diffusers_tbcm.export.record import load_metrics
+from diffusers_tbcm.export.record import StudentDescription, load_metrics
 from examples.tbcm.evaluate_student import Settings, main, parse_settings
 from examples.tbcm.mini_teacher.emoji_metrics import TEACHER_DIR
 
@@ -151,7 +151,7 @@ def test_two_processes_draw_the_pictures_of_one(arguments, tmp_path):
 def test_the_card_of_the_student_gets_the_results(arguments, teacher, tmp_path):
     folder = tmp_path / "published"
     save_student_pipeline(
-        tiny_transformer(guidance_embeds=True), teacher, folder, prompt="a dog", training={"steps": 1}
+        tiny_transformer(guidance_embeds=True), teacher, folder, StudentDescription("a dog", {"steps": 1})
     )
     main(arguments(model=folder, max_prompts=2, num_images_per_prompt=2, update_card=True))
     value = load_metrics(folder).measurements[0]

@@ -6,10 +6,12 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .files import PICTURE_SUFFIXES
 
@@ -27,6 +29,37 @@ LABEL_LENGTH = 40  # and beside a grid's row
 MAX_CELL_SIZE = 512  # pixels a side of a grid's pictures
 
 
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` draws and where to.
+
+    Args:
+        model: pipeline folder or Hub id.
+        lora: folder, file or Hub id of LoRA weights to load into it; None for none.
+        dtype: of weights and computation, by torch's name.
+        device: where it runs; None for a GPU where there is one, else the CPU.
+        prompts: what to draw, each with every number of steps and every seed.
+        steps: numbers of inference steps.
+        seeds: one a picture.
+        options: further arguments of the pipeline's call.
+        out: a picture's file, or a folder.
+        to_folder: whether `out` is a folder.
+        grid: put all pictures into one.
+    """
+
+    model: str
+    lora: str | None
+    dtype: str
+    device: str | None
+    prompts: list[str]
+    steps: list[int]
+    seeds: list[int]
+    options: dict[str, Any]
+    out: Path
+    to_folder: bool
+    grid: bool
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.
 
@@ -36,53 +69,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with code 2 for arguments that do not fit, 1 where the command cannot be carried out.
     """
-    args = parse_args(argv)
+    command, run = parse_args(argv)
     try:
-        args.run(args)
+        run()
     except ValueError as error:  # ours, which say what to do
-        sys.exit(f"{PROG} {args.command}: error: {error}")
+        sys.exit(f"{PROG} {command}: error: {error}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Callable[[], None]]:
     """Read the arguments and check what can be checked before anything is loaded.
 
     Args:
         argv: the arguments; the program's own by default.
 
     Returns:
-        The arguments; `run` is the command's function.
+        The command's name, and what runs it.
 
     Raises:
         SystemExit: for arguments that do not fit, with the reason on stderr.
     """
     parser = argparse.ArgumentParser(PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-
     generate = commands.add_parser("generate", help="draw pictures")
-    generate.set_defaults(run=run_generate)
-    generate.add_argument("--model", required=True, help="pipeline folder or Hub id of a student")
-    generate.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
-    prompts = generate.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", nargs="+", help="one or more prompts, each in quotes")
-    prompts.add_argument("--prompts_file", type=Path, help="text with one prompt a line, or csv, jsonl or parquet")
-    generate.add_argument("--steps", type=int, nargs="+", default=[2], help="numbers of inference steps")
-    generate.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each")
-    generate.add_argument("--guidance_scale", type=float, default=4.5)
-    generate.add_argument("--height", type=int, help="pixels; the size of training by default")
-    generate.add_argument("--width", type=int)
-    generate.add_argument(
-        "--complex_human_instruction",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="put Sana's instruction before each prompt; --no- for a student that was distilled without it",
-    )
-    generate.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    generate.add_argument("--device", help="a GPU where there is one, else the CPU by default")
-    generate.add_argument("--out", type=Path, required=True, help="a picture's file, or a folder for many")
-    generate.add_argument("--grid", action="store_true", help="all pictures in one, a labelled table")
+    add_generate_flags(generate)
 
     push = commands.add_parser("push", help="publish a student's folder on the Hub")
-    push.set_defaults(run=run_push)
     push.add_argument("folder", type=Path, help="what training or export wrote")
     push.add_argument("repo_id", help="owner/name; made where there is none")
     push.add_argument("--private", action="store_true", default=None, help="where the repository is made")
@@ -92,90 +103,137 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     push.add_argument("--token", help="better: HF_TOKEN or `hf auth login`, which no process list shows")
 
     card = commands.add_parser("card", help="write a student's README.md again, from what its folder holds")
-    card.set_defaults(run=run_card)
     card.add_argument("folder", type=Path, help="what training or export wrote")
     card.add_argument("--license", help="the student's, such as apache-2.0; the recorded one by default")
     card.add_argument("--model_id", help="what the examples load; the recorded one by default")
 
-    args = parser.parse_args(argv)
-    if args.command == "generate":
-        check_generate(generate, args)
-    elif not args.folder.is_dir():
-        (push if args.command == "push" else card).error(f"folder {str(args.folder)!r} does not exist")
-    return args
+    values = vars(parser.parse_args(argv))
+    command = values.pop("command")
+    if command == "generate":
+        return command, partial(run_generate, read_generation(generate, **values))
+    if not values["folder"].is_dir():
+        (push if command == "push" else card).error(f"folder {str(values['folder'])!r} does not exist")
+    return command, partial(run_push if command == "push" else run_card, **values)
 
 
-def check_generate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse arguments of `generate` that do not fit together.
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `generate`, those of `read_generation`."""
+    parser.add_argument("--model", required=True, help="pipeline folder or Hub id of a student")
+    parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, each in quotes")
+    prompts.add_argument("--prompts_file", type=Path, help="text with one prompt a line, or csv, jsonl or parquet")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2], help="numbers of inference steps")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each")
+    parser.add_argument("--guidance_scale", type=float, default=4.5)
+    parser.add_argument("--height", type=int, help="pixels; the size of training by default")
+    parser.add_argument("--width", type=int)
+    parser.add_argument(
+        "--complex_human_instruction",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put Sana's instruction before each prompt; --no- for a student that was distilled without it",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    parser.add_argument("--device", help="a GPU where there is one, else the CPU by default")
+    parser.add_argument("--out", type=Path, required=True, help="a picture's file, or a folder for many")
+    parser.add_argument("--grid", action="store_true", help="all pictures in one, a labelled table")
+
+
+def read_generation(
+    parser: argparse.ArgumentParser,
+    *,
+    prompt: list[str],
+    prompts_file: Path | None,
+    steps: list[int],
+    seed: list[int],
+    guidance_scale: float,
+    height: int | None,
+    width: int | None,
+    complex_human_instruction: bool,
+    out: Path,
+    grid: bool,
+    **loading: Any,
+) -> Generation:
+    """Refuse arguments of `generate` that do not fit together, and read the prompts.
 
     Args:
         parser: the command's.
-        args: its arguments; gets the file's prompts as `prompt`, and whether `out` is a folder as `to_folder`.
+        prompt, prompts_file, steps, seed, guidance_scale, height, width, complex_human_instruction, out, grid: its
+            arguments.
+        loading: those of its arguments that say which model is loaded, and how.
+
+    Returns:
+        What to draw.
 
     Raises:
         SystemExit: with the reason on stderr.
     """
-    for name, values in (("steps", args.steps), ("height", [args.height]), ("width", [args.width])):
+    for name, values in (("steps", steps), ("height", [height]), ("width", [width])):
         for value in values:
             if value is not None and value < 1:
                 parser.error(f"--{name} is {value}: it takes at least 1")
-    for seed in args.seed:
-        if not 0 <= seed <= MAX_SEED:
-            parser.error(f"--seed is {seed}: it takes 0 to {MAX_SEED}")
-    for name, values in (("steps", args.steps), ("seed", args.seed), ("prompt", args.prompt or [])):
-        if len(set(values)) < len(values):
+    for number in seed:
+        if not 0 <= number <= MAX_SEED:
+            parser.error(f"--seed is {number}: it takes 0 to {MAX_SEED}")
+    given: tuple[tuple[str, list[int] | list[str]], ...] = (("steps", steps), ("seed", seed), ("prompt", prompt))
+    for name, several in given:
+        if len(set(several)) < len(several):
             parser.error(f"--{name} has a value twice, which would give the same picture twice")
-    if not all(prompt.strip() for prompt in args.prompt or ()):
+    if not all(text.strip() for text in prompt):
         parser.error("--prompt is empty")
 
-    args.to_folder = args.out.is_dir() or args.out.suffix.lower() not in PICTURE_SUFFIXES
-    if args.to_folder and args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {str(args.out)!r} is a file, and no picture's: {', '.join(PICTURE_SUFFIXES)}")
-    if args.to_folder and args.grid:
-        parser.error(f"--grid is one picture, but --out {str(args.out)!r} is a folder: name a file such as grid.png")
-    if args.prompts_file is not None:
-        if not args.prompts_file.is_file():
-            parser.error(f"--prompts_file {str(args.prompts_file)!r} does not exist")
+    to_folder = out.is_dir() or out.suffix.lower() not in PICTURE_SUFFIXES
+    if to_folder and out.exists() and not out.is_dir():
+        parser.error(f"--out {str(out)!r} is a file, and no picture's: {', '.join(PICTURE_SUFFIXES)}")
+    if to_folder and grid:
+        parser.error(f"--grid is one picture, but --out {str(out)!r} is a folder: name a file such as grid.png")
+    if prompts_file is not None:
+        if not prompts_file.is_file():
+            parser.error(f"--prompts_file {str(prompts_file)!r} does not exist")
         from .data.prompts import load_prompts
 
         try:
-            args.prompt = load_prompts(args.prompts_file).prompts
+            prompt = load_prompts(prompts_file).prompts
         except ValueError as error:
             parser.error(f"--prompts_file: {error}")
-    pictures = len(args.prompt) * len(args.steps) * len(args.seed)
-    if not args.to_folder and pictures > 1 and not args.grid:
-        parser.error(f"--out {str(args.out)!r} is one file for {pictures} pictures: name a folder, or add --grid")
+    pictures = len(prompt) * len(steps) * len(seed)
+    if not to_folder and pictures > 1 and not grid:
+        parser.error(f"--out {str(out)!r} is one file for {pictures} pictures: name a folder, or add --grid")
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    if not complex_human_instruction:
+        options["complex_human_instruction"] = None
+    return Generation(
+        prompts=prompt, steps=steps, seeds=seed, options=options, out=out, to_folder=to_folder, grid=grid, **loading
+    )
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def run_generate(asked: Generation) -> None:
     """Draw every prompt at every number of steps with every seed."""
     import torch
     from tqdm.auto import tqdm
 
     from .evaluation.drawing import draw, load_pipeline
 
-    pipeline = load_pipeline(args.model, lora=args.lora, dtype=getattr(torch, args.dtype), device=args.device)
-    options = {name: getattr(args, name) for name in ("guidance_scale", "height", "width")}
-    if not args.complex_human_instruction:
-        options["complex_human_instruction"] = None
-    (args.out if args.to_folder else args.out.parent).mkdir(parents=True, exist_ok=True)
+    pipeline = load_pipeline(asked.model, lora=asked.lora, dtype=getattr(torch, asked.dtype), device=asked.device)
+    (asked.out if asked.to_folder else asked.out.parent).mkdir(parents=True, exist_ok=True)
 
     in_grid = []
-    seconds: dict[int, list[float]] = {steps: [] for steps in args.steps}
-    total = len(args.prompt) * len(args.steps) * len(args.seed)
-    drawings = draw(pipeline, args.prompt, steps=args.steps, seeds=args.seed, **options)
+    seconds: dict[int, list[float]] = {steps: [] for steps in asked.steps}
+    total = len(asked.prompts) * len(asked.steps) * len(asked.seeds)
+    drawings = draw(pipeline, asked.prompts, steps=asked.steps, seeds=asked.seeds, **asked.options)
     for drawing in tqdm(drawings, total=total, unit="picture"):
         seconds[drawing.num_inference_steps].append(drawing.seconds)
-        if args.grid:
+        if asked.grid:
             in_grid.append(drawing)
-        elif args.to_folder:
-            drawing.image.save(args.out / file_name(drawing, args.prompt.index(drawing.prompt)))
+        elif asked.to_folder:
+            drawing.image.save(asked.out / file_name(drawing, asked.prompts.index(drawing.prompt)))
         else:
-            drawing.image.save(args.out)
-    if args.grid:
-        grid(in_grid, columns=len(args.steps) * len(args.seed)).save(args.out)
+            drawing.image.save(asked.out)
+    if asked.grid:
+        grid(in_grid, columns=len(asked.steps) * len(asked.seeds)).save(asked.out)
 
-    print(f"{total} picture{'s' * (total > 1)} in {args.out}")
+    print(f"{total} picture{'s' * (total > 1)} in {asked.out}")
     for steps, taken in seconds.items():
         print(f"{_steps(steps)}: {median(taken):.2f} s a picture")
 
@@ -198,13 +256,13 @@ def grid(drawings: Sequence[Drawing], columns: int) -> Image.Image:
     """Lay drawings out with a row a prompt and a column for each number of steps and seed.
 
     Args:
-        drawings: in the order of `generation.draw`.
+        drawings: in the order of `drawing.draw`.
         columns: how many belong to a prompt.
 
     Returns:
         The table.
     """
-    from .evaluation.evaluator import image_grid
+    from .evaluation.grid import image_grid
 
     rows = [drawings[start : start + columns] for start in range(0, len(drawings), columns)]
     several_seeds = len({drawing.seed for drawing in drawings}) > 1
@@ -216,27 +274,43 @@ def grid(drawings: Sequence[Drawing], columns: int) -> Image.Image:
     )
 
 
-def run_push(args: argparse.Namespace) -> None:
-    """Push a folder to the Hub."""
+def run_push(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None,
+    private: bool | None,
+    license: str | None,
+    tag: str | None,
+    include_training_state: bool,
+) -> None:
+    """Push a folder to the Hub; the arguments are those of `export.hub.push_pipeline_to_hub`."""
     from .export.hub import push_pipeline_to_hub
 
-    options = {name: getattr(args, name) for name in ("token", "private", "license", "tag", "include_training_state")}
     try:
-        print(push_pipeline_to_hub(args.folder, args.repo_id, **options))
+        address = push_pipeline_to_hub(
+            folder,
+            repo_id,
+            token=token,
+            private=private,
+            license=license,
+            tag=tag,
+            include_training_state=include_training_state,
+        )
     except RuntimeError as error:  # the Hub's, in words
         raise ValueError(error) from error
+    print(address)
 
 
-def run_card(args: argparse.Namespace) -> None:
-    """Write a folder's card."""
+def run_card(folder: Path, *, license: str | None, model_id: str | None) -> None:
+    """Write a folder's card; the arguments are those of `export.model_card.render_model_card`."""
     from .export.model_card import render_model_card
     from .pipeline_folder import CARD, TRAINING_RECORD
 
-    if not (args.folder / TRAINING_RECORD).is_file():
-        raise ValueError(f"folder {str(args.folder)!r} has no {TRAINING_RECORD}, which training writes for the card")
-    card = render_model_card(args.folder, license=args.license, model_id=args.model_id)
-    card.save(args.folder / CARD)
-    print(args.folder / CARD)
+    if not (folder / TRAINING_RECORD).is_file():
+        raise ValueError(f"folder {str(folder)!r} has no {TRAINING_RECORD}, which training writes for the card")
+    render_model_card(folder, license=license, model_id=model_id).save(folder / CARD)
+    print(folder / CARD)
 
 
 def _steps(number: int) -> str:

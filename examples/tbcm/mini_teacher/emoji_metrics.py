@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_tbcm.draws import draw_generator
+from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
 
 
@@ -52,21 +52,20 @@ def draw(
     """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc=f"{type(pipeline).__name__}, {steps} steps"):
-        batch = prompts[start : start + batch_size]
-        pictures += pipeline(
-            batch,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            height=size,
-            width=size,
-            generator=[draw_generator(start + i, SEED) for i in range(len(batch))],
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            complex_human_instruction=None,
-            use_resolution_binning=False,
-        ).images
-    return pictures
+    pictures = draw_pictures(
+        pipeline,
+        prompts,
+        numbered_generators(SEED),
+        num_inference_steps=steps,
+        batch_size=batch_size,
+        guidance_scale=guidance_scale,
+        height=size,
+        width=size,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        complex_human_instruction=None,
+        use_resolution_binning=False,
+    )
+    return list(tqdm(pictures, total=len(prompts), desc=f"{type(pipeline).__name__}, {steps} steps", unit="picture"))
 
 
 class Meter:

@@ -1,20 +1,22 @@
-"""Drawing with a student from the outside: load it by name, draw every prompt at every number of steps and seed."""
+"""Drawing with a pipeline from the outside: load it by name, draw prompts in batches or one by one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from os import PathLike
 from typing import Any
 
 import torch
-from diffusers import SCMScheduler
+from diffusers import DiffusionPipeline, SCMScheduler
 from PIL import Image
 
 from ..draws import draw_generator
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
+from ..text import Text
 from ..versions import dtype_argument
 
 
@@ -77,6 +79,58 @@ def load_pipeline(
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def draw_pictures(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str] | Text,
+    generators: Iterable[torch.Generator],
+    *,
+    num_inference_steps: int,
+    batch_size: int | None = None,
+    **options: Any,
+) -> Iterator[Image.Image]:
+    """Draw a picture of every prompt, in batches, each from noise of its own generator.
+
+    Args:
+        pipeline: any Sana pipeline.
+        prompts: N texts, or their embeddings, which a student's pipeline takes.
+        generators: one a picture, on the CPU: the picture is then the same whatever is drawn beside it, to rounding,
+            and on every device; at least N.
+        num_inference_steps: steps to take.
+        batch_size: pictures at a time; None for all at once.
+        options: further arguments of the pipeline's call, such as `guidance_scale`.
+
+    Yields:
+        The pictures, in order.
+    """
+    generators = iter(generators)
+    batch_size = batch_size or max(1, len(prompts))
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        asked: dict[str, Any]
+        if isinstance(batch, Text):
+            asked = {"prompt_embeds": batch.embeds, "prompt_attention_mask": batch.mask}
+        else:
+            asked = {"prompt": list(batch)}
+        yield from pipeline(
+            **asked,
+            num_inference_steps=num_inference_steps,
+            generator=list(islice(generators, len(batch))),
+            **options,
+        ).images
+
+
+def numbered_generators(seed: int) -> Iterator[torch.Generator]:
+    """Make the generators of prompts in a fixed order: noise depends on the seed and on a prompt's place alone.
+
+    Args:
+        seed: of all pictures.
+
+    Yields:
+        That of the first prompt, then that of the second, and so on without end.
+    """
+    return (draw_generator(place, seed) for place in count())
+
+
 def draw(
     pipeline: SanaTBCMPipeline, prompts: Sequence[str], *, steps: Sequence[int], seeds: Sequence[int], **options: Any
 ) -> Iterator[Drawing]:
@@ -98,18 +152,8 @@ def draw(
         for num_inference_steps in steps:
             for seed in seeds:
                 start = time.perf_counter()
-                generator = torch.Generator().manual_seed(seed)
-                images = pipeline(
-                    prompt, num_inference_steps=num_inference_steps, generator=generator, return_dict=False, **options
-                )[0]
-                yield Drawing(prompt, num_inference_steps, seed, images[0], time.perf_counter() - start)
-
-
-def draw_pictures(pipeline: Any, text: Any, *, num_inference_steps: int, seed: int, **options: Any) -> Any:
-    return pipeline(
-        prompt_embeds=text.embeds,
-        prompt_attention_mask=text.mask,
-        num_inference_steps=num_inference_steps,
-        generator=[draw_generator(index, seed) for index in range(len(text))],
-        **options,
-    ).images
+                generators = [torch.Generator().manual_seed(seed)]
+                (image,) = draw_pictures(
+                    pipeline, [prompt], generators, num_inference_steps=num_inference_steps, **options
+                )
+                yield Drawing(prompt, num_inference_steps, seed, image, time.perf_counter() - start)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..draws import draw_generator
 from ..files import read_json, write_json, written_beside
+from .drawing import draw_pictures
 
 
 SETTINGS = "settings.json"
@@ -119,18 +120,20 @@ class PictureFolder(Sequence[Image.Image]):
             progress: show a bar.
             options: further arguments of the pipeline's call, such as `guidance_scale`.
         """
-        for start in tqdm(range(0, len(indices), batch_size), desc=self.folder.name, disable=not progress):
-            batch = indices[start : start + batch_size]
-            places = [divmod(index, self.pictures_per_prompt) for index in batch]
-            pictures = pipeline(
-                [self.prompts[prompt] for prompt, _ in places],
-                num_inference_steps=num_inference_steps,
-                generator=[draw_generator(prompt, seed, stream=picture) for prompt, picture in places],
-                **options,
-            ).images
-            for index, picture in zip(batch, pictures, strict=True):
+        places = [divmod(index, self.pictures_per_prompt) for index in indices]
+        pictures = draw_pictures(
+            pipeline,
+            [self.prompts[prompt] for prompt, _ in places],
+            (draw_generator(prompt, seed, stream=picture) for prompt, picture in places),
+            num_inference_steps=num_inference_steps,
+            batch_size=batch_size,
+            **options,
+        )
+        with tqdm(total=len(indices), desc=self.folder.name, unit="picture", disable=not progress) as done:
+            for index, picture in zip(indices, pictures, strict=True):
                 with written_beside(self.path(index)) as partial:
                     picture.save(partial, format="PNG")
+                done.update()
 
 
 def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:

@@ -36,7 +36,7 @@ from ..scheduling_tbcm import TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
-from .record import Sample
+from .record import StudentDescription
 
 
 SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale
@@ -46,17 +46,10 @@ def save_student_pipeline(
     student: SanaTransformer2DModel,
     teacher: str | PathLike[str],
     output_dir: str | PathLike[str],
+    description: StudentDescription,
     *,
-    prompt: str,
-    training: Mapping[str, Any],
-    config: Mapping[str, Any] | None = None,
-    samples: Sequence[Sample] = (),
-    resolution: int | None = None,
     scheduler: TBCMScheduler | None = None,
     variants: Sequence[str] = (),
-    license: str | None = None,
-    model_id: str | None = None,
-    image_free: bool = True,
 ) -> Path:
     """Save a student as a folder that plain `DiffusionPipeline.from_pretrained` loads, with card and records.
 
@@ -70,18 +63,10 @@ def save_student_pipeline(
         student: the distilled transformer in flow-matching form, with a guidance embedder.
         teacher: pipeline folder or Hub id that the text encoder, tokenizer and autoencoder are copied from.
         output_dir: where the pipeline is to be.
-        prompt: what the card's examples draw.
-        training: the card's training table, JSON values by name.
-        config: `training_config.json`, as `record.training_config` makes it; None writes none.
-        samples: what the student drew, for the card.
-        resolution: what the student was distilled at, in pixels a side; by default its own size.
+        description: what its card and records say of it.
         scheduler: carries the checkpoint's own timesteps and guidance scales; `TBCMScheduler()` by default.
         variants: `"fp16"`, `"bf16"` or both: copies of all weights in half precision beside the ordinary ones, for
             `from_pretrained(..., variant=..., torch_dtype=...)`.
-        license: the student's; by default what the teacher's card says, and none where that says nothing.
-        model_id: what the card's examples load; the folder's name by default.
-        image_free: whether it was distilled by TBCM, from prompts alone; otherwise the training table's `method` is
-            named, and the pictures.
 
     Returns:
         `output_dir`.
@@ -117,9 +102,8 @@ def save_student_pipeline(
         write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder))
         for variant in variants:
             _save_variant(folder, variant)
-        record = _record(student, teacher, teacher_folder, prompt, training, resolution, license, image_free)
-        record = {"model_id": model_id or output_dir.resolve().name, **record}
-        _describe(folder, teacher_folder, record, config, samples)
+        record = _record(description, student, teacher, teacher_folder, output_dir)
+        _describe(folder, teacher_folder, description, record)
     return output_dir
 
 
@@ -127,16 +111,9 @@ def save_student_lora(
     student: SanaTransformer2DModel,
     teacher: str | PathLike[str],
     output_dir: str | PathLike[str],
+    description: StudentDescription,
     *,
-    prompt: str,
-    training: Mapping[str, Any],
     guidance_scale: float = 4.5,
-    config: Mapping[str, Any] | None = None,
-    samples: Sequence[Sample] = (),
-    resolution: int | None = None,
-    license: str | None = None,
-    model_id: str | None = None,
-    image_free: bool = True,
 ) -> Path:
     """Save a LoRA student as a folder that its teacher's pipeline loads, ours or a stock one, with card and records.
 
@@ -146,7 +123,7 @@ def save_student_lora(
         student: made by `lora.make_lora_student`.
         teacher: pipeline folder or Hub id of its teacher.
         output_dir: where the folder is to be.
-        prompt, training, config, samples, resolution, license, model_id, image_free: as in `save_student_pipeline`.
+        description: what its card and records say of it.
         guidance_scale: the one that the stock `SanaPipeline` will draw with.
 
     Returns:
@@ -160,10 +137,9 @@ def save_student_lora(
     stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
     with written_beside(output_dir.resolve(), place=partial(_move, last=LORA_FILE)) as folder:
         save_lora(student, folder, guidance_scale if stock else None)
-        record = _record(student, teacher, teacher_folder, prompt, training, resolution, license, image_free)
+        record = _record(description, student, teacher, teacher_folder, output_dir)
         adapter = {"guidance_scale": guidance_scale, "stock_pipeline": stock}
-        record = {"model_id": model_id or output_dir.resolve().name, **record, "adapter": adapter}
-        _describe(folder, teacher_folder, record, config, samples)
+        _describe(folder, teacher_folder, description, {**record, "adapter": adapter})
     return output_dir
 
 
@@ -200,50 +176,44 @@ def _draws_in_sana_pipeline(student: SanaTransformer2DModel, teacher_config: Map
 
 
 def _record(
+    description: StudentDescription,
     student: SanaTransformer2DModel,
     teacher: str | PathLike[str],
     teacher_folder: Path,
-    prompt: str,
-    training: Mapping[str, Any],
-    resolution: int | None,
-    license: str | None,
-    image_free: bool,
+    output_dir: Path,
 ) -> dict[str, Any]:
-    """What the card says of either kind of student."""
+    """What the card says of either kind of student, the samples left out."""
+    resolution = description.resolution
     if resolution is None:
         resolution = backbone_of(student).native_resolution(teacher_folder, student)
+    license = description.license
     is_local = Path(teacher).is_dir()
     return {
+        "model_id": description.model_id or output_dir.resolve().name,
         "teacher": Path(teacher).resolve().name if is_local else str(teacher),
         "base_model": None if is_local else str(teacher),
         "license": license_of(teacher_folder / CARD) if license is None else {"license": license},
         "resolution": resolution,
-        "prompt": prompt,
-        "training": dict(training),
-        "image_free": image_free,
+        "prompt": description.prompt,
+        "training": dict(description.training),
+        "image_free": description.image_free,
     }
 
 
-def _describe(
-    folder: Path,
-    teacher_folder: Path,
-    record: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    samples: Sequence[Sample],
-) -> None:
+def _describe(folder: Path, teacher_folder: Path, description: StudentDescription, record: Mapping[str, Any]) -> None:
     """Write what a folder holds beside its weights: records, samples, the teacher's terms, the card."""
     for name in LEGAL_FILES:
         if (teacher_folder / name).is_file():
             shutil.copy(teacher_folder / name, folder / name)
     pictures = []
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate(description.samples):
         file = f"{SAMPLES}/{index:02}.png"
         (folder / SAMPLES).mkdir(exist_ok=True)
         sample.image.save(folder / file)
         pictures.append({"prompt": sample.prompt, "num_inference_steps": sample.num_inference_steps, "file": file})
     write_json(folder / TRAINING_RECORD, {**record, "samples": pictures})
-    if config is not None:
-        write_json(folder / TRAINING_CONFIG, config)
+    if description.config is not None:
+        write_json(folder / TRAINING_CONFIG, description.config)
     render_model_card(folder).save(folder / CARD)
 
 

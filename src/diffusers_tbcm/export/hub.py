@@ -183,7 +183,7 @@ def choose_license(folder: Path, license: str | None) -> str:
     if named is None and license is None:
         raise ValueError(
             f"license is None, and {str(folder / CARD)!r} names none: give the one that the teacher's terms allow,"
-            ' such as license="apache-2.0" (--hub_license apache-2.0)'
+            ' such as license="apache-2.0"'
         )
     if named is not None and license not in (None, named):
         raise ValueError(f"license is {license!r}, but {str(folder / CARD)!r} says {named!r}: change the card")

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder says of its making: every flag of its run, and what was measured on it."""
+"""What a checkpoint's folder says of it: how it was made, every flag of its run, and what was measured on it."""
 
 from __future__ import annotations
 
@@ -40,6 +40,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class StudentDescription:
+    """What a saved student's card and records say of it.
+
+    Args:
+        prompt: what the card's examples draw.
+        training: the card's training table, JSON values by name.
+        config: `training_config.json`, as `training_config` makes it; None writes none.
+        samples: what the student drew.
+        resolution: what the student was distilled at, in pixels a side; by default its own size.
+        license: the student's; by default what the teacher's card says, and none where that says nothing.
+        model_id: what the card's examples load; the folder's name by default.
+        image_free: whether it was distilled by TBCM, from prompts alone; otherwise the training table's `method` is
+            named, and the pictures.
+    """
+
     prompt: str
     training: Mapping[str, Any]
     config: Mapping[str, Any] | None = None

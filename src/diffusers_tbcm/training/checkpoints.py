@@ -135,5 +135,5 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path
         except ValueError as error:
             logger.warning(f"{error}. Trying the one before it.")
     if checkpoints:
-        raise ValueError(f"no checkpoint in {str(output_dir)!r} is whole: start again with another --output_dir")
+        raise ValueError(f"no checkpoint in {str(output_dir)!r} is whole: start again in another folder")
     return None

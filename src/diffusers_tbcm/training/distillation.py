@@ -16,7 +16,7 @@ from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
 from ..dual import checkpoint_dual
-from ..evaluation.drawing import draw_pictures
+from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import save_student_lora, save_student_pipeline
 from ..export.record import Sample, StudentDescription
@@ -258,8 +258,8 @@ class Distillation:
                 draw_pictures(
                     pipeline,
                     self.encode(prompts),
+                    numbered_generators(run.settings.seed),
                     num_inference_steps=steps,
-                    seed=run.settings.seed,
                     height=self.settings.resolution,
                     width=self.settings.resolution,
                 )
@@ -288,7 +288,7 @@ class Distillation:
                 transformer,
                 teacher,
                 output_dir / "lora",
-                **vars(replace(description, model_id=f"{output_dir.name}/lora")),
+                replace(description, model_id=f"{output_dir.name}/lora"),
                 guidance_scale=median_low(settings.guidance_scales),
             )
             print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
@@ -297,7 +297,7 @@ class Distillation:
                 transformer if settings.rank is None else merge_lora(transformer),
                 teacher,
                 output_dir,
-                **vars(description),
+                description,
                 scheduler=self.scheduler,
                 variants=settings.export_variants,
             )

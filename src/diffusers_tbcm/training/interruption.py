@@ -8,7 +8,7 @@ from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# sysexits.h EX_TEMPFAIL: nothing is wrong, the same command with --resume_from_checkpoint goes on.
+# sysexits.h EX_TEMPFAIL: nothing is wrong, the same command goes on where it resumes from a checkpoint.
 RESUMABLE_EXIT_CODE = 75
 
 
