@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 import sys
 from unittest.mock import create_autospec
@@ -11,7 +12,7 @@ from PIL import Image
 from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.__main__ import file_name, main
+from diffusers_tbcm.__main__ import TRAINING_SCRIPTS, file_name, main
 from diffusers_tbcm.evaluation.drawing import Drawing, draw, load_pipeline
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.hub import push_pipeline_to_hub
@@ -233,3 +234,18 @@ def test_the_package_gives_what_it_lists_and_nothing_else():
     assert diffusers_tbcm.TBCMScheduler is TBCMScheduler
     with pytest.raises(AttributeError, match="has no attribute 'Scheduler'"):
         _ = diffusers_tbcm.Scheduler
+
+
+def test_train_becomes_accelerate_launch_of_a_script_with_its_own_flags(monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, arguments: started.append((program, arguments)))
+    main(["train", "scm", "--train_data_dir", "pictures", "--help"])
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "-m", "diffusers_tbcm.scripts.train_scm"]
+    assert started == [(sys.executable, [*launcher, "--train_data_dir", "pictures", "--help"])]
+    with pytest.raises(SystemExit):
+        main(["train", "other"])
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_every_script_that_can_be_started_is_there(script):
+    assert importlib.util.find_spec(f"diffusers_tbcm.scripts.train_{script}") is not None

@@ -24,6 +24,9 @@ SETTINGS = {
 }
 MAX_SCRIPT_LINES = 330
 MAX_LOOP_LINES = 60
+MAX_FUNCTION_LINES = 100
+GROUND_FLOOR = {"text", "rows", "draws", "files", "transfer", "versions", "images", "standalone", "scripts.__init__"}
+SERVICES = ("data", "export", "evaluation", "training")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml"}
 TEXT_NAMES = {"Makefile", "NOTICE", "run", ".gitignore"}
 NOT_OURS = {".git", ".venv", ".venv-compat", "build", "dist", "outputs", "runs"}
@@ -83,6 +86,68 @@ def test_a_training_script_stays_readable_top_to_bottom(name):
     source = (EXAMPLES / f"{name}.py").read_text()
     assert len(source.splitlines()) <= MAX_SCRIPT_LINES
     assert loop_lines(source) <= MAX_LOOP_LINES
+
+
+def imports_of(file: Path) -> set[str]:
+    """The modules of the package that a module imports, anywhere in it."""
+    package = ROOT / "src" / "diffusers_tbcm"
+    here = [*file.relative_to(package).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parent = here[: len(here) + 1 - node.level]
+            for target in [node.module] if node.module else [alias.name for alias in node.names]:
+                parts = [*parent, *target.split(".")]
+                path = package.joinpath(*parts)
+                if path.is_dir() or path.with_suffix(".py").is_file():  # and not a name of a package's own
+                    found.add(".".join([*parts, "__init__"] if path.is_dir() else parts))
+    return found
+
+
+def modules() -> dict[str, Path]:
+    package = ROOT / "src" / "diffusers_tbcm"
+    files = [file for file in package.rglob("*.py") if file.name not in ("__main__.py",)]
+    return {".".join(file.relative_to(package).with_suffix("").parts): file for file in files}
+
+
+def layer(module: str) -> int:
+    """How high a module stands: ground floor, backbones, papers, and the services one by one."""
+    folder = module.partition(".")[0]
+    if folder in SERVICES:
+        return 3 + SERVICES.index(folder)
+    if module == "pipeline_folder":
+        return 1
+    return 0 if module in GROUND_FLOOR else 1 if folder == "backbones" else 2
+
+
+def test_no_import_leads_upwards():
+    for module, file in modules().items():
+        for other in imports_of(file) - {"__init__"}:
+            assert layer(other) <= layer(module), f"{module} imports {other}"
+
+
+def test_no_imports_form_a_circle():
+    graph = {module: imports_of(file) - {"__init__"} for module, file in modules().items()}
+    while graph:
+        leaves = {module for module, others in graph.items() if not others & graph.keys()}
+        assert leaves, f"circle among {', '.join(graph)}"
+        graph = {module: others for module, others in graph.items() if module not in leaves}
+
+
+@pytest.mark.parametrize("folder", ["src", "examples"])
+def test_functions_are_short(folder):
+    long = {
+        f"{file.name}: {node.name}"
+        for file in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+    }
+    assert long <= {"pipeline_sana_tbcm.py: __call__"}  # the stock signature
+
+
+def test_the_library_knows_no_namespace_of_flags():
+    for file in modules().values():
+        assert not re.search(r"\bargs\.|Namespace", file.read_text()), file
 
 
 def test_no_file_names_its_makers_machine():

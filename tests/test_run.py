@@ -12,7 +12,7 @@ from runs import launch as launch_processes
 from safetensors.torch import load_file
 from toy_run import Net, ToySettings, record_points, start, train
 
-from diffusers_tbcm.training.checkpoints import list_checkpoints
+from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run

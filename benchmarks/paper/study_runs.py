@@ -21,7 +21,7 @@ from diffusers_tbcm.evaluation.evaluator import Evaluator, FeatureReference, Mob
 from diffusers_tbcm.evaluation.metrics import fit_gaussian, symmetric_root
 from diffusers_tbcm.evaluation.text_image import HEAD_FILE, HeadScorer
 from diffusers_tbcm.files import read_json, write_json
-from diffusers_tbcm.training.checkpoints import list_checkpoints
+from diffusers_tbcm.pipeline_folder import list_checkpoints
 from examples.tbcm.mini_teacher.emoji_metrics import (
     DISTILLATION_PROMPTS_FILE,
     GUIDANCE_SCALE,

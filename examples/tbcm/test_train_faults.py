@@ -11,10 +11,11 @@ from runs import assert_same_state, metrics, run_until
 from safetensors.torch import load_file
 from tiny import student_weights
 
+from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import main
 from diffusers_tbcm.training import distillation
-from diffusers_tbcm.training.checkpoints import MANIFEST, list_checkpoints
+from diffusers_tbcm.training.checkpoints import MANIFEST
 from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE
 
 

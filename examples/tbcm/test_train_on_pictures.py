@@ -22,8 +22,8 @@ from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.draws import prompt_at
 from diffusers_tbcm.scripts import train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.text import Text
+from diffusers_tbcm.training.accelerators import check_launch
 from diffusers_tbcm.training.distillation import Distillation
-from diffusers_tbcm.training.launch import check_launch
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import parse_settings
 from diffusers_tbcm.trajectory import reference_route

@@ -25,9 +25,9 @@ from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import TBCMSettings, main
-from diffusers_tbcm.training import launch, run
+from diffusers_tbcm.training import accelerators, run
+from diffusers_tbcm.training.accelerators import check_launch
 from diffusers_tbcm.training.distillation import Distillation
-from diffusers_tbcm.training.launch import check_launch
 from diffusers_tbcm.training.settings import parse_settings
 
 
@@ -323,7 +323,7 @@ def test_lora_under_fsdp2_is_refused():
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(launch, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(accelerators, "get_available_trackers", lambda: ["tensorboard"])
     accelerator = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)
     with pytest.raises(ValueError, match="`report_to` is 'wandb', which is not installed"):
         check_launch(accelerator, "wandb")

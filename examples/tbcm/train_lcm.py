@@ -29,6 +29,7 @@ from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import PictureSettings, check_positive, parse_settings, setting
+from diffusers_tbcm.training.stream import Record
 from diffusers_tbcm.trajectory import reference_route
 from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import SIGMA_DATA
@@ -58,23 +59,10 @@ class LCMSettings(PictureSettings):
         }
 
 
-def train(settings: LCMSettings, stop: StopRequest) -> Run:
-    """LCM's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
-    run = Run(settings, stop, script=__file__)
-    images = CaptionedImages(
-        settings.train_data_dir or str(settings.dataset_name),
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        max_images=settings.max_train_samples,
-    )
-    run.say(images)
-    distillation = Distillation(run, settings, images.prompts)
-    student = distillation.add_student(rows_per_prompt=1)
+def noise_pictures(settings: LCMSettings, run: Run, distillation: Distillation, images: CaptionedImages) -> Record:
+    """Steps 1 to 3, as a function of the draws to make rows of."""
     latents = distillation.cache_latents(images, settings.latents_cache)
     route = reference_route(settings.num_ddim_timesteps, settings.flow_shift)
-    grid = torch.cat([route, route.new_zeros(1)]).to(run.device)
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
         """Noise the pictures of some draws; one row each, and all are kept."""
@@ -100,8 +88,27 @@ def train(settings: LCMSettings, stop: StopRequest) -> Run:
         )
         return recording, torch.ones(len(draws), dtype=torch.bool)
 
+    return record
+
+
+def train(settings: LCMSettings, stop: StopRequest) -> Run:
+    """LCM's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
+    run = Run(settings, stop, script=__file__)
+    images = CaptionedImages(
+        settings.train_data_dir or str(settings.dataset_name),
+        config=settings.dataset_config_name,
+        split=settings.dataset_split,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        max_images=settings.max_train_samples,
+    )
+    run.say(images)
+    distillation = Distillation(run, settings, images.prompts)
+    student = distillation.add_student(rows_per_prompt=1)
+    route = reference_route(settings.num_ddim_timesteps, settings.flow_shift)
+    grid = torch.cat([route, route.new_zeros(1)]).to(run.device)
     batches = run.batches(
-        record,
+        noise_pictures(settings, run, distillation, images),
         rows_per_prompt=1,
         num_prompts=len(images),
         recorded_at_once=settings.teacher_batch_size,

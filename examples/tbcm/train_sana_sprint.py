@@ -42,6 +42,7 @@ from diffusers_tbcm.training.settings import (
     parse_settings,
     setting,
 )
+from diffusers_tbcm.training.stream import Record
 from diffusers_tbcm.transfer import to_device
 from diffusers_tbcm.trigflow import SIGMA_DATA, consistency_output
 
@@ -96,26 +97,11 @@ class SanaSprintSettings(PictureSettings):
         }
 
 
-def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
-    """Sana-Sprint's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
-    run = Run(settings, stop, script=__file__, num_models=2)
-    images = CaptionedImages(
-        settings.train_data_dir or str(settings.dataset_name),
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        max_images=settings.max_train_samples,
-    )
-    run.say(images)
-    distillation = Distillation(run, settings, images.prompts)
-    blocks = choose_blocks(settings, distillation)
-    student = distillation.add_student(rows_per_prompt=1)
+def noise_pictures(
+    settings: SanaSprintSettings, run: Run, distillation: Distillation, images: CaptionedImages
+) -> Record:
+    """Steps 1 to 3, as a function of the draws to make rows of."""
     latents = distillation.cache_latents(images, settings.latents_cache)
-    if settings.gradient_checkpointing:  # of the pass through which the verdicts reach the student
-        distillation.teacher.transformer.enable_gradient_checkpointing()
-    heads = DiscriminatorHeads(distillation.inner_dim, blocks)
-    discriminator = run.add("discriminator", heads, learning_rate=settings.discriminator_learning_rate)
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
         """Noise the pictures of some draws; one row each, and all are kept."""
@@ -143,8 +129,30 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
         )
         return recording, torch.ones(len(draws), dtype=torch.bool)
 
+    return record
+
+
+def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
+    """Sana-Sprint's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
+    run = Run(settings, stop, script=__file__, num_models=2)
+    images = CaptionedImages(
+        settings.train_data_dir or str(settings.dataset_name),
+        config=settings.dataset_config_name,
+        split=settings.dataset_split,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        max_images=settings.max_train_samples,
+    )
+    run.say(images)
+    distillation = Distillation(run, settings, images.prompts)
+    blocks = choose_blocks(settings, distillation)
+    student = distillation.add_student(rows_per_prompt=1)
+    if settings.gradient_checkpointing:  # of the pass through which the verdicts reach the student
+        distillation.teacher.transformer.enable_gradient_checkpointing()
+    heads = DiscriminatorHeads(distillation.inner_dim, blocks)
+    discriminator = run.add("discriminator", heads, learning_rate=settings.discriminator_learning_rate)
     batches = run.batches(
-        record,
+        noise_pictures(settings, run, distillation, images),
         rows_per_prompt=1,
         num_prompts=len(images),
         recorded_at_once=settings.teacher_batch_size,

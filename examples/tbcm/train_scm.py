@@ -30,6 +30,7 @@ from diffusers_tbcm.training.settings import (
     parse_settings,
     setting,
 )
+from diffusers_tbcm.training.stream import Record
 from diffusers_tbcm.transfer import to_device
 
 
@@ -58,20 +59,8 @@ class SCMSettings(PictureSettings):
         }
 
 
-def train(settings: SCMSettings, stop: StopRequest) -> Run:
-    """sCM's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
-    run = Run(settings, stop, script=__file__)
-    images = CaptionedImages(
-        settings.train_data_dir or str(settings.dataset_name),
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        max_images=settings.max_train_samples,
-    )
-    run.say(images)
-    distillation = Distillation(run, settings, images.prompts)
-    student = distillation.add_student(rows_per_prompt=1)
+def noise_pictures(settings: SCMSettings, run: Run, distillation: Distillation, images: CaptionedImages) -> Record:
+    """Steps 1 to 3, as a function of the draws to make rows of."""
     latents = distillation.cache_latents(images, settings.latents_cache)
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
@@ -100,8 +89,25 @@ def train(settings: SCMSettings, stop: StopRequest) -> Run:
         )
         return recording, torch.ones(len(draws), dtype=torch.bool)
 
+    return record
+
+
+def train(settings: SCMSettings, stop: StopRequest) -> Run:
+    """sCM's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
+    run = Run(settings, stop, script=__file__)
+    images = CaptionedImages(
+        settings.train_data_dir or str(settings.dataset_name),
+        config=settings.dataset_config_name,
+        split=settings.dataset_split,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        max_images=settings.max_train_samples,
+    )
+    run.say(images)
+    distillation = Distillation(run, settings, images.prompts)
+    student = distillation.add_student(rows_per_prompt=1)
     batches = run.batches(
-        record,
+        noise_pictures(settings, run, distillation, images),
         rows_per_prompt=1,
         num_prompts=len(images),
         recorded_at_once=settings.teacher_batch_size,

@@ -18,6 +18,7 @@ B prompts and N route steps give B (N - 1) training rows. The steps, as they are
 The file needs nothing but installed packages: copy it and change what you like.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ from diffusers_tbcm.training.settings import (
     parse_settings,
     setting,
 )
+from diffusers_tbcm.training.stream import Record
 from diffusers_tbcm.trajectory import SAMPLING_SCHEMES, record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import SIGMA_DATA
 
@@ -110,20 +112,10 @@ class TBCMSettings(DistillationSettings):
         }
 
 
-def train(settings: TBCMSettings, stop: StopRequest) -> Run:
-    """Algorithm 1, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
-    run = Run(settings, stop, script=__file__)
-    prompts = load_prompts(
-        settings.prompts_file or str(settings.dataset_name),
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        column=settings.caption_column,
-        streaming=settings.streaming,
-        max_prompts=settings.max_prompts,
-    )
-    run.say(prompts)
-    distillation = Distillation(run, settings, prompts.prompts)
-    student = distillation.add_student(rows_per_prompt=settings.route_steps - 1)
+def record_trajectories(
+    settings: TBCMSettings, run: Run, distillation: Distillation, prompts: Sequence[str]
+) -> Record:
+    """Steps 1 to 4, as a function of the draws to make rows of."""
     black = None
     if settings.brightness_threshold > 0:
         cache = run.output_dir / f"black_latent_{distillation.resolution}.safetensors"
@@ -134,8 +126,8 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
         """Record the trajectories of some draws, and say which of them the brightness filter keeps."""
         # 1. Prompts; everything random of a draw depends on its number in the run and the seed alone
         generators = [draw_generator(draw, settings.seed) for draw in draws]
-        numbers = [prompt_at(draw, len(prompts.prompts), settings.seed) for draw in draws]
-        text = distillation.encode([prompts.prompts[number] for number in numbers])
+        numbers = [prompt_at(draw, len(prompts), settings.seed) for draw in draws]
+        text = distillation.encode([prompts[number] for number in numbers])
         guidance_scale = draw_guidance_scale(settings.guidance_scales, generators, device=run.device)
         noise = draw_noise(distillation.latent_shape, generators, device=run.device)
 
@@ -168,11 +160,28 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
         )
         return recording, keep
 
+    return record
+
+
+def train(settings: TBCMSettings, stop: StopRequest) -> Run:
+    """Algorithm 1, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
+    run = Run(settings, stop, script=__file__)
+    prompts = load_prompts(
+        settings.prompts_file or str(settings.dataset_name),
+        config=settings.dataset_config_name,
+        split=settings.dataset_split,
+        column=settings.caption_column,
+        streaming=settings.streaming,
+        max_prompts=settings.max_prompts,
+    )
+    run.say(prompts)
+    distillation = Distillation(run, settings, prompts.prompts)
+    student = distillation.add_student(rows_per_prompt=settings.route_steps - 1)
     batches = run.batches(
-        record,
+        record_trajectories(settings, run, distillation, prompts.prompts),
         rows_per_prompt=settings.route_steps - 1,
         num_prompts=len(prompts.prompts),
-        drops=black is not None,
+        drops=settings.brightness_threshold > 0,
         recorded_at_once=settings.teacher_batch_size,
         buffer_size=settings.replay_buffer_size,
         replay_steps=settings.replay_steps,

@@ -1,8 +1,9 @@
-"""The command line: draw with a student, push it to the Hub, write its card again."""
+"""The command line: distil a student, draw with it, push it to the Hub, write its card again."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # what is heavy is imported by the command that needs it
     from .evaluation.drawing import Drawing
 
 PROG = "diffusers-tbcm"
+TRAINING_SCRIPTS = ("tbcm_distill", "scm", "sana_sprint", "lcm")  # train_*.py of examples/tbcm
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**64 - 1  # torch's
 NAME_LENGTH = 48  # characters of a prompt in a file name
@@ -93,6 +95,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Callable[[], Non
     generate = commands.add_parser("generate", help="draw pictures")
     add_generate_flags(generate)
 
+    train = commands.add_parser("train", help="distil a student: `accelerate launch` of a training script")
+    train.add_argument("script", choices=TRAINING_SCRIPTS, help="train_*.py of the repository's examples/tbcm")
+    train.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own; --help shows them")
+
     push = commands.add_parser("push", help="publish a student's folder on the Hub")
     push.add_argument("folder", type=Path, help="what training or export wrote")
     push.add_argument("repo_id", help="owner/name; made where there is none")
@@ -109,6 +115,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Callable[[], Non
 
     values = vars(parser.parse_args(argv))
     command = values.pop("command")
+    if command == "train":
+        return command, partial(run_train, **values)
     if command == "generate":
         return command, partial(run_generate, read_generation(generate, **values))
     if not values["folder"].is_dir():
@@ -206,6 +214,17 @@ def read_generation(
     return Generation(
         prompts=prompt, steps=steps, seeds=seed, options=options, out=out, to_folder=to_folder, grid=grid, **loading
     )
+
+
+def run_train(script: str, flags: Sequence[str]) -> None:
+    """Become `accelerate launch` of a training script, as `accelerate config` has set it up.
+
+    Args:
+        script: one of `TRAINING_SCRIPTS`.
+        flags: the script's.
+    """
+    module = f"{__package__}.scripts.train_{script}"
+    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "-m", module, *flags])
 
 
 def run_generate(asked: Generation) -> None:

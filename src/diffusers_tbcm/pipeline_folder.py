@@ -74,6 +74,19 @@ def holding_weights(components: Iterable[str]) -> list[str]:
     return [name for name in components if not name.startswith(TOKENIZER) and name != "scheduler"]
 
 
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Find the checkpoints of a run.
+
+    Args:
+        output_dir: the run's folder.
+
+    Returns:
+        The folders `checkpoint-{step}`, by step; those still being written are not among them.
+    """
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
 def license_of(card: Path) -> dict[str, str]:
     """The licence fields of a model card; none where there is no card or it names none."""
     if not card.is_file():

@@ -27,8 +27,8 @@ from ..pipeline_folder import (
     TRAINING_RECORD,
     holding_weights,
     license_of,
+    list_checkpoints,
 )
-from ..training.checkpoints import list_checkpoints
 
 
 logger = logging.get_logger(__name__)

@@ -9,6 +9,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 
 from ..files import beside, read_json, replace, write_json
+from ..pipeline_folder import list_checkpoints
 
 
 logger = logging.get_logger(__name__)
@@ -69,19 +70,6 @@ def _complete(partial: Path, final: Path, step: int, total_limit: int | None) ->
         others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
         for other in others[: max(0, len(others) - total_limit + 1)]:
             shutil.rmtree(other)
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Find the checkpoints of a run.
-
-    Args:
-        output_dir: the run's folder.
-
-    Returns:
-        The folders `checkpoint-{step}`, by step; those still being written are not among them.
-    """
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def checkpoint_step(checkpoint: Path) -> int:

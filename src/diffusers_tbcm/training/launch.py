@@ -1,4 +1,4 @@
-"""How a training script is started: signals, the dry run, exit codes; and the launches that are refused."""
+"""How a training script is started: signals, the dry run, exit codes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from typing import Any, TypeVar
 
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
+from .run import Run
 from .settings import RunSettings
 
-
-if TYPE_CHECKING:
-    from .run import Run
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -69,27 +63,3 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
         print("\n".join(lines))
         shutil.rmtree(folder)
     return run
-
-
-def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) -> None:
-    """Refuse a launch that is not tested.
-
-    Args:
-        accelerator: the run's.
-        report_to: an accelerate tracker, or "none".
-        num_models: how many models are trained.
-
-    Raises:
-        ValueError: naming the configuration, or the setting.
-    """
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and not accelerator.is_fsdp2:
-        raise ValueError(
-            f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
-            " derivative is tested with one process, DDP and FSDP2 (fsdp_version: 2)"
-        )
-    if num_models > 1 and accelerator.is_fsdp2:
-        raise ValueError("a second trained model is tested with one process and DDP, and this is FSDP2: use DDP")
-    if num_models > 1 and accelerator.mixed_precision == "fp16":
-        raise ValueError("`mixed_precision` is fp16, whose loss scale two optimisers cannot share: use bf16 or no")
-    if report_to != "none" and report_to not in map(str, get_available_trackers()):
-        raise ValueError(f"`report_to` is {report_to!r}, which is not installed or no tracker of accelerate")

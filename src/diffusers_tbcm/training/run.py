@@ -37,10 +37,10 @@ from ..lora import drop_frozen_weights
 from ..pipeline_folder import TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
+from .accelerators import check_launch
 from .averaging import ShardedEMA
 from .checkpoints import find_checkpoint, save_checkpoint
 from .interruption import StopRequest
-from .launch import check_launch
 from .memory import peak_memory
 from .optimizers import build_optimizer
 from .settings import RunSettings

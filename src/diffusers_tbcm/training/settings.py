@@ -16,8 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
-from ..pipeline_folder import MODEL_INDEX, VARIANTS
-from .checkpoints import list_checkpoints
+from ..pipeline_folder import MODEL_INDEX, VARIANTS, list_checkpoints
 
 
 S = TypeVar("S", bound="RunSettings")

@@ -1,0 +1,29 @@
+"""The launches that are tested, and those that are refused."""
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType
+
+
+def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) -> None:
+    """Refuse a launch that is not tested.
+
+    Args:
+        accelerator: the run's.
+        report_to: an accelerate tracker, or "none".
+        num_models: how many models are trained.
+
+    Raises:
+        ValueError: naming the configuration, or the setting.
+    """
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
+            " derivative is tested with one process, DDP and FSDP2 (fsdp_version: 2)"
+        )
+    if num_models > 1 and accelerator.is_fsdp2:
+        raise ValueError("a second trained model is tested with one process and DDP, and this is FSDP2: use DDP")
+    if num_models > 1 and accelerator.mixed_precision == "fp16":
+        raise ValueError("`mixed_precision` is fp16, whose loss scale two optimisers cannot share: use bf16 or no")
+    if report_to != "none" and report_to not in map(str, get_available_trackers()):
+        raise ValueError(f"`report_to` is {report_to!r}, which is not installed or no tracker of accelerate")
