@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does a change of the code leave every trained weight as it was? Short runs of all four scripts, bit for bit.
 
-    python benchmarks/same_weights.py --before ../before          # a checkout of the commit to compare with
+    python -m benchmarks.same_weights --before ../before          # a checkout of the commit to compare with
 
 Every run takes 6 steps of the embedded teacher in both checkouts, each by its own code, on one thread of the CPU. What
 is compared: the exported student, and the weights and the optimisers' state of the last checkpoint. The results of
