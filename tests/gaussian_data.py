@@ -7,6 +7,7 @@ x_t = x_{pi/2} std(t) / SIGMA_DATA, and x_0 = x_t DATA_STD / std(t).
 import torch
 from toy_networks import SIGMA_DATA, FlowFunction, four_axes
 
+from diffusers_tbcm.backbones import sana
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
@@ -24,7 +25,7 @@ def gaussian_flow_velocity(flow_sample, s):
 
 
 def gaussian_teacher():
-    return TrigFlowTransformer(FlowFunction(gaussian_flow_velocity))
+    return TrigFlowTransformer(FlowFunction(gaussian_flow_velocity), backbone=sana)
 
 
 def exact_gaussian_function(sample, t):

@@ -7,6 +7,7 @@ from diffusers import SanaSprintPipeline, SCMScheduler
 from tiny import tiny_sana_pipeline, tiny_transformer
 from toy_networks import SIGMA_DATA, FlowFunction, four_axes, network_inputs, randn
 
+from diffusers_tbcm.backbones import sana
 from diffusers_tbcm.trigflow import (
     TrigFlowTransformer,
     consistency_output,
@@ -62,7 +63,7 @@ def test_consistency_output_of_an_exact_network_is_the_clean_latent():
 def test_wrapper_feeds_the_flow_form_and_returns_the_trig_form(timestep_scale):
     data, noise, t, sample = straight_path()
     network = FlowFunction(lambda x, s: noise - data, guidance_embeds=True)
-    wrapper = TrigFlowTransformer(network, timestep_scale=timestep_scale)
+    wrapper = TrigFlowTransformer(network, timestep_scale=timestep_scale, backbone=sana)
     output = wrapper(sample / SIGMA_DATA, t, torch.zeros(4, 2, 1), torch.ones(4, 2), torch.full((4,), 4.5))
     torch.testing.assert_close(output, four_axes(t).cos() * noise - four_axes(t).sin() * data)
     (call,) = network.calls
@@ -78,7 +79,7 @@ def test_wrapper_feeds_the_flow_form_and_returns_the_trig_form(timestep_scale):
 def test_wrapper_is_wide_around_a_narrow_network(sample_dtype, wide):
     network = FlowFunction(lambda x, s: x, dtype=torch.bfloat16)
     sample, t = randn(2, 1, 2, 2, dtype=sample_dtype), torch.tensor([0.3, 1.2], dtype=sample_dtype)
-    output = TrigFlowTransformer(network)(sample, t, torch.zeros(2, 1, 1))
+    output = TrigFlowTransformer(network, backbone=sana)(sample, t, torch.zeros(2, 1, 1))
     (call,) = network.calls
     assert call["hidden_states"].dtype == call["encoder_hidden_states"].dtype == torch.bfloat16
     assert call["timestep"].dtype == output.dtype == wide
@@ -90,8 +91,8 @@ def test_wrapper_is_wide_around_a_narrow_network(sample_dtype, wide):
 
 def test_wrapper_needs_guidance_exactly_where_the_network_embeds_it():
     arguments = (torch.zeros(2, 1, 2, 2), torch.ones(2), torch.zeros(2, 1, 1))
-    with_guidance = TrigFlowTransformer(FlowFunction(lambda x, s: x, guidance_embeds=True))
-    without = TrigFlowTransformer(FlowFunction(lambda x, s: x))
+    with_guidance = TrigFlowTransformer(FlowFunction(lambda x, s: x, guidance_embeds=True), backbone=sana)
+    without = TrigFlowTransformer(FlowFunction(lambda x, s: x), backbone=sana)
     with pytest.raises(ValueError, match="`guidance` is None"):
         with_guidance(*arguments)
     with pytest.raises(ValueError, match="does not embed guidance"):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from diffusers_tbcm.backbones import sana
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import sample_timesteps
 from diffusers_tbcm.trigflow import (
@@ -39,7 +40,7 @@ def trig_student(function):
         trig_output = function(flow_to_trig_sample(flow_sample, s, 1.0), flow_to_trig_timestep(s))
         return trig_to_flow_output(flow_sample, trig_output, s)
 
-    return TrigFlowTransformer(FlowFunction(velocity))
+    return TrigFlowTransformer(FlowFunction(velocity), backbone=sana)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

@@ -146,13 +146,17 @@ class TrigFlowTransformer(nn.Module):
         transformer: the network in flow-matching form, of a family in `backbones`; it is held, not copied. Its
             cross-attention gets another processor, which computes the same.
         timestep_scale: what s in [0, 1] is multiplied by before the network sees it; by default what its config says.
+        backbone: the transformer's family, for one of a class of your own; by default found by its class.
     """
 
     transformer: Any  # of a family's class, which diffusers leaves to run time
 
-    def __init__(self, transformer: nn.Module, timestep_scale: float | None = None) -> None:
+    def __init__(
+        self, transformer: nn.Module, timestep_scale: float | None = None, backbone: Backbone | None = None
+    ) -> None:
         super().__init__()
         self.transformer = transformer
+        self._backbone = backbone
         self.backbone.share_prompts(transformer)
         self.timestep_scale = self.backbone.timestep_scale(transformer) if timestep_scale is None else timestep_scale
         if self.timestep_scale > 1:
@@ -166,7 +170,7 @@ class TrigFlowTransformer(nn.Module):
     @property
     def backbone(self) -> Backbone:
         """The transformer's family."""
-        return backbone_of(self.transformer)
+        return self._backbone or backbone_of(self.transformer)
 
     @property
     def guidance_embeds(self) -> bool:
