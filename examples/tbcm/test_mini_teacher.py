@@ -12,6 +12,7 @@ from diffusers_tbcm.backbones.sana import INSTRUCTION, infer_timestep_scale
 from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.data.prompts import load_prompts
 from diffusers_tbcm.images import to_pixels
+from diffusers_tbcm.text import Text
 from examples.tbcm.mini_teacher.emoji_data import (
     RESOLUTION,
     Emoji,
@@ -175,15 +176,15 @@ def test_the_embedded_teacher_draws_what_it_is_asked_for(teacher):
 
 def test_the_embedded_teachers_dense_time_is_recognised_whatever_its_config_says(teacher):
     embeds, mask, _, _ = teacher.encode_prompt("", do_classifier_free_guidance=False, max_sequence_length=40)
-    assert infer_timestep_scale(teacher.transformer, embeds, mask) == 1
+    assert infer_timestep_scale(teacher.transformer, Text(embeds, mask)) == 1
     transformer = build_transformer().eval()
     transformer.load_state_dict(teacher.transformer.state_dict())
     transformer.register_to_config(timestep_scale=1.0)
-    assert infer_timestep_scale(transformer, embeds, mask) == 1
+    assert infer_timestep_scale(transformer, Text(embeds, mask)) == 1
 
     class PlainSana(type(transformer)):
         def forward(self, hidden_states, timestep, **kwargs):
             return super().forward(hidden_states, timestep=timestep / 1000, **kwargs)
 
     transformer.__class__ = PlainSana
-    assert infer_timestep_scale(transformer, embeds, mask) == 1000
+    assert infer_timestep_scale(transformer, Text(embeds, mask)) == 1000

@@ -285,7 +285,7 @@ def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
 
 @NEEDS_PUSH
 def test_a_run_that_cannot_be_pushed_ends_before_training(flags, tmp_path):
-    with pytest.raises(ValueError, match=r"license is None.*--hub_license"):
+    with pytest.raises(ValueError, match=r"`hub_license`: license is None"):
         main(flags(push_to_hub=True, hub_token="hf_x"))
     with pytest.raises(ValueError, match="repo_id 'a/b/c' is not of the form"):
         main(flags(push_to_hub=True, hub_token="hf_x", hub_license="mit", hub_model_id="a/b/c"))

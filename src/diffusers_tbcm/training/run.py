@@ -152,7 +152,10 @@ class Run:
         """
         settings = self.settings
         if settings.push_to_hub and self.accelerator.is_main_process:
-            terms = choose_license(model_folder, settings.hub_license)
+            try:
+                terms = choose_license(model_folder, settings.hub_license)
+            except ValueError as error:
+                raise ValueError(f"`hub_license`: {error}") from error
             repo_id = prepare_repo(
                 settings.hub_model_id or self.output_dir.resolve().name,
                 token=settings.hub_token,
