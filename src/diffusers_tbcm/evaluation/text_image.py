@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -43,7 +44,7 @@ class CLIPScorer:
         try:
             self.model = CLIPModel.from_pretrained(str(model)).eval().to(device)
             self.processor = CLIPProcessor.from_pretrained(str(model))
-        except OSError as error:
+        except (OSError, HFValidationError) as error:
             raise ValueError(f"CLIP model {str(model)!r} is neither a folder nor a model on the Hub") from error
 
     @torch.no_grad()
