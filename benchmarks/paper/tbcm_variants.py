@@ -47,8 +47,8 @@ def prompt_mask(settings: script.TBCMSettings) -> AbstractContextManager[object]
     empty_prompt: list[torch.Tensor] = []
 
     class WithPaddedPrompt(Distillation):
-        def __init__(self, *parts: Any) -> None:
-            super().__init__(*parts)
+        def __init__(self, *parts: Any, **options: Any) -> None:
+            super().__init__(*parts, **options)
             if not isinstance(self.encode, PromptEncoder):
                 raise ValueError("prompt_mask needs the text encoder: leave --precompute_embeddings out")
             padded, *_ = self.encode.pipeline.encode_prompt(

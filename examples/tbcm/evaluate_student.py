@@ -31,8 +31,7 @@ from transformers import HfArgumentParser
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
-from diffusers_tbcm.draws import draw_generator
-from diffusers_tbcm.evaluation.drawing import load_pipeline
+from diffusers_tbcm.evaluation.drawing import draw_pictures, load_pipeline, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import Evaluator, TextImageScorer, seconds_per_image
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
 from diffusers_tbcm.evaluation.picture_folder import PictureFolder, pipeline_digests
@@ -319,8 +318,8 @@ def draw_all(
         accelerator.wait_for_everyone()
 
         def draw_one(steps: int = steps, seed: int = seed) -> list[Image.Image]:
-            generator = draw_generator(0, seed)
-            return pipeline(prompts[:1], num_inference_steps=steps, generator=generator, **options).images
+            generators = numbered_generators(seed)
+            return list(draw_pictures(pipeline, prompts[:1], generators, num_inference_steps=steps, **options))
 
         seconds = seconds_per_image(draw_one, TIMED_CALLS) if accelerator.is_main_process else 0.0
         drawn.append(Drawn(model, steps, folder, seconds))

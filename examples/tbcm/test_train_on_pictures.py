@@ -131,8 +131,8 @@ def make_rows(picture_flags, monkeypatch):
             raise Recorded
 
         class Encoding(Distillation):
-            def __init__(self, *args):
-                super().__init__(*args)
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
                 self.encode = encode
 
             def cache_latents(self, images, folder):

@@ -103,7 +103,7 @@ def train(settings: LCMSettings, stop: StopRequest) -> Run:
         max_images=settings.max_train_samples,
     )
     run.say(images)
-    distillation = Distillation(run, settings, images.prompts)
+    distillation = Distillation(run, settings, images.prompts, method=METHOD)
     student = distillation.add_student(rows_per_prompt=1)
     route = reference_route(settings.num_ddim_timesteps, settings.flow_shift)
     grid = torch.cat([route, route.new_zeros(1)]).to(run.device)
@@ -136,20 +136,12 @@ def train(settings: LCMSettings, stop: StopRequest) -> Run:
             )
             run.backward(loss + 0 * logvar.sum(), student)  # DDP waits for the gradient of every parameter
         run.update(student)
-        if run.validation_due:
-            distillation.validate(student)
-        if run.push_due:
-            export(settings, distillation, student)
+        distillation.show_when_due(student)  # validation pictures; a push at a checkpoint
 
     # 7. Export
     if not run.stopped:
-        export(settings, distillation, student)
+        distillation.export(student)
     return run
-
-
-def export(settings: LCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
-    """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
-    distillation.export(student, method=METHOD, training=settings.describe(), image_free=False)
 
 
 def main(argv: list[str] | None = None) -> None:

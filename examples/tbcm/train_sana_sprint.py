@@ -144,7 +144,7 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
         max_images=settings.max_train_samples,
     )
     run.say(images)
-    distillation = Distillation(run, settings, images.prompts)
+    distillation = Distillation(run, settings, images.prompts, method=METHOD)
     blocks = choose_blocks(settings, distillation)
     student = distillation.add_student(rows_per_prompt=1)
     if settings.gradient_checkpointing:  # of the pass through which the verdicts reach the student
@@ -199,14 +199,11 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
                 run.log(error=consistency_error(*errors).mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
             run.log(adversarial_loss=adversarial_loss.detach())
         run.update(student, discriminator)
-        if run.validation_due:
-            distillation.validate(student)
-        if run.push_due:
-            export(settings, distillation, student)
+        distillation.show_when_due(student)  # validation pictures; a push at a checkpoint
 
     # 7. Export
     if not run.stopped:
-        export(settings, distillation, student)
+        distillation.export(student)
     return run
 
 
@@ -270,11 +267,6 @@ def noised_features(
         )
 
     return features
-
-
-def export(settings: SanaSprintSettings, distillation: Distillation, student: torch.nn.Module) -> None:
-    """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
-    distillation.export(student, method=METHOD, training=settings.describe(), image_free=False)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -104,7 +104,7 @@ def train(settings: SCMSettings, stop: StopRequest) -> Run:
         max_images=settings.max_train_samples,
     )
     run.say(images)
-    distillation = Distillation(run, settings, images.prompts)
+    distillation = Distillation(run, settings, images.prompts, method=METHOD)
     student = distillation.add_student(rows_per_prompt=1)
     batches = run.batches(
         noise_pictures(settings, run, distillation, images),
@@ -135,20 +135,12 @@ def train(settings: SCMSettings, stop: StopRequest) -> Run:
             with torch.no_grad():
                 run.log(error=consistency_error(*errors).mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
         run.update(student)
-        if run.validation_due:
-            distillation.validate(student)
-        if run.push_due:
-            export(settings, distillation, student)
+        distillation.show_when_due(student)  # validation pictures; a push at a checkpoint
 
     # 7. Export
     if not run.stopped:
-        export(settings, distillation, student)
+        distillation.export(student)
     return run
-
-
-def export(settings: SCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
-    """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
-    distillation.export(student, method=METHOD, training=settings.describe(), image_free=False)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -175,7 +175,7 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
         max_prompts=settings.max_prompts,
     )
     run.say(prompts)
-    distillation = Distillation(run, settings, prompts.prompts)
+    distillation = Distillation(run, settings, prompts.prompts, method=METHOD, image_free=True)
     student = distillation.add_student(rows_per_prompt=settings.route_steps - 1)
     batches = run.batches(
         record_trajectories(settings, run, distillation, prompts.prompts),
@@ -218,20 +218,12 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
             with torch.no_grad():
                 run.log(error=consistency_error(*errors).mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
         run.update(student)  # clip, skip what is not finite, step, EMA; log, checkpoint when due
-        if run.validation_due:
-            distillation.validate(student)
-        if run.push_due:
-            export(settings, distillation, student)
+        distillation.show_when_due(student)  # validation pictures; a push at a checkpoint
 
     # 7. Export
     if not run.stopped:
-        export(settings, distillation, student)
+        distillation.export(student)
     return run
-
-
-def export(settings: TBCMSettings, distillation: Distillation, student: torch.nn.Module) -> None:
-    """Step 7: the student as a pipeline or LoRA folder, published where that was asked for."""
-    distillation.export(student, method=METHOD, training=settings.describe(), image_free=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -42,6 +42,8 @@ class Distillation:
         run: the run; its `output_dir` is opened once teacher and Hub are found to be fit.
         settings: the run's.
         prompts: every prompt that will be trained on; validation's come with them.
+        method: what the card calls it.
+        image_free: whether it trains on prompts alone.
 
     Attributes:
         folder: the teacher's pipeline folder.
@@ -54,10 +56,19 @@ class Distillation:
         ValueError: where the teacher, the resolution, the launch or the Hub's access does not fit.
     """
 
-    def __init__(self, run: Run, settings: DistillationSettings, prompts: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        settings: DistillationSettings,
+        prompts: Sequence[str],
+        *,
+        method: str = "",
+        image_free: bool = False,
+    ) -> None:
         if settings.rank is not None and run.accelerator.is_fsdp2:
             raise ValueError("`rank` shares the base's weights with the teacher, which FSDP2 would shard: use DDP")
         self.run, self.settings, self.prompts = run, settings, prompts
+        self.method, self.image_free = method, image_free
         self.folder = resolve_teacher(settings.pretrained_model_name_or_path)
         self.backbone = find_backbone(self.folder)
         transformer = self.backbone.load_transformer(self.folder)
@@ -147,6 +158,17 @@ class Distillation:
             ema=settings.use_ema,
         )
 
+    def show_when_due(self, student: nn.Module) -> None:
+        """Draw the validation prompts, and export and push, where that is due before training goes on.
+
+        Args:
+            student: from `add_student`.
+        """
+        if self.run.validation_due:
+            self.validate(student)
+        if self.run.push_due:
+            self.export(student)
+
     def validate(self, student: nn.Module) -> None:
         """Draw the validation prompts with the student as it is; every process calls this.
 
@@ -159,14 +181,11 @@ class Distillation:
             self._draw(transformer if self.settings.rank is None else merge_lora(transformer))
         self.run.accelerator.wait_for_everyone()
 
-    def export(self, student: nn.Module, *, method: str, training: Mapping[str, Any], image_free: bool) -> None:
+    def export(self, student: nn.Module) -> None:
         """Save the student as a pipeline or LoRA folder, and push it if asked to; every process calls this.
 
         Args:
             student: from `add_student`.
-            method: what the card calls it.
-            training: what the card says of the method's own settings, by name.
-            image_free: whether it was trained on prompts alone.
         """
         run, settings = self.run, self.settings
         weights = run.weights(student)
@@ -175,8 +194,8 @@ class Distillation:
             transformer = self._load_student(weights)
             description = StudentDescription(
                 prompt=(settings.validation_prompts or self.prompts)[0],
-                training=self._training_table(method, training),
-                image_free=image_free,
+                training=self._training_table(),
+                image_free=self.image_free,
                 config=run.config,
                 samples=self._draw(transformer) if settings.validation_prompts else (),
                 resolution=settings.resolution,
@@ -304,16 +323,16 @@ class Distillation:
             print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
         return folder
 
-    def _training_table(self, method: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    def _training_table(self) -> dict[str, Any]:
         """What the model card says about the run."""
         run, settings = self.run, self.settings
         replay = f"{settings.replay_buffer_size} prompts, {settings.replay_steps} steps a recording"
         optimiser = f"{settings.optimizer}, lr {settings.learning_rate:g} {settings.lr_scheduler}"
         return {
-            "method": method,
+            "method": self.method,
             "steps": run.step,
             "prompts seen": run.prompts_seen,
-            **own,
+            **settings.describe(),
             "replay": replay if settings.replay_buffer_size else "off",
             "guidance scales": ", ".join(f"{scale:g}" for scale in settings.guidance_scales),
             "optimiser": f"{optimiser}, clip {settings.max_grad_norm:g}",

@@ -205,6 +205,10 @@ class DistillationSettings(RowSettings):
         if self.export_variants and self.rank is not None and not self.merge_lora:
             raise ValueError("`export_variants` are of a pipeline: with `rank` they need `merge_lora`")
 
+    def describe(self) -> dict[str, object]:
+        """Say of a method's own settings what the model card is to show, by name."""
+        return {}
+
 
 @dataclass(kw_only=True)
 class PictureSettings(DistillationSettings):
