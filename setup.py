@@ -21,7 +21,7 @@ install_requires = [
     "peft>=0.18",
     "pillow>=10.1",
     "safetensors>=0.7",
-    "torch>=2.13,<3",
+    "torch>=2.7,<3",
     "tqdm>=4.66.3",
     "transformers>=4.57.1,<6",
 ]
@@ -40,7 +40,7 @@ extras = {
     ],
     # Together with eval: what benchmarks/paper/figures.py draws with.
     "paper": ["scikit-learn>=1.9"],
-    "test": ["markdown-it-py>=4", "playwright>=1.65", "pytest>=9"],
+    "test": ["markdown-it-py>=4", "playwright>=1.65", "pytest>=9", "torchao>=0.13,<1"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],
 }
 extras["dev"] = sorted({requirement for requirements in extras.values() for requirement in requirements})

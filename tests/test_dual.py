@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from tiny import tiny_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
@@ -20,6 +21,8 @@ from diffusers_tbcm.text import Text
 from diffusers_tbcm.trigflow import TrigFlowTransformer
 
 
+# Older versions break the graph where a function written in Python, such as F.pad, is given a dual number.
+TRACES_DUALS = Version(torch.__version__) >= Version("2.11")
 WEIGHT, BIAS = randn(5, 4, seed=1), randn(5, seed=2)
 KERNEL, DEPTHWISE = randn(6, 4, 1, 1, seed=3), randn(4, 1, 3, 3, seed=4)
 OTHER = randn(4, 4, seed=5)
@@ -245,9 +248,9 @@ def test_checkpointing_without_dual_numbers_is_plain_checkpointing():
     assert torch.equal(*(torch.autograd.grad(out.square().sum(), weight)[0] for out in (plain, checkpointed)))
 
 
-def test_blocks_compile_without_a_graph_break():
+def test_compiled_blocks_take_the_same_step_and_where_torch_can_without_a_graph_break():
     model = student_model()
     expected = one_pass(model, torch.float32)
     for block in model.student.transformer.transformer_blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
+        block.compile(backend="aot_eager", fullgraph=TRACES_DUALS)
     assert_same_step(one_pass(model, torch.float32), expected, 1e-6)

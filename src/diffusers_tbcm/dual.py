@@ -164,7 +164,7 @@ def _div(func: Callable[..., Any], output: torch.Tensor, a: Any, b: Any) -> torc
 
 
 def _pow(func: Callable[..., Any], output: torch.Tensor, x: Any, exponent: Any) -> torch.Tensor:
-    if not isinstance(exponent, int | float):
+    if not isinstance(exponent, (int, float)):
         return _by_forward_mode(func, output, x, exponent)
     return exponent * x.primal ** (exponent - 1) * x.tangent
 
