@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tiny import write_tiny_pipeline
 
+from diffusers_tbcm import pipeline_folder
 from diffusers_tbcm.pipeline_folder import resolve_teacher
 
 
@@ -45,3 +46,19 @@ def test_a_teacher_that_cannot_be_exported_is_refused(damage, message, damaged_t
     damage(damaged_teacher)
     with pytest.raises(ValueError, match=message):
         resolve_teacher(damaged_teacher)
+
+
+def test_of_the_hub_the_index_comes_first_and_then_the_familys_components(tmp_path, monkeypatch):
+    folder, asked = write_tiny_pipeline(tmp_path / "snapshot"), []
+
+    def snapshot(repo_id, allow_patterns, ignore_patterns):
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(pipeline_folder, "snapshot_download", snapshot)
+    assert resolve_teacher("someone/teacher") == folder
+    assert "model_index.json" in asked[0] and not any("*" in pattern for pattern in asked[0])
+    assert {*asked[1]} == {f"{name}/*" for name in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")}
+    (folder / "model_index.json").unlink()
+    with pytest.raises(ValueError, match=r"'someone/teacher' is no pipeline folder: it has no model_index.json"):
+        resolve_teacher("someone/teacher")

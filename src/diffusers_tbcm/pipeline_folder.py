@@ -25,6 +25,7 @@ SAMPLE_GRID = "grid.png"  # shown on top of the card where it is there
 LEGAL_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")  # the teacher's terms hold for its student
 
 TRANSFORMER = "transformer"
+SCHEDULER = "scheduler"
 TOKENIZER = "tokenizer"  # components of this name hold no weights
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # second copies of weights, by diffusers' name
 SKIPPED_FILES = ("*.bin", *(f"*.{variant}*" for variant in VARIANTS))  # pickles are none of ours
@@ -43,21 +44,14 @@ def resolve_teacher(teacher: str | PathLike[str]) -> Path:
         ValueError: where it is neither a folder nor a Hub id, is of no known family, or lacks a component.
     """
     folder = Path(teacher)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(teacher), allow_patterns=[MODEL_INDEX, CARD, *LEGAL_FILES]))
-            components = [TRANSFORMER, "scheduler", *find_backbone(folder).COPIED_COMPONENTS]
-            snapshot_download(
-                str(teacher),
-                allow_patterns=[f"{component}/*" for component in components],
-                ignore_patterns=list(SKIPPED_FILES),
-            )
-        except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-            raise ValueError(f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub") from error
-
+    on_hub = not folder.is_dir()
+    if on_hub:
+        folder = _download(teacher, [MODEL_INDEX, CARD, *LEGAL_FILES])
     if not (folder / MODEL_INDEX).is_file():
         raise ValueError(f"teacher {str(teacher)!r} is no pipeline folder: it has no {MODEL_INDEX}")
     components = [TRANSFORMER, *find_backbone(folder).COPIED_COMPONENTS]
+    if on_hub:
+        folder = _download(teacher, [f"{component}/*" for component in [*components, SCHEDULER]])
     classes = read_json(folder / MODEL_INDEX)
     for component in components:
         if component not in classes or not (folder / component).is_dir():
@@ -69,9 +63,17 @@ def resolve_teacher(teacher: str | PathLike[str]) -> Path:
     return folder
 
 
+def _download(teacher: str | PathLike[str], patterns: list[str]) -> Path:
+    """The folder of a snapshot with these files, and no copies of lower precision."""
+    try:
+        return Path(snapshot_download(str(teacher), allow_patterns=patterns, ignore_patterns=list(SKIPPED_FILES)))
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise ValueError(f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub") from error
+
+
 def holding_weights(components: Iterable[str]) -> list[str]:
     """Say which of a pipeline's components have weights; tokenizers and schedulers have none."""
-    return [name for name in components if not name.startswith(TOKENIZER) and name != "scheduler"]
+    return [name for name in components if not name.startswith(TOKENIZER) and name != SCHEDULER]
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
