@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_tbcm.backbones.sana import make_student
+from diffusers_tbcm.diffusion import diffuse
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.lora import make_lora_student
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
@@ -165,8 +166,7 @@ def image_rows(networks: Networks, args: argparse.Namespace, device: torch.devic
     original = vae.encode(images).latent.float() * (vae.config.scaling_factor * SIGMA_DATA)
     meter.begin("teacher")
     t = torch.rand(rows, device=device)
-    cos, sin = torch.cos(t).view(-1, 1, 1, 1), torch.sin(t).view(-1, 1, 1, 1)
-    latents = cos * original + sin * SIGMA_DATA * torch.randn_like(original)
+    latents = diffuse(original, torch.randn_like(original), t)
     embeds, mask = (
         torch.randn(rows, PROMPT_TOKENS, 2304, device=device),
         torch.ones(rows, PROMPT_TOKENS, device=device),

@@ -185,6 +185,9 @@ def test_verbs_in_the_wrong_order_say_so(settings):
     with pytest.raises(RuntimeError, match="`update` of 'critic' comes before the `backward`"):
         run.update(critic)
 
+    with pytest.raises(RuntimeError, match="training has not begun: go through `batches` first"):
+        run.generators(2, stream=2)
+
     batch, rows = next_rows(run, toy)
     with pytest.raises(RuntimeError, match="model 'other' is added after `batches` has begun"):
         run.add("other", Net())

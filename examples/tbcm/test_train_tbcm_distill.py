@@ -319,7 +319,7 @@ def test_a_configuration_that_is_not_tested_is_refused(configuration, message):
 def test_lora_under_fsdp2_is_refused():
     run = SimpleNamespace(accelerator=SimpleNamespace(is_fsdp2=True))
     with pytest.raises(ValueError, match=r"`rank` .* use DDP"):
-        Distillation(run, SimpleNamespace(rank=4), [])
+        Distillation(run, SimpleNamespace(rank=4), [], method="TBCM")
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):

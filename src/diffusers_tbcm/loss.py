@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .dual import Dual
-from .trigflow import SIGMA_DATA, TrigFlowTransformer, broadcast_time
+from .trigflow import SIGMA_DATA, TrigFlowTransformer, consistency_output
 
 
 class LogvarHead(nn.Module):
@@ -156,6 +156,5 @@ def endpoint_loss(
         The loss, a scalar in float32 or wider.
     """
     wide = torch.promote_types(trig_output.dtype, torch.float32)
-    cos, sin = (broadcast_time(value, trig_output) for value in (torch.cos(timesteps), torch.sin(timesteps)))
-    prediction = cos * latents.to(wide) - sin * sigma_data * trig_output.to(wide)
+    prediction = consistency_output(latents.to(wide), trig_output.to(wide), timesteps, sigma_data)
     return ((prediction - pred_original_sample.to(wide)) / sigma_data).square().mean()

@@ -62,7 +62,7 @@ class Distillation:
         settings: DistillationSettings,
         prompts: Sequence[str],
         *,
-        method: str = "",
+        method: str,
         image_free: bool = False,
     ) -> None:
         if settings.rank is not None and run.accelerator.is_fsdp2:

@@ -115,7 +115,7 @@ class Run:
         self._stop = stop
         self._push: partial[bool] | None = None
         self._trained: list[_Trained] = []
-        self._stream: RowStream | None = None
+        self._begun: RowStream | None = None
         self._measures: dict[str, torch.Tensor | float] = {}
         self._in_micro_step = False
         self._waiting: set[str] = set()  # models that went backward and were not updated yet
@@ -197,7 +197,7 @@ class Run:
         Raises:
             RuntimeError: where training has begun.
         """
-        if self._stream is not None:
+        if self._begun is not None:
             raise RuntimeError(f"model {name!r} is added after `batches` has begun: add it before")
         settings = self.settings
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -263,7 +263,7 @@ class Run:
             raise RuntimeError("there is nothing to train: `add` a model before `batches`")
         settings, accelerator = self.settings, self.accelerator
         self._drops = drops
-        self._stream = RowStream(
+        self._begun = RowStream(
             record,
             rows_per_prompt=rows_per_prompt,
             num_prompts=num_prompts,
@@ -334,7 +334,6 @@ class Run:
         Returns:
             CPU generators.
         """
-        assert self._stream is not None
         first = self._stream.draw(self._micro_step) * self.settings.train_batch_size
         return [draw_generator(first + index, self.settings.seed, stream=stream) for index in range(count)]
 
@@ -355,7 +354,6 @@ class Run:
             if part.name not in self._waiting or self._in_micro_step:
                 raise RuntimeError(f"`update` of {part.name!r} comes before the `backward` of all its micro-steps")
         stream, accelerator = self._stream, self.accelerator
-        assert stream is not None
         norms = [self._clip(part) for part in trained]
         status = HostCopy(torch.cat([self._counts, torch.stack(norms)]))
         stream.prefetch()
@@ -393,7 +391,6 @@ class Run:
     @property
     def prompts_seen(self) -> int:
         """Prompts recorded so far, in all processes."""
-        assert self._stream is not None
         return self._stream.number * self._stream.prompts_per_recording
 
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -431,6 +428,12 @@ class Run:
     def _partial(self) -> bool:
         """Whether some weights of a trained model are frozen, and not in checkpoints."""
         return any(not parameter.requires_grad for part in self._trained for parameter in part.model.parameters())
+
+    @property
+    def _stream(self) -> RowStream:
+        if self._begun is None:
+            raise RuntimeError("training has not begun: go through `batches` first")
+        return self._begun
 
     def _find(self, model: nn.Module) -> _Trained:
         for trained in self._trained:
@@ -474,7 +477,6 @@ class Run:
     def _micro_steps(self) -> Iterator[TrainingRows]:
         """The rows of a step, micro-step by micro-step; in between, gradients stay in their process."""
         stream, accelerator = self._stream, self.accelerator
-        assert stream is not None
         accumulation = self.settings.gradient_accumulation_steps
         first = self.step * accumulation
         for self._micro_step in range(first, first + accumulation):
@@ -492,7 +494,6 @@ class Run:
     def _clip(self, trained: _Trained) -> torch.Tensor:
         """Make a gradient the mean over the rows kept in all processes and micro-steps, and clip it; its norm."""
         stream, accelerator = self._stream, self.accelerator
-        assert stream is not None
         expected = stream.rows_per_micro_step * accelerator.num_processes * self.settings.gradient_accumulation_steps
         if self._drops:
             scale = expected / self._counts[0].clamp(min=1)
@@ -505,7 +506,6 @@ class Run:
     def _end_step(self, kept: int, dropped: int, stop: bool) -> None:
         """Count a step, report it, write a checkpoint where that is due."""
         settings, stream = self.settings, self._stream
-        assert stream is not None
         self._counts.zero_()
         self._updated.clear()
         self.step += 1
@@ -539,7 +539,6 @@ class Run:
     def _report(self) -> None:
         """Log the figures of the latest step."""
         stream, now = self._stream, time.perf_counter()
-        assert stream is not None
         recorded = max(1, (stream.number - self._first_number) * stream.prompts_per_recording)
         metrics = {name: float(value) for name, value in self._measures.items()}
         for trained in self._trained:
