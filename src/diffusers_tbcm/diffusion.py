@@ -8,11 +8,12 @@ import math
 import torch
 
 from .draws import per_prompt_generators
+from .flow import broadcast_time
 from .guidance import guidance_branches, guided_output
 from .rows import Recording
 from .text import Text
 from .trajectory import sample_timesteps
-from .trigflow import SIGMA_DATA, TrigFlowTransformer, broadcast_time
+from .trigflow import SIGMA_DATA, TrigFlowTransformer
 
 
 def sample_diffusion_timesteps(

@@ -2,8 +2,9 @@
 
 import torch
 
+from .flow import broadcast_time
 from .text import Text
-from .trigflow import TrigFlowTransformer, broadcast_time
+from .trigflow import TrigFlowTransformer
 
 
 def guidance_branches(teacher: TrigFlowTransformer, text: Text, negative_text: Text | None) -> Text:

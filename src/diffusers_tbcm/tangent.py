@@ -8,8 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dual import Dual
+from .flow import broadcast_time
 from .text import Text
-from .trigflow import SIGMA_DATA, broadcast_time
+from .trigflow import SIGMA_DATA
 
 
 # The constant c of Algorithm 1's tangent normalisation g / (||g|| + c); the value is sCM's (arXiv 2410.11081).

@@ -7,11 +7,12 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from .draws import per_prompt_generators
+from .flow import broadcast_time
 from .guidance import guidance_branches, guided_output
 from .rows import Recording
 from .text import Text
 from .transfer import to_device
-from .trigflow import SIGMA_DATA, TrigFlowTransformer, broadcast_time, flow_to_trig_timestep
+from .trigflow import SIGMA_DATA, TrigFlowTransformer, flow_to_trig_timestep
 
 
 SAMPLING_SCHEMES = ("reference", "logit_normal", "random")

@@ -5,32 +5,17 @@ dx_t/dt = sigma_data F(x_t / sigma_data, t). Flow matching has x_s = (1 - s) x_0
 data.
 """
 
-from typing import Any
-
 import torch
 from diffusers.utils import logging
 from torch import nn
 
-from .backbones import Backbone, backbone_of
-from .text import Text
+from .backbones import Backbone
+from .flow import FlowTransformer, broadcast_time
 
 
 logger = logging.get_logger(__name__)
 
 SIGMA_DATA = 0.5  # standard deviation of TrigFlow's latents (arXiv 2410.11081)
-
-
-def broadcast_time(time: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """Append axes to per-sample times so that they broadcast over the remaining axes of the samples.
-
-    Args:
-        time: times whose axes are the leading axes of `sample`, usually (batch,).
-        sample: the samples, usually (batch, channels, height, width).
-
-    Returns:
-        The times with as many axes as `sample`.
-    """
-    return time.reshape(time.shape + (1,) * (sample.ndim - time.ndim))
 
 
 def trig_to_flow_timestep(t: torch.Tensor) -> torch.Tensor:
@@ -137,7 +122,7 @@ def consistency_output(
     return torch.cos(t) * sample - torch.sin(t) * sigma_data * trig_output
 
 
-class TrigFlowTransformer(nn.Module):
+class TrigFlowTransformer(FlowTransformer):
     """A flow-matching transformer seen as the TrigFlow network F (Eq. 5-7), differentiable through the maps.
 
     Prompts may serve several consecutive rows each: what depends on the text only is then computed once per prompt.
@@ -149,16 +134,10 @@ class TrigFlowTransformer(nn.Module):
         backbone: the transformer's family, for one of a class of your own; by default found by its class.
     """
 
-    transformer: Any  # of a family's class, which diffusers leaves to run time
-
     def __init__(
         self, transformer: nn.Module, timestep_scale: float | None = None, backbone: Backbone | None = None
     ) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self._backbone = backbone
-        self.backbone.share_prompts(transformer)
-        self.timestep_scale = self.backbone.timestep_scale(transformer) if timestep_scale is None else timestep_scale
+        super().__init__(transformer, timestep_scale, backbone)
         if self.timestep_scale > 1:
             logger.warning(
                 f"This transformer sees the time s in [0, 1] multiplied by timestep_scale={self.timestep_scale:g}, "
@@ -166,16 +145,6 @@ class TrigFlowTransformer(nn.Module):
                 "teacher to dense time, s itself, first. The stock SanaSprintPipeline feeds s itself, so a student of "
                 "this teacher will not draw there."
             )
-
-    @property
-    def backbone(self) -> Backbone:
-        """The transformer's family."""
-        return self._backbone or backbone_of(self.transformer)
-
-    @property
-    def guidance_embeds(self) -> bool:
-        """Whether the network takes the guidance scale as an input."""
-        return self.backbone.embeds_guidance(self.transformer)
 
     def forward(
         self,
@@ -205,15 +174,10 @@ class TrigFlowTransformer(nn.Module):
         # The maps amplify rounding near t = 0 and pi/2: they run wide whatever the network's dtype.
         wide = torch.promote_types(sample.dtype, torch.float32)
         sample, timestep = sample.to(wide), timestep.to(wide)
-        if encoder_attention_mask is None:
-            encoder_attention_mask = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2])
-        text = Text(encoder_hidden_states, encoder_attention_mask)
         s = trig_to_flow_timestep(timestep)
         flow_sample = trig_to_flow_sample(sample, timestep, sigma_data=1.0)
-        flow_output = self.backbone.velocity(
-            self.transformer, flow_sample, s * self.timestep_scale, text, self._checked(guidance)
-        )
-        return flow_to_trig_output(flow_sample, flow_output.to(wide), s)
+        flow_output = super().forward(flow_sample, s, encoder_hidden_states, encoder_attention_mask, guidance)
+        return flow_to_trig_output(flow_sample, flow_output, s)
 
     def embed_timestep(self, timestep: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """Embed time, and guidance where the network takes it, as the network does before its modulation layers.
@@ -230,10 +194,3 @@ class TrigFlowTransformer(nn.Module):
         """
         s = trig_to_flow_timestep(timestep.to(torch.promote_types(timestep.dtype, torch.float32)))
         return self.backbone.embed_time(self.transformer, s * self.timestep_scale, self._checked(guidance))
-
-    def _checked(self, guidance: torch.Tensor | None) -> torch.Tensor | None:
-        if self.guidance_embeds and guidance is None:
-            raise ValueError("`guidance` is None, but the transformer embeds guidance and needs a weight per sample.")
-        if guidance is not None and not self.guidance_embeds:
-            raise ValueError(f"`guidance` is {guidance}, but the transformer does not embed guidance.")
-        return guidance
