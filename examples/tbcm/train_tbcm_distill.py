@@ -120,7 +120,9 @@ def record_trajectories(
     if settings.brightness_threshold > 0:
         cache = run.output_dir / f"black_latent_{distillation.resolution}.safetensors"
         with run.accelerator.main_process_first():
-            black = cached_black_latent(distillation.folder, distillation.resolution, cache).to(run.device)
+            black = cached_black_latent(
+                distillation.folder, distillation.resolution, cache, variant=settings.variant
+            ).to(run.device)
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
         """Record the trajectories of some draws, and say which of them the brightness filter keeps."""

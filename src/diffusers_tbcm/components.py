@@ -24,7 +24,35 @@ VOCABULARIES = (  # one of these sets makes a tokenizer
 VOCABULARY_FILES = {name for names in VOCABULARIES for name in names} | {"added_tokens.json"}  # words, and no settings
 
 
-def model_files(folder: Path, library: str, home: Path | None = None, variants: Sequence[str] = ()) -> list[Path]:
+def stored_precision(folder: Path, variant: str | None) -> str:
+    """Say which weights of a component to load.
+
+    Args:
+        folder: the component's.
+        variant: the half-precision ones to prefer, such as `"bf16"`; None for those in full precision.
+
+    Returns:
+        The variant where there are weights of it, otherwise `""`, full precision.
+    """
+    return variant if variant and any(folder.glob(f"*.{variant}[.-]*")) else ""
+
+
+def plain_name(name: str, precision: str) -> str:
+    """Name a file of half-precision weights as that of full ones is named.
+
+    Args:
+        name: such as `"model.bf16-00001-of-00002.safetensors"`.
+        precision: from `stored_precision`.
+
+    Returns:
+        Such as `"model-00001-of-00002.safetensors"`; other names as they are.
+    """
+    return re.sub(rf"\.{precision}(?=[.-])", "", name, count=1) if precision else name
+
+
+def model_files(
+    folder: Path, library: str, home: Path | None = None, variants: Sequence[str] = (), precision: str = ""
+) -> list[Path]:
     """List the files of a component with weights, checked to be whole.
 
     Args:
@@ -32,6 +60,7 @@ def model_files(folder: Path, library: str, home: Path | None = None, variants: 
         library: `"diffusers"` or `"transformers"`, which loads it.
         home: as in `check_file`.
         variants: half-precision copies to list too, such as `"fp16"`, where they are there.
+        precision: of the weights, from `stored_precision`.
 
     Returns:
         Config and weights; nothing else that the folder holds.
@@ -42,10 +71,12 @@ def model_files(folder: Path, library: str, home: Path | None = None, variants: 
     files = [folder / MODEL_CONFIG]
     read_object(check_file(files[0], home))
     files += _optional(folder, [GENERATION_CONFIG], home)
-    full = _weights(folder, WEIGHT_NAMES[library], "", home)
-    if not full:
-        raise ValueError(f"no safetensors weights of its {folder.name} in full precision")
-    return files + full + [file for name in variants for file in _weights(folder, WEIGHT_NAMES[library], name, home)]
+    weights = _weights(folder, WEIGHT_NAMES[library], precision, home)
+    if not weights:
+        raise ValueError(f"no safetensors weights of its {folder.name} in {precision or 'full'} precision")
+    return (
+        files + weights + [file for name in variants for file in _weights(folder, WEIGHT_NAMES[library], name, home)]
+    )
 
 
 def tokenizer_files(folder: Path, home: Path | None = None) -> list[Path]:

@@ -24,6 +24,7 @@ from .images import fit_image, load_image, pixels_to_pil, resolution_bins
 from .lora import GUIDANCE_EMBEDDER_FILE, drop_guidance_bias, load_guidance_embedder
 from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler
 from .standalone import standalone_pipeline_source
+from .text import check_tokenizer
 from .versions import tokenizer_class
 
 
@@ -59,7 +60,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             The sampler; a plain [`SCMScheduler`] is replaced by the [`TBCMScheduler`] of its config.
 
     Raises:
-        `ValueError`: for a scheduler of another kind.
+        `ValueError`: for a scheduler of another kind, and for a tokenizer that is empty or not the text encoder's.
     """
 
     scheduler: TBCMScheduler
@@ -80,6 +81,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             )
         if scheduler is not None and not isinstance(scheduler, TBCMScheduler):
             scheduler = TBCMScheduler.from_config(scheduler.config)
+        if tokenizer is not None and text_encoder is not None:
+            check_tokenizer(tokenizer, text_encoder)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self._init_image: torch.Tensor | None = None
         self._guidance_warned = False

@@ -14,8 +14,9 @@ import torch
 
 from ..backbones import Backbone
 from ..images import to_pixels
+from ..pipeline_folder import digest_component
 from .pictures import CaptionedImages
-from .shards import TORN, ShardFolder, digest_files, dtype_name, own_shards, read_slice
+from .shards import TORN, ShardFolder, dtype_name, own_shards, read_slice
 
 
 class LatentCache:
@@ -133,6 +134,7 @@ def latents_fingerprint(
     *,
     resolution: int,
     dtype: torch.dtype,
+    variant: str | None = None,
     shard_size: int = 256,
 ) -> dict[str, str]:
     """Say what cached latents depend on, without loading the autoencoder or decoding a picture.
@@ -142,13 +144,14 @@ def latents_fingerprint(
         teacher_folder: a Sana pipeline's folder.
         resolution: the pictures' sides in pixels.
         dtype: the precision the autoencoder runs in, and the latents are kept in.
+        variant: the half-precision weights that the autoencoder is loaded from; None for the ordinary ones.
         shard_size: pictures a shard, the most that an interruption costs each process.
 
     Returns:
         A short text for each.
     """
     return {
-        "vae": digest_files(Path(teacher_folder) / "vae"),
+        "vae": digest_component(teacher_folder, "vae", variant),
         "pictures": images.digest(),
         "resolution": str(resolution),
         "dtype": dtype_name(dtype),

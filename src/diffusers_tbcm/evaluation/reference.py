@@ -10,7 +10,7 @@ from os import PathLike
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,7 +54,8 @@ class FeatureReference:
             The reference.
 
         Raises:
-            ValueError: where features and labels differ in number, or K components cannot be told from N images.
+            ValueError: where features and labels differ in number, features are not finite, or K components cannot be
+                told from N images.
         """
         if labels and len(features) != len(labels):
             raise ValueError(f"labels has {len(labels)} names for {len(features)} features")
@@ -63,6 +64,8 @@ class FeatureReference:
                 f"num_components is {num_components or 'all'}, too many for features of shape {tuple(features.shape)}"
             )
         features = features.cpu().half()
+        if not features.isfinite().all():
+            raise ValueError("features holds NaN or infinity: of such images there is no distance")
         mean = features.double().mean(dim=0)
         if num_components is None:
             return cls(features, tuple(labels), mean, None)
@@ -90,11 +93,21 @@ class FeatureReference:
 
         Returns:
             The reference, bit for bit.
+
+        Raises:
+            ValueError: where the file is missing, torn, none that `save` wrote, or holds NaN or infinity.
         """
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            labels = tuple(json.loads(file.metadata()["labels"]))
-        return cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                labels = tuple(json.loads(file.metadata()["labels"]))
+            reference = cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is no file of reference features, or a torn one: {error}") from error
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"reference {str(path)!r} holds NaN or infinity in its {name}: make it anew")
+        return reference
 
     def project(self, features: Tensor) -> Tensor:
         """Give features as the Frechet distance sees them.

@@ -15,6 +15,7 @@ from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
 from ..backbones import backbone_of, find_backbone
+from ..components import plain_name, stored_precision
 from ..files import read_json, remove, replace, write_json, written_beside
 from ..lora import LORA_FILE, save_lora
 from ..pipeline_folder import (
@@ -53,6 +54,7 @@ def save_student_pipeline(
     *,
     scheduler: TBCMScheduler | None = None,
     variants: Sequence[str] = (),
+    teacher_variant: str | None = None,
 ) -> Path:
     """Save a student as a folder that plain `DiffusionPipeline.from_pretrained` loads, with card and records.
 
@@ -70,6 +72,8 @@ def save_student_pipeline(
         scheduler: carries the checkpoint's own timesteps and guidance scales; `TBCMScheduler()` by default.
         variants: `"fp16"`, `"bf16"` or both: copies of all weights in half precision beside the ordinary ones, for
             `from_pretrained(..., variant=..., torch_dtype=...)`.
+        teacher_variant: the half-precision weights to copy of the teacher's components that have them; None for the
+            ordinary ones. The copies have ordinary names.
 
     Returns:
         `output_dir`.
@@ -85,7 +89,7 @@ def save_student_pipeline(
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"variants has {variant!r}: choose from {', '.join(VARIANTS)}")
-    teacher_folder = resolve_teacher(teacher)
+    teacher_folder = resolve_teacher(teacher, teacher_variant)
     output_dir = Path(output_dir)
     if output_dir.resolve() == teacher_folder.resolve():
         raise ValueError(f"output_dir {str(output_dir)!r} is the teacher's own folder: the export would replace it")
@@ -93,7 +97,7 @@ def save_student_pipeline(
 
     with written_beside(output_dir.resolve(), place=partial(_move, last=MODEL_INDEX)) as folder:
         for component in backbone_of(student).COPIED_COMPONENTS:
-            _copy_component(teacher_folder, component, folder)
+            _copy_component(teacher_folder, component, folder, teacher_variant)
         student.save_pretrained(folder / TRANSFORMER)
         student_config = read_json(folder / TRANSFORMER / "config.json")
         student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
@@ -115,6 +119,7 @@ def save_student_lora(
     description: StudentDescription,
     *,
     guidance_scale: float = 4.5,
+    teacher_variant: str | None = None,
 ) -> Path:
     """Save a LoRA student as a folder that its teacher's pipeline loads, ours or a stock one, with card and records.
 
@@ -126,6 +131,7 @@ def save_student_lora(
         output_dir: where the folder is to be.
         description: what its card and records say of it.
         guidance_scale: the one that the stock `SanaPipeline` will draw with.
+        teacher_variant: the half-precision weights that the teacher was loaded from; None for the ordinary ones.
 
     Returns:
         `output_dir`.
@@ -133,7 +139,7 @@ def save_student_lora(
     Raises:
         ValueError: where the teacher is no complete Sana pipeline.
     """
-    teacher_folder = resolve_teacher(teacher)
+    teacher_folder = resolve_teacher(teacher, teacher_variant)
     output_dir = Path(output_dir)
     stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
     with written_beside(output_dir.resolve(), place=partial(_move, last=LORA_FILE)) as folder:
@@ -144,12 +150,18 @@ def save_student_lora(
     return output_dir
 
 
-def _copy_component(teacher_folder: Path, name: str, folder: Path) -> None:
-    """Copy the files that a teacher's component consists of, without paths of this machine."""
+def _copy_component(teacher_folder: Path, name: str, folder: Path, variant: str | None) -> None:
+    """Copy the files that a teacher's component consists of, under plain names, without paths of this machine."""
     model_index = read_json(teacher_folder / MODEL_INDEX)
     (folder / name).mkdir(parents=True)
-    for file in component_files(teacher_folder, name, model_index, home=home_of(teacher_folder)):
-        _copy_published(file, folder / name / file.name)
+    precision = stored_precision(teacher_folder / name, variant)
+    for file in component_files(teacher_folder, name, model_index, home=home_of(teacher_folder), variant=variant):
+        target = folder / name / plain_name(file.name, precision)
+        _copy_published(file, target)
+        if target.name != file.name and target.suffix == ".json":  # the index of shards
+            index = read_json(target)
+            shards = {key: plain_name(shard, precision) for key, shard in index["weight_map"].items()}
+            write_json(target, {**index, "weight_map": shards})
 
 
 def _copy_published(file: Path, target: Path) -> None:

@@ -69,9 +69,9 @@ class Distillation:
             raise ValueError("`rank` shares the base's weights with the teacher, which FSDP2 would shard: use DDP")
         self.run, self.settings, self.prompts = run, settings, prompts
         self.method, self.image_free = method, image_free
-        self.folder = resolve_teacher(settings.pretrained_model_name_or_path)
+        self.folder = resolve_teacher(settings.pretrained_model_name_or_path, settings.variant)
         self.backbone = find_backbone(self.folder)
-        transformer = self.backbone.load_transformer(self.folder)
+        transformer = self.backbone.load_transformer(self.folder, settings.variant)
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
         run.check_push(self.folder)
         run.open_folder()
@@ -115,10 +115,13 @@ class Distillation:
         """
         run = self.run
         cache = Path(folder or run.output_dir / "latents")
-        fingerprint = latents_fingerprint(images, self.folder, resolution=self.resolution, dtype=torch.float32)
+        variant = self.settings.variant
+        fingerprint = latents_fingerprint(
+            images, self.folder, resolution=self.resolution, dtype=torch.float32, variant=variant
+        )
         precompute_latents(
             images,
-            lambda: self.backbone.load_vae(self.folder).to(run.device),
+            lambda: self.backbone.load_vae(self.folder, variant).to(run.device),
             cache,
             fingerprint,
             backbone=self.backbone,
@@ -212,13 +215,13 @@ class Distillation:
         }
 
         def make_encoder() -> PromptEncoder:
-            pipeline = self.backbone.load_text_pipeline(self.folder, run.weight_dtype)
+            pipeline = self.backbone.load_text_pipeline(self.folder, run.weight_dtype, settings.variant)
             return PromptEncoder(pipeline, device=run.device, offload=settings.offload_text_encoder, **reading)
 
         if settings.precompute_embeddings is None:
             return make_encoder()
         cache = Path(settings.precompute_embeddings)
-        fingerprint = encoder_fingerprint(self.folder, dtype=run.weight_dtype, **reading)
+        fingerprint = encoder_fingerprint(self.folder, dtype=run.weight_dtype, variant=settings.variant, **reading)
         precompute_embeddings(
             [*self.prompts, *(settings.validation_prompts or [])],
             make_encoder,
@@ -269,7 +272,7 @@ class Distillation:
     def _draw(self, transformer: Any) -> list[Sample]:
         """Draw the validation prompts, put a labelled grid of them into log and folder, give the pictures."""
         run, prompts = self.run, self.settings.validation_prompts or []
-        vae = self.backbone.load_vae(self.folder).to(transformer.device)
+        vae = self.backbone.load_vae(self.folder, self.settings.variant).to(transformer.device)
         pipeline = SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         columns = [
@@ -309,6 +312,7 @@ class Distillation:
                 output_dir / "lora",
                 replace(description, model_id=f"{output_dir.name}/lora"),
                 guidance_scale=median_low(settings.guidance_scales),
+                teacher_variant=settings.variant,
             )
             print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
         if settings.rank is None or settings.merge_lora:
@@ -319,6 +323,7 @@ class Distillation:
                 description,
                 scheduler=self.scheduler,
                 variants=settings.export_variants,
+                teacher_variant=settings.variant,
             )
             print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
         return folder

@@ -175,6 +175,11 @@ class DistillationSettings(RowSettings):
     """teacher and student"""
 
     pretrained_model_name_or_path: str = setting(help="the teacher's pipeline: folder or Hub id")
+    variant: str | None = setting(
+        None,
+        "the teacher's half-precision weights, where it has some; default: the ordinary ones",
+        choices=tuple(VARIANTS),
+    )
     dataset_config_name: str | None = setting(None)
     dataset_split: str = setting("train")
     caption_column: str = setting("text")
