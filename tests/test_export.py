@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_transformer, write_tiny_pipeline
+from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, pipeline_folder
 from diffusers_tbcm.export import folders as export
@@ -146,6 +146,22 @@ def test_variants_lie_beside_the_float32_weights_and_load_in_their_dtype(student
                 for name, weight in load_file(whole).items():
                     assert torch.equal(copy[name], weight.to(dtype)), name
     assert {weight.dtype for weight in DiffusionPipeline.from_pretrained(folder).vae.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("shards", ["1GB", "5KB"])
+def test_the_copies_of_half_precision_weights_have_ordinary_names(student, tmp_path, shards):
+    half, teacher = tiny_sana_pipeline().to(torch.bfloat16), tmp_path / "teacher"
+    half.save_pretrained(teacher, variant="bf16", max_shard_size=shards)
+    with pytest.raises(ValueError, match="give `variant` bf16"):
+        save_student_pipeline(student, teacher, tmp_path / "student", DESCRIPTION)
+    folder = save_student_pipeline(student, teacher, tmp_path / "student", DESCRIPTION, teacher_variant="bf16")
+    assert not [path for path in folder.rglob("*") if "bf16" in path.name]
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    for component in ("vae", "text_encoder"):
+        for key, weight in getattr(half, component).state_dict().items():
+            assert torch.equal(getattr(pipeline, component).state_dict()[key], weight.float()), (component, key)
+    save_student_pipeline(student, teacher, tmp_path / "fp16", DESCRIPTION, variants=("fp16",), teacher_variant="bf16")
+    DiffusionPipeline.from_pretrained(tmp_path / "fp16", variant="fp16", torch_dtype=torch.float16)
 
 
 def test_an_export_over_an_earlier_students_leaves_none_of_its_figures_and_pictures(student, teacher, tmp_path):

@@ -73,6 +73,20 @@ def test_a_torn_shard_is_named_and_passed_over(tmp_path, keep, caplog):
         read_slice(torn, "numbers", 0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_neither_written_nor_read(tmp_path, value):
+    def broken(model, shard, done):
+        return str(shard.start), {"numbers": torch.tensor([0.0, value]), "keys": torch.arange(2)}
+
+    with pytest.raises(ValueError, match="numbers became NaN or infinity: the model's weights hold some"):
+        store(tmp_path).fill([range(0, 2)], lambda: 0, broken, label="", quiet=True)
+    assert not [*tmp_path.glob("*.safetensors")]
+    save_file({"numbers": torch.tensor([0.0, value])}, tmp_path / "0.safetensors")
+    assert float(read_slice(tmp_path / "0.safetensors", "numbers", 0)) == 0
+    with pytest.raises(ValueError, match=r"shard '.*0\.safetensors' holds NaN or infinity in its numbers: delete it"):
+        read_slice(tmp_path / "0.safetensors", "numbers", slice(0, 2))
+
+
 def test_shards_of_another_fingerprint_are_refused_and_what_differs_is_said(tmp_path):
     fill(tmp_path)
     other = store(tmp_path, {"model": "b", "dtype": "float32", "size": "3"})

@@ -25,7 +25,7 @@ def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
     Raises:
         ValueError: where all prompts are alike to the tokenizer, or its vocabulary is another one's.
     """
-    if tokenizer("a red fox").input_ids == tokenizer("seven small violins").input_ids:
+    if tokenizer("cat").input_ids == tokenizer("dog").input_ids:
         raise ValueError("`tokenizer` reads every prompt alike: its files, such as tokenizer.json, are missing.")
     tokens, embedded = len(tokenizer), text_encoder.get_input_embeddings().weight.shape[0]
     if not LEAST_VOCABULARY * embedded <= tokens <= embedded:

@@ -99,7 +99,7 @@ class PromptEncoder:
         ).cpu()
         if not embeds.isfinite().all():
             raise ValueError(
-                f"the text encoder gives NaN or infinity for {prompt!r}: its precision, {embeds.dtype}, is too low for it"
+                f"the text encoder gives NaN or infinity for {prompt!r}: {embeds.dtype} is too low a precision for it"
             )
         return embeds
 

@@ -171,11 +171,11 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
 
 
 def _tokenizer_content(tokenizer: Any) -> str:
-    """What decides how a tokenizer reads a prompt; how it pads and cuts is the pipeline's to say."""
+    """What a tokenizer knows; how it pads and cuts is the pipeline's to say."""
     if not tokenizer.is_fast:
         return json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({**content, "truncation": None, "padding": None}, sort_keys=True)
+    return json.dumps({name: content[name] for name in ("added_tokens", "normalizer", "model")}, sort_keys=True)
 
 
 def _is_torn(path: Path) -> bool:
