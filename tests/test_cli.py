@@ -13,6 +13,7 @@ from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.__main__ import TRAINING_SCRIPTS, file_name, main
+from diffusers_tbcm.backbones.sana import INSTRUCTION
 from diffusers_tbcm.evaluation.drawing import Drawing, draw, load_pipeline
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.hub import push_pipeline_to_hub
@@ -84,6 +85,24 @@ def test_the_instruction_can_be_left_out(student, drawn_in_python, tmp_path):
     assert (bare != drawn_in_python("a dog", 2, 0)).any()
 
 
+def test_what_the_command_line_leaves_out_is_the_student_s_own(tmp_path):
+    pipeline = tiny_tbcm_pipeline()
+    trained = {"max_sequence_length": 8, "complex_human_instruction": None}
+    pipeline.scheduler = TBCMScheduler(guidance_scales=[2.0], call_options=trained)
+    pipeline.save_pretrained(tmp_path / "student")
+    pipeline = tiny_tbcm_pipeline()
+    for flags, told in (
+        ([], {}),
+        (["--guidance_scale", 6], {"guidance_scale": 6.0}),
+        (["--max_sequence_length", 20], {"max_sequence_length": 20}),
+        (["--complex_human_instruction"], {"complex_human_instruction": INSTRUCTION}),
+    ):
+        generate(tmp_path / "student", tmp_path / "x.png", "--steps", 1, *flags, prompts=["a little white dog"])
+        options = {"guidance_scale": 2.0, **trained, **told}
+        expected = next(draw(pipeline, ["a little white dog"], steps=[1], seeds=[0], **options)).image
+        np.testing.assert_array_equal(pixels(tmp_path / "x.png"), pixels(expected))
+
+
 def test_a_grid_has_a_row_a_prompt_and_a_column_a_step_count_and_seed(student, drawn_in_python, tmp_path):
     prompts = ("a dog", "a bird " * 20)
     generate(student, tmp_path / "grid.png", "--grid", "--steps", 1, 2, "--seed", 3, 4, prompts=prompts)
@@ -129,6 +148,7 @@ def test_a_pipeline_is_loaded_as_asked(student):
         (["--steps", 2, 2], "--steps has a value twice"),
         (["--seed", -1], "--seed is -1: it takes 0 to"),
         (["--width", 0], "--width is 0"),
+        (["--max_sequence_length", 0], "--max_sequence_length is 0"),
         (["--steps", 1, 2], "is one file for 2 pictures: name a folder, or add --grid"),
         (["--prompt", "a dog", "a bird"], "is one file for 2 pictures"),
         (["--prompt", "  "], "--prompt is empty"),

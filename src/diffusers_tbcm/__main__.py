@@ -43,7 +43,7 @@ class Generation:
         prompts: what to draw, each with every number of steps and every seed.
         steps: numbers of inference steps.
         seeds: one a picture.
-        options: further arguments of the pipeline's call.
+        options: arguments of `drawing.call_options`.
         out: a picture's file, or a folder.
         to_folder: whether `out` is a folder.
         grid: put all pictures into one.
@@ -133,14 +133,14 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompts_file", type=Path, help="text with one prompt a line, or csv, jsonl or parquet")
     parser.add_argument("--steps", type=int, nargs="+", default=[2], help="numbers of inference steps")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each")
-    parser.add_argument("--guidance_scale", type=float, default=4.5)
+    parser.add_argument("--guidance_scale", type=float, help="the middle of the student's own by default")
     parser.add_argument("--height", type=int, help="pixels; the size of training by default")
     parser.add_argument("--width", type=int)
+    parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt; as in training by default")
     parser.add_argument(
         "--complex_human_instruction",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="put Sana's instruction before each prompt; --no- for a student that was distilled without it",
+        help="put Sana's instruction before each prompt, or not; as in training by default",
     )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--device", help="a GPU where there is one, else the CPU by default")
@@ -155,10 +155,11 @@ def read_generation(
     prompts_file: Path | None,
     steps: list[int],
     seed: list[int],
-    guidance_scale: float,
+    guidance_scale: float | None,
     height: int | None,
     width: int | None,
-    complex_human_instruction: bool,
+    max_sequence_length: int | None,
+    complex_human_instruction: bool | None,
     out: Path,
     grid: bool,
     **loading: Any,
@@ -167,8 +168,8 @@ def read_generation(
 
     Args:
         parser: the command's.
-        prompt, prompts_file, steps, seed, guidance_scale, height, width, complex_human_instruction, out, grid: its
-            arguments.
+        prompt, prompts_file, steps, seed, guidance_scale, height, width, max_sequence_length,
+            complex_human_instruction, out, grid: its arguments.
         loading: those of its arguments that say which model is loaded, and how.
 
     Returns:
@@ -177,10 +178,10 @@ def read_generation(
     Raises:
         SystemExit: with the reason on stderr.
     """
-    for name, values in (("steps", steps), ("height", [height]), ("width", [width])):
-        for value in values:
-            if value is not None and value < 1:
-                parser.error(f"--{name} is {value}: it takes at least 1")
+    sizes = [("height", height), ("width", width), ("max_sequence_length", max_sequence_length)]
+    for name, value in [*(("steps", number) for number in steps), *sizes]:
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}: it takes at least 1")
     for number in seed:
         if not 0 <= number <= MAX_SEED:
             parser.error(f"--seed is {number}: it takes 0 to {MAX_SEED}")
@@ -208,9 +209,13 @@ def read_generation(
     pictures = len(prompt) * len(steps) * len(seed)
     if not to_folder and pictures > 1 and not grid:
         parser.error(f"--out {str(out)!r} is one file for {pictures} pictures: name a folder, or add --grid")
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    if not complex_human_instruction:
-        options["complex_human_instruction"] = None
+    options = {
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "max_sequence_length": max_sequence_length,
+        "complex_human_instruction": complex_human_instruction,
+    }
     return Generation(
         prompts=prompt, steps=steps, seeds=seed, options=options, out=out, to_folder=to_folder, grid=grid, **loading
     )
@@ -232,7 +237,7 @@ def run_generate(asked: Generation) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from .evaluation.drawing import draw, load_pipeline
+    from .evaluation.drawing import call_options, draw, load_pipeline
 
     pipeline = load_pipeline(asked.model, lora=asked.lora, dtype=getattr(torch, asked.dtype), device=asked.device)
     (asked.out if asked.to_folder else asked.out.parent).mkdir(parents=True, exist_ok=True)
@@ -240,7 +245,8 @@ def run_generate(asked: Generation) -> None:
     in_grid = []
     seconds: dict[int, list[float]] = {steps: [] for steps in asked.steps}
     total = len(asked.prompts) * len(asked.steps) * len(asked.seeds)
-    drawings = draw(pipeline, asked.prompts, steps=asked.steps, seeds=asked.seeds, **asked.options)
+    options = call_options(**asked.options)
+    drawings = draw(pipeline, asked.prompts, steps=asked.steps, seeds=asked.seeds, **options)
     for drawing in tqdm(drawings, total=total, unit="picture"):
         seconds[drawing.num_inference_steps].append(drawing.seconds)
         if asked.grid:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 import torch
@@ -86,12 +85,26 @@ class Distillation:
                 " the Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
             )
         self.teacher = TrigFlowTransformer(transformer, timestep_scale)
-        self.scheduler = TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=settings.guidance_scales)
+        size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
+        self.scheduler = TBCMScheduler(
+            sigma_data=SIGMA_DATA,
+            guidance_scales=settings.guidance_scales,
+            call_options={**self._reading, **size},
+        )
 
     @property
     def resolution(self) -> int:
         """Pixels a side of what is drawn and encoded."""
         return self.latent_shape[-1] * self.backbone.vae_scale_factor(self.folder)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How prompts are read, in the words of the pipelines' calls."""
+        settings = self.settings
+        return {
+            "complex_human_instruction": self.backbone.INSTRUCTION if settings.complex_human_instruction else None,
+            "max_sequence_length": settings.max_sequence_length,
+        }
 
     @property
     def num_blocks(self) -> int:
@@ -206,10 +219,7 @@ class Distillation:
 
     def _make_encoder(self) -> PromptEncoder | EmbeddingCache:
         run, settings = self.run, self.settings
-        reading: dict[str, Any] = {
-            "complex_human_instruction": self.backbone.INSTRUCTION if settings.complex_human_instruction else None,
-            "max_sequence_length": settings.max_sequence_length,
-        }
+        reading = self._reading
 
         def make_encoder() -> PromptEncoder:
             pipeline = self.backbone.load_text_pipeline(self.folder, run.weight_dtype)
@@ -308,7 +318,7 @@ class Distillation:
                 teacher,
                 output_dir / "lora",
                 replace(description, model_id=f"{output_dir.name}/lora"),
-                guidance_scale=median_low(settings.guidance_scales),
+                scheduler=self.scheduler,
             )
             print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
         if settings.rank is None or settings.merge_lora:
@@ -327,6 +337,7 @@ class Distillation:
         """What the model card says about the run."""
         run, settings = self.run, self.settings
         replay = f"{settings.replay_buffer_size} prompts, {settings.replay_steps} steps a recording"
+        instruction = "with" if settings.complex_human_instruction else "without"
         optimiser = f"{settings.optimizer}, lr {settings.learning_rate:g} {settings.lr_scheduler}"
         return {
             "method": self.method,
@@ -335,6 +346,7 @@ class Distillation:
             **settings.describe(),
             "replay": replay if settings.replay_buffer_size else "off",
             "guidance scales": ", ".join(f"{scale:g}" for scale in settings.guidance_scales),
+            "prompt": f"{settings.max_sequence_length} tokens, {instruction} the instruction of Sana's pipelines",
             "optimiser": f"{optimiser}, clip {settings.max_grad_norm:g}",
             "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}, guidance embedder",
             "EMA": settings.ema_decay if settings.use_ema else "off",
