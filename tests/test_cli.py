@@ -1,6 +1,7 @@
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 from unittest.mock import create_autospec
 
 import numpy as np
@@ -10,10 +11,12 @@ from diffusers import SanaPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_pipeline
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.__main__ import TRAINING_SCRIPTS, file_name, main
 from diffusers_tbcm.backbones.sana import INSTRUCTION
+from diffusers_tbcm.errors import Failure
 from diffusers_tbcm.evaluation.drawing import Drawing, draw, load_pipeline
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.hub import push_pipeline_to_hub
@@ -180,7 +183,7 @@ def test_errors_in_words(student, tmp_path, monkeypatch):
         generate(write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "x.png")
     with pytest.raises(SystemExit, match="lora 'no/such' is neither LoRA weights nor"):
         generate(student, tmp_path / "x.png", "--lora", "no/such")
-    with pytest.raises(SystemExit, match="`height` is 30, but has to be a positive multiple of 8 pixels"):
+    with pytest.raises(SystemExit, match="--height is 30, but has to be a positive multiple of 8 pixels"):
         generate(student, tmp_path / "x.png", "--height", 30)
     assert not (tmp_path / "x.png").exists()
 
@@ -206,7 +209,7 @@ def test_push_passes_its_arguments_on_and_says_where_it_went(push, tmp_path, cap
     assert printed.out == "the commit's address\n" * 3 and printed.err == ""
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("error", [ValueError, Failure])
 def test_a_push_that_fails_ends_in_words(push, tmp_path, error):
     push.side_effect = error("the Hub refused the push")
     with pytest.raises(SystemExit, match=r"^diffusers-tbcm push: error: the Hub refused the push$"):
@@ -256,14 +259,33 @@ def test_the_package_gives_what_it_lists_and_nothing_else():
         _ = diffusers_tbcm.Scheduler
 
 
-def test_train_becomes_accelerate_launch_of_a_script_with_its_own_flags(monkeypatch):
+def test_train_is_accelerate_launch_of_a_script_with_its_own_flags(monkeypatch):
     started = []
-    monkeypatch.setattr("os.execv", lambda program, arguments: started.append((program, arguments)))
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", started.append)
     main(["train", "scm", "--train_data_dir", "pictures", "--help"])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "-m", "diffusers_tbcm.scripts.train_scm"]
-    assert started == [(sys.executable, [*launcher, "--train_data_dir", "pictures", "--help"])]
+    (launch,) = started
+    assert launch.module and launch.training_script == "diffusers_tbcm.scripts.train_scm"
+    assert launch.training_script_args == ["--train_data_dir", "pictures", "--help"]
     with pytest.raises(SystemExit):
         main(["train", "other"])
+
+
+def failed_worker(code):
+    """What several processes end in."""
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file="none")
+    return ChildFailedError("train", {1: failure})
+
+
+@pytest.mark.parametrize("failure", [partial(subprocess.CalledProcessError, cmd="train --hub_token x"), failed_worker])
+@pytest.mark.parametrize("code", [1, 2, 75])
+def test_train_ends_with_the_scripts_exit_code_and_no_words_of_the_launcher(failure, code, monkeypatch, capsys):
+    def launch(arguments):
+        raise failure(code)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "scm"])
+    assert ended.value.code == code and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)

@@ -25,7 +25,19 @@ SETTINGS = {
 MAX_SCRIPT_LINES = 330
 MAX_LOOP_LINES = 60
 MAX_FUNCTION_LINES = 100
-GROUND_FLOOR = {"text", "rows", "draws", "files", "transfer", "versions", "images", "standalone", "scripts.__init__"}
+GROUND_FLOOR = {
+    "text",
+    "rows",
+    "draws",
+    "files",
+    "transfer",
+    "versions",
+    "images",
+    "standalone",
+    "scripts.__init__",
+    "errors",
+    "command_line",
+}
 SERVICES = ("data", "export", "evaluation", "training")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml"}
 TEXT_NAMES = {"Makefile", "NOTICE", "run", ".gitignore"}

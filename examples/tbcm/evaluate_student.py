@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw with a student, and with its teacher, and measure the pictures.
+r"""Draw with a student, and with its teacher, and measure the pictures.
 
 1. prompts from a file or a data set; real pictures from a file of features, a folder, a data set or the teacher itself
 2. every prompt is drawn at every number of steps, by all processes; what is on disk already is not drawn again
@@ -12,13 +12,12 @@
       --output_dir outputs/mjhq
 """
 
-import argparse
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +25,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
-from transformers import HfArgumentParser
 
+from diffusers_tbcm.command_line import DEBUG_HELP, HelpFormatter, ending_in_words, show_information
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
@@ -41,6 +40,7 @@ from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.pipeline_folder import CARD, TRAINING_RECORD
+from diffusers_tbcm.training.settings import SettingsParser
 from diffusers_tbcm.versions import dtype_argument
 
 
@@ -106,13 +106,16 @@ class Settings:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
     update_card: bool = flag(False, "put the results into --model, a folder, and its card")
+    debug: bool = flag(False, DEBUG_HELP)
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags, and refuse what is wrong with them before anything is loaded."""
-    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SettingsParser(Settings, description=__doc__, formatter_class=HelpFormatter)
     # The parser's own names for it are all underscores or all hyphens; this is that of the training scripts.
-    parser.add_argument("--no-complex_human_instruction", dest="complex_human_instruction", action="store_false")
+    parser.add_argument(
+        "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="as there"
+    )
     settings: Settings
     settings, unknown = parser.parse_args_into_dataclasses(
         None if argv is None else list(argv), look_for_args_file=False, return_remaining_strings=True
@@ -362,9 +365,8 @@ def measure(
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse_settings(argv)
-    words = sys.argv[1:] if argv is None else argv
+def evaluate(settings: Settings, words: Sequence[str]) -> None:
+    """Take all four steps; the words are those of the command line, which the results record."""
     accelerator = Accelerator()
 
     # 1. Prompts and real pictures
@@ -405,6 +407,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     plot_measurements(measurements, settings.output_dir / PLOT)
     print(measurement_table(measurements).to_string(index=False, na_rep=""))
     print(f"{settings.output_dir / PLOT}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse_settings(argv)
+    show_information()
+    with ending_in_words({item.name: f"--{item.name}" for item in fields(Settings)}, debug=settings.debug):
+        evaluate(settings, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def arguments(student, tmp_path):
             "no-complex_human_instruction": True,
             "resolution": 32,
             "bootstrap_resamples": 20,
+            "debug": True,  # errors come as they are raised
             **changes,
         }
         flags = []

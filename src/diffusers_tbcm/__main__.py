@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
+import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from .command_line import DEBUG_HELP, CommandParser, HelpFormatter, ending_in_words
 from .files import PICTURE_SUFFIXES
 
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:  # what is heavy is imported by the command that needs it
     from .evaluation.drawing import Drawing
 
 PROG = "diffusers-tbcm"
+FLAGS = {
+    name: f"--{name}" for name in ("device", "dtype", "guidance_scale", "height", "license", "tag", "token", "width")
+}
+FLAGS["num_inference_steps"] = "--steps"
 TRAINING_SCRIPTS = ("tbcm_distill", "scm", "sana_sprint", "lcm")  # train_*.py of examples/tbcm
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**64 - 1  # torch's
@@ -69,30 +75,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments; the program's own by default.
 
     Raises:
-        SystemExit: with code 2 for arguments that do not fit, 1 where the command cannot be carried out.
+        SystemExit: with code 2 for arguments that do not fit, or that the command cannot be carried out with.
     """
-    command, run = parse_args(argv)
-    try:
+    command, debug, run = parse_args(argv)
+    with ending_in_words(FLAGS, debug=debug, program=f"{PROG} {command}"):
         run()
-    except ValueError as error:  # ours, which say what to do
-        sys.exit(f"{PROG} {command}: error: {error}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Callable[[], None]]:
+def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[], None]]:
     """Read the arguments and check what can be checked before anything is loaded.
 
     Args:
         argv: the arguments; the program's own by default.
 
     Returns:
-        The command's name, and what runs it.
+        The command's name, whether its errors are to end in a traceback, and what runs it.
 
     Raises:
         SystemExit: for arguments that do not fit, with the reason on stderr.
     """
-    parser = argparse.ArgumentParser(PROG, description=__doc__)
+    parser = CommandParser(PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="draw pictures")
+    generate = commands.add_parser("generate", help="draw pictures", formatter_class=HelpFormatter)
     add_generate_flags(generate)
 
     train = commands.add_parser("train", help="distil a student: `accelerate launch` of a training script")
@@ -113,15 +117,18 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Callable[[], Non
     card.add_argument("--license", help="the student's, such as apache-2.0; the recorded one by default")
     card.add_argument("--model_id", help="what the examples load; the recorded one by default")
 
+    for part in (generate, push, card):
+        part.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+
     values = vars(parser.parse_args(argv))
-    command = values.pop("command")
+    command, debug = values.pop("command"), values.pop("debug", False)
     if command == "train":
-        return command, partial(run_train, **values)
+        return command, debug, partial(run_train, **values)
     if command == "generate":
-        return command, partial(run_generate, read_generation(generate, **values))
+        return command, debug, partial(run_generate, read_generation(generate, **values))
     if not values["folder"].is_dir():
         (push if command == "push" else card).error(f"folder {str(values['folder'])!r} does not exist")
-    return command, partial(run_push if command == "push" else run_card, **values)
+    return command, debug, partial(run_push if command == "push" else run_card, **values)
 
 
 def add_generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -222,14 +229,28 @@ def read_generation(
 
 
 def run_train(script: str, flags: Sequence[str]) -> None:
-    """Become `accelerate launch` of a training script, as `accelerate config` has set it up.
+    """Do as `accelerate launch` of a training script, as `accelerate config` has set it up, and end as the script.
 
     Args:
         script: one of `TRAINING_SCRIPTS`.
         flags: the script's.
+
+    Raises:
+        SystemExit: with the exit code of the script; the launcher's own traceback would hide what the script has said.
     """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     module = f"{__package__}.scripts.train_{script}"
-    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "-m", module, *flags])
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)  # it reaches the script too, which is waited for
+    try:
+        launch_command(launch_command_parser().parse_args(["-m", module, *flags]))
+    except subprocess.CalledProcessError as error:  # one process
+        sys.exit(error.returncode)
+    except ChildFailedError as error:  # several
+        sys.exit(error.get_first_failure()[1].exitcode)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_generate(asked: Generation) -> None:
@@ -312,18 +333,15 @@ def run_push(
     """Push a folder to the Hub; the arguments are those of `export.hub.push_pipeline_to_hub`."""
     from .export.hub import push_pipeline_to_hub
 
-    try:
-        address = push_pipeline_to_hub(
-            folder,
-            repo_id,
-            token=token,
-            private=private,
-            license=license,
-            tag=tag,
-            include_training_state=include_training_state,
-        )
-    except RuntimeError as error:  # the Hub's, in words
-        raise ValueError(error) from error
+    address = push_pipeline_to_hub(
+        folder,
+        repo_id,
+        token=token,
+        private=private,
+        license=license,
+        tag=tag,
+        include_training_state=include_training_state,
+    )
     print(address)
 
 

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..draws import draw_generator
+from ..errors import Failure
 from ..export.hub import choose_license, prepare_repo, push_or_warn
 from ..export.record import training_config
 from ..files import write_json
@@ -530,7 +531,7 @@ class Run:
             save_checkpoint(self.accelerator, self.output_dir, self.step, settings.checkpoints_total_limit)
         self.stopped &= not last  # there is nothing left to stop
         if failing:
-            raise RuntimeError(
+            raise Failure(
                 f"{self._skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights from"
                 f" before them are in checkpoint-{self.step}; try a lower `learning_rate` or `mixed_precision` bf16 or"
                 " no"
