@@ -2,7 +2,28 @@
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, get_int_from_env
+
+
+# Where launchers say how many processes they have started: torchrun and those of MPI
+WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Refuse processes that were started together and do not know of each other: each would be a run of its own.
+
+    Args:
+        accelerator: of this process.
+
+    Raises:
+        ValueError: where accelerate has not joined them, as it does not on a machine without a GPU.
+    """
+    started = get_int_from_env(WORLD_SIZES, 1)
+    if started > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started and accelerate has not joined them, as on a machine without a GPU: each"
+            f" would be a run of its own. Start them with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`"
+        )
 
 
 def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) -> None:
@@ -16,6 +37,7 @@ def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) 
     Raises:
         ValueError: naming the configuration, or the setting.
     """
+    check_processes(accelerator)
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and not accelerator.is_fsdp2:
         raise ValueError(
             f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
