@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 WHITE_OF_16_BITS = 65535
 
+
 def resolution_bins(native_size: int, multiple: int) -> dict[str, list[int]]:
     """Scale the 1024-pixel sizes of Sana's training to another size.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -18,6 +19,8 @@ from ..draws import draw_generator
 from ..files import read_json, write_json, written_beside
 from .drawing import draw_pictures
 
+
+logger = logging.get_logger(__name__)
 
 SETTINGS = "settings.json"
 WEIGHT_SAMPLE = 256  # values of every tensor that tell weights apart: any training step changes all of them
@@ -47,8 +50,8 @@ class PictureFolder(Sequence[Image.Image]):
         self.prompts = prompts
         self.pictures_per_prompt = pictures_per_prompt
         settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
-        if (self.folder / SETTINGS).is_file():
-            found = read_json(self.folder / SETTINGS)
+        if any(self.folder.glob(f"{'[0-9]' * 6}-{'[0-9]' * 2}.png")):  # settings that nothing came of bind nobody
+            found = read_json(self.folder / SETTINGS) if (self.folder / SETTINGS).is_file() else {}
             differences = [
                 f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
                 for name in sorted({*found, *settings})
@@ -90,13 +93,16 @@ class PictureFolder(Sequence[Image.Image]):
         return self.folder / f"{prompt:06}-{picture:02}.png"
 
     def missing(self) -> list[int]:
-        """Say which pictures are yet to be drawn.
+        """Say which pictures are yet to be drawn; files that are not whole are named and count among them.
 
         Returns:
             Their indices.
         """
         names = {path.name for path in self.folder.glob("*.png")}
-        return [index for index in range(len(self)) if self.path(index).name not in names]
+        torn = {name for name in names if not _is_whole(self.folder / name)}
+        if torn:
+            logger.warning(f"{len(torn)} pictures of {str(self.folder)!r} are torn and drawn again: {min(torn)}, ...")
+        return [index for index in range(len(self)) if self.path(index).name not in names - torn]
 
     def draw(
         self,
@@ -134,6 +140,16 @@ class PictureFolder(Sequence[Image.Image]):
                 with written_beside(self.path(index)) as partial:
                     picture.save(partial, format="PNG")
                 done.update()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG file is what was written: its parts have checksums."""
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except (OSError, SyntaxError):  # as Pillow says that a checksum is wrong
+        return False
+    return True
 
 
 def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:

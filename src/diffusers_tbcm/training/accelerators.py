@@ -22,7 +22,8 @@ def check_processes(accelerator: Accelerator) -> None:
     if started > 1 and accelerator.num_processes == 1:
         raise ValueError(
             f"{started} processes were started and accelerate has not joined them, as on a machine without a GPU: each"
-            f" would be a run of its own. Start them with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`"
+            " would be a run of its own. Start them with"
+            f" `ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`"
         )
 
 
