@@ -373,7 +373,11 @@ def filled(words: str, places: Path, new: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("command", "words", "named"),
-    [pytest.param(command, *case, id=f"{command}-{n}") for command, cases in CASES.items() for n, case in enumerate(cases)],
+    [
+        pytest.param(command, *case, id=f"{command}-{n}")
+        for command, cases in CASES.items()
+        for n, case in enumerate(cases)
+    ],
 )
 def test_a_wrong_command_ends_in_one_line(command, words, named, places, tmp_path, capsys):
     before = {path for path in places.rglob("*")}
