@@ -8,6 +8,7 @@ As a Space (SDK: gradio): this file, a requirements.txt that says `diffusers_tbc
 
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,13 +141,13 @@ def launch_options() -> dict[str, Any]:
     return {"theme": theme, "css": CSS, "show_error": True, "footer_links": ["api", "gradio", "settings"]}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=__doc__, formatter_class=HelpFormatter)
     default = os.environ.get("MODEL_ID", DEFAULT_MODEL)
     parser.add_argument("--model", default=default, help="pipeline folder or Hub id; by default $MODEL_ID")
     parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
     parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
         parser.error(
             f"{DEFAULT_MODEL} is not there yet: `make quickstart` distils it, in about 12 minutes on 2 CPU cores."

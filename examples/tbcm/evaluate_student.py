@@ -117,7 +117,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     parser = SettingsParser(Settings, description=__doc__, formatter_class=HelpFormatter)
     # The parser's own names for it are all underscores or all hyphens; this is that of the training scripts.
     parser.add_argument(
-        "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="as there"
+        "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="put it there"
     )
     settings: Settings
     settings, unknown = parser.parse_args_into_dataclasses(

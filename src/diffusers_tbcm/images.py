@@ -172,19 +172,19 @@ def _to_unit_range(image: Any) -> torch.Tensor:
     if isinstance(image, Image.Image):
         pixels = torch.from_numpy(np.array(to_rgb(image), dtype=np.float32) / 255)
         return pixels.permute(2, 0, 1).unsqueeze(0)
-    if not isinstance(image, np.ndarray | torch.Tensor):
+    if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
+        pixels = torch.from_numpy(image.astype(np.float32))
+        pixels = pixels.movedim(-1, -3) if pixels.ndim in (3, 4) else pixels
+    elif isinstance(image, torch.Tensor) and image.is_floating_point():
+        pixels = image.float()
+    elif isinstance(image, np.ndarray | torch.Tensor):
+        raise ValueError(f"`image` holds {image.dtype}, but has to hold floats in [0, 1] or be a PIL image.")
+    else:
         raise ValueError(
             f"`image` holds a {type(image).__name__}, which is no image: give PIL images, arrays (height, width, 3) or"
             " tensors (3, height, width)."
         )
-    is_array = isinstance(image, np.ndarray)
-    if not (np.issubdtype(image.dtype, np.floating) if is_array else image.is_floating_point()):
-        raise ValueError(f"`image` holds {image.dtype}, but has to hold floats in [0, 1] or be a PIL image.")
-    pixels = torch.from_numpy(image.astype(np.float32)) if is_array else image.float()
-    if pixels.ndim == 3:
-        pixels = pixels.unsqueeze(0)
-    if is_array and pixels.ndim == 4:
-        pixels = pixels.permute(0, 3, 1, 2)
+    pixels = pixels.unsqueeze(0) if pixels.ndim == 3 else pixels
     if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
         raise ValueError(
             f"`image` has the shape {tuple(image.shape)}, but has to be an array (height, width, 3) or a tensor (3,"

@@ -5,9 +5,7 @@ number. Each has their `latents` times the autoencoder's scaling factor, (n, cha
 were made of as its metadata.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -140,7 +138,7 @@ def latents_fingerprint(
     """Say what cached latents depend on, without loading the autoencoder or decoding a picture.
 
     Args:
-        images: the pictures; data sets are told apart by all their captions, in order.
+        images: the pictures, told apart by their files, in order.
         teacher_folder: a Sana pipeline's folder.
         resolution: the pictures' sides in pixels.
         dtype: the precision the autoencoder runs in, and the latents are kept in.
@@ -149,10 +147,9 @@ def latents_fingerprint(
     Returns:
         A short text for each.
     """
-    captions = blake2b(json.dumps(images.captions).encode(), digest_size=8).hexdigest()
     return {
         "vae": digest_files(Path(teacher_folder) / "vae"),
-        "captions": captions,
+        "pictures": images.digest(),
         "resolution": str(resolution),
         "dtype": dtype_name(dtype),
         "shard_size": str(shard_size),

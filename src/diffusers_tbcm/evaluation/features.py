@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..images import to_rgb
+
 
 IMAGE_SIZE = 128  # pixels: the size at which these features were compared on real data
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -131,7 +133,7 @@ def pictures_to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     Returns:
         (B, 3, H, W), RGB in [0, 1].
     """
-    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    pixels = np.stack([np.asarray(to_rgb(picture)) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 

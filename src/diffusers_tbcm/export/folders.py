@@ -24,11 +24,12 @@ from ..pipeline_folder import (
     MODEL_INDEX,
     SAMPLE_GRID,
     SAMPLES,
-    SKIPPED_FILES,
     TRAINING_CONFIG,
     TRAINING_RECORD,
     TRANSFORMER,
     VARIANTS,
+    component_files,
+    home_of,
     license_of,
     resolve_teacher,
 )
@@ -38,6 +39,8 @@ from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
 from .record import StudentDescription
+from .redaction import redact_values
+from .selection import publishable, redact_header
 
 
 SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale
@@ -92,9 +95,7 @@ def save_student_pipeline(
 
     with written_beside(output_dir.resolve(), place=partial(_move, last=MODEL_INDEX)) as folder:
         for component in backbone_of(student).COPIED_COMPONENTS:
-            shutil.copytree(
-                teacher_folder / component, folder / component, ignore=shutil.ignore_patterns(*SKIPPED_FILES)
-            )
+            _copy_component(teacher_folder, component, folder)
         student.save_pretrained(folder / TRANSFORMER)
         student_config = read_json(folder / TRANSFORMER / "config.json")
         student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
@@ -153,6 +154,26 @@ def save_student_lora(
         }
         _describe(folder, teacher_folder, description, {**record, "adapter": adapter})
     return output_dir
+
+
+def _copy_component(teacher_folder: Path, name: str, folder: Path) -> None:
+    """Copy the files that a teacher's component consists of, without paths of this machine."""
+    model_index = read_json(teacher_folder / MODEL_INDEX)
+    (folder / name).mkdir(parents=True)
+    for file in component_files(teacher_folder, name, model_index, home=home_of(teacher_folder)):
+        _copy_published(file, folder / name / file.name)
+
+
+def _copy_published(file: Path, target: Path) -> None:
+    if file.suffix == ".safetensors":
+        shutil.copyfile(file, target)
+        redact_header(target)
+        return
+    content = publishable(file)
+    if isinstance(content, Path):
+        shutil.copyfile(content, target)
+    else:
+        target.write_bytes(content)
 
 
 def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
@@ -216,16 +237,16 @@ def _describe(folder: Path, teacher_folder: Path, description: StudentDescriptio
     """Write what a folder holds beside its weights: records, samples, the teacher's terms, the card."""
     for name in LEGAL_FILES:
         if (teacher_folder / name).is_file():
-            shutil.copy(teacher_folder / name, folder / name)
+            _copy_published(teacher_folder / name, folder / name)
     pictures = []
     for index, sample in enumerate(description.samples):
         file = f"{SAMPLES}/{index:02}.png"
         (folder / SAMPLES).mkdir(exist_ok=True)
         sample.image.save(folder / file)
         pictures.append({"prompt": sample.prompt, "num_inference_steps": sample.num_inference_steps, "file": file})
-    write_json(folder / TRAINING_RECORD, {**record, "samples": pictures})
+    write_json(folder / TRAINING_RECORD, redact_values({**record, "samples": pictures}))
     if description.config is not None:
-        write_json(folder / TRAINING_CONFIG, description.config)
+        write_json(folder / TRAINING_CONFIG, redact_values(description.config))
     render_model_card(folder).save(folder / CARD)
 
 

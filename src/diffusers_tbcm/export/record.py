@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from diffusers_tbcm import __version__
 
 from ..files import read_json, write_json
 from ..pipeline_folder import METRICS
+from .redaction import is_secret, redact_values
 
 
 RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")
@@ -106,7 +106,7 @@ def save_metrics(
     command: str,
     details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what was measured into a checkpoint's folder, where `render_model_card` finds it.
+    """Write what was measured into a checkpoint's folder, where `render_model_card` finds it; stripped by `redact`.
 
     Args:
         folder: the checkpoint's.
@@ -121,7 +121,8 @@ def save_metrics(
     for name, value in (("measurements", measurements), ("dataset", dataset), ("command", command)):
         if not value:
             raise ValueError(f"{name} is {value!r}: a result needs its figures, what they were taken on, and how")
-    write_json(Path(folder) / METRICS, asdict(Metrics(list(measurements), dataset, command, dict(details or {}))))
+    metrics = asdict(Metrics(list(measurements), dataset, command, dict(details or {})))
+    write_json(Path(folder) / METRICS, redact_values(metrics))
 
 
 def load_metrics(folder: str | PathLike[str]) -> Metrics | None:
@@ -143,7 +144,7 @@ def load_metrics(folder: str | PathLike[str]) -> Metrics | None:
 def training_config(flags: Mapping[str, Any], script: str | PathLike[str]) -> dict[str, Any]:
     """Describe a run so that it can be repeated, and so that the description can be published.
 
-    Tokens are left out, and of an absolute path its last part remains.
+    Secrets are left out, and of paths remains what `redact` leaves.
 
     Args:
         flags: every flag's value by name, the seed among them.
@@ -154,11 +155,7 @@ def training_config(flags: Mapping[str, Any], script: str | PathLike[str]) -> di
     """
     versions = {name: version(name) for name in RECORDED_PACKAGES}
     return {
-        "flags": {
-            name: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-            for name, value in flags.items()
-            if not name.endswith("token")
-        },
+        "flags": redact_values({name: value for name, value in flags.items() if not is_secret(name)}),
         "versions": {"python": platform.python_version(), "diffusers_tbcm": __version__, **versions},
         "git_revision": git_revision(script),
     }

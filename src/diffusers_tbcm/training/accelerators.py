@@ -50,3 +50,15 @@ def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) 
         raise ValueError("`mixed_precision` is fp16, whose loss scale two optimisers cannot share: use bf16 or no")
     if report_to != "none" and report_to not in map(str, get_available_trackers()):
         raise ValueError(f"`report_to` is {report_to!r}, which is not installed or no tracker of accelerate")
+
+
+def keep_whole_states(accelerator: Accelerator) -> None:
+    """Let FSDP2's checkpoints hold whole tensors: torch unpickles the index of sharded ones, which may run code.
+
+    Args:
+        accelerator: the run's.
+    """
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of what the launch asked for
+        plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -14,19 +14,23 @@ from ..backbones import find_backbone
 from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
+from ..data.shards import digest_files, dtype_name
 from ..dual import checkpoint_dual
+from ..errors import Failure
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import save_student_lora, save_student_pipeline
 from ..export.record import Sample, StudentDescription
 from ..lora import make_lora_student, merge_lora
 from ..loss import LogvarHead, StudentWithLogvar
-from ..pipeline_folder import resolve_teacher
+from ..pipeline_folder import TRANSFORMER, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
+from .health import all_finite
 from .memory import memory_plan
 from .optimizers import state_bytes
+from .resumption import digest_texts
 from .run import Run
 from .settings import DistillationSettings
 
@@ -72,11 +76,27 @@ class Distillation:
         self.backbone = find_backbone(self.folder)
         transformer = self.backbone.load_transformer(self.folder)
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
+        components = (TRANSFORMER, "text_encoder", "tokenizer")
+        run.depends_on(
+            method=method,
+            teacher=digest_texts(digest_files(self.folder / component) for component in components),
+            prompts=digest_texts(prompts),
+            resolution=str(self.resolution),
+        )
+        if not all_finite(transformer.parameters()):
+            raise ValueError(
+                f"`pretrained_model_name_or_path` is {str(self.folder)!r}: its weights are not all finite"
+            )
         run.check_push(self.folder)
         run.open_folder()
 
         self.encode = self._make_encoder()
         self.negative_text = self.encode([""])
+        if not all_finite([self.negative_text.embeds]):
+            raise ValueError(
+                f"the text encoder's embeddings are not finite in {dtype_name(run.weight_dtype)}: use `mixed_precision`"
+                " bf16 or no, and another folder for `precompute_embeddings`"
+            )
         transformer.requires_grad_(False).eval().to(run.device)
         timestep_scale = self.backbone.infer_timestep_scale(transformer, self.negative_text)
         if settings.validation_prompts and timestep_scale > 1:
@@ -129,6 +149,7 @@ class Distillation:
         run = self.run
         cache = Path(folder or run.output_dir / "latents")
         fingerprint = latents_fingerprint(images, self.folder, resolution=self.resolution, dtype=torch.float32)
+        run.depends_on(pictures=digest_texts(map(str, sorted(fingerprint.items()))))
         precompute_latents(
             images,
             lambda: self.backbone.load_vae(self.folder).to(run.device),
@@ -203,6 +224,8 @@ class Distillation:
         run, settings = self.run, self.settings
         weights = run.weights(student)
         if run.accelerator.is_main_process:
+            if not all_finite(weights.values()):
+                raise Failure(f"nothing is exported: the student's weights are not finite at step {run.step}")
             self.teacher.float()
             transformer = self._load_student(weights)
             description = StudentDescription(
@@ -352,4 +375,5 @@ class Distillation:
             "EMA": settings.ema_decay if settings.use_ema else "off",
             "precision": run.accelerator.mixed_precision,
             "seed": settings.seed,
+            **({"changed on the way": run.changes} if run.changes else {}),
         }

@@ -6,6 +6,7 @@ in backticks, and on the command line as its flag.
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,15 @@ from transformers import HfArgumentParser
 from ..command_line import DEBUG_HELP, CommandParser, HelpFormatter, name_flags
 from ..errors import in_a_line
 from ..pipeline_folder import MODEL_INDEX, VARIANTS, list_checkpoints
+from .resumption import CHANGEABLE
 
 
 S = TypeVar("S", bound="RunSettings")
 
+MAX_SEED = 2**32 - 1  # numpy's
 OPTIMIZERS = ("adamw", "came")
+# The piecewise constant one needs rules that no setting gives.
+LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 PRECISIONS = ("no", "fp16", "bf16")
 HUB_STRATEGIES = ("end", "checkpoint")
 
@@ -66,6 +71,14 @@ def check_not_negative(settings: object, *names: str) -> None:
             raise ValueError(f"`{name}` is {getattr(settings, name)}: it must not be negative")
 
 
+def check_finite(settings: object) -> None:
+    """Refuse numbers that are infinite or not a number, in the way of `check_positive`."""
+    for name, value in vars(settings).items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise ValueError(f"`{name}` is {value}: it has to be finite")
+
+
 @dataclass(kw_only=True)
 class RunSettings:
     """optimisation, checkpoints, logs, Hub"""
@@ -76,9 +89,7 @@ class RunSettings:
     max_train_steps: int = setting(20000, "optimiser steps")
     optimizer: str = setting("adamw", "of all models; came is the reference's", choices=OPTIMIZERS)
     learning_rate: float = setting(1e-5, "after the warm-up")
-    lr_scheduler: str = setting(
-        "constant", "of the learning rate", choices=tuple(kind.value for kind in SchedulerType)
-    )
+    lr_scheduler: str = setting("constant", "of the learning rate", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = setting(0, "of the learning rate from 0")
     weight_decay: float = setting(0.0, "of the optimiser")
     max_grad_norm: float = setting(0.1, "gradients are clipped to this norm")
@@ -93,6 +104,9 @@ class RunSettings:
     checkpointing_steps: int = setting(500, "steps from one checkpoint to the next")
     checkpoints_total_limit: int | None = setting(None, "older ones are deleted")
     resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
+    resume_with_changed: list[str] = setting(
+        [], "settings that are meant to differ from the checkpoint's", choices=CHANGEABLE
+    )
     validation_prompts: list[str] | None = setting(None, "drawn at 1, 2 and 4 steps")
     validation_steps: int = setting(500, "steps from one validation to the next")
     report_to: str = setting("tensorboard", "an accelerate tracker, or 'none'")
@@ -108,6 +122,10 @@ class RunSettings:
     hub_license: str | None = setting(None, "such as apache-2.0, where the teacher's card names none")
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_not_negative(self, "lr_warmup_steps", "weight_decay", "seed")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"`seed` is {self.seed}: the largest is {MAX_SEED}")
         check_positive(
             self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
             "max_grad_norm", "max_skipped_steps", "checkpointing_steps", "validation_steps", "logging_steps",
@@ -205,6 +223,8 @@ class DistillationSettings(RowSettings):
         for name in ("lora_alpha", "lora_target_modules", "merge_lora"):
             if self.rank is None and getattr(self, name):
                 raise ValueError(f"`{name}` needs `rank`")
+        if self.lora_alpha is None:
+            self.lora_alpha = self.rank
         if self.export_variants and self.rank is not None and not self.merge_lora:
             raise ValueError("`export_variants` are of a pipeline: with `rank` they need `merge_lora`")
 
