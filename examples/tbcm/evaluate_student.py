@@ -104,7 +104,10 @@ class Settings:
     resolution: int | None = flag(None, "pixels a side; the student's own by default")
     max_sequence_length: int | None = flag(None, "tokens of a prompt; as the student was distilled by default")
     complex_human_instruction: bool | None = flag(
-        None, "put Sana's instruction before each prompt; as the student was distilled by default", nargs="?", const=True
+        None,
+        "put Sana's instruction before each prompt; as the student was distilled by default",
+        nargs="?",
+        const=True,
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
