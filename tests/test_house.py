@@ -27,6 +27,7 @@ MAX_LOOP_LINES = 60
 MAX_FUNCTION_LINES = 100
 GROUND_FLOOR = {
     "text", "rows", "draws", "files", "components", "transfer", "versions", "images", "standalone", "scripts.__init__",
+    "errors", "command_line",
 }  # fmt: skip
 SERVICES = ("data", "export", "evaluation", "training")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml"}

@@ -123,10 +123,38 @@ def test_no_picture_is_drawn_with_a_tokenizer_that_reads_nothing(tmp_path):
 )
 def test_pictures_of_another_run_are_refused(changes, message, tmp_path):
     given = {"prompts": ["a dog", "a violin"], "settings": {"seed": 5, "steps": 1}}
-    PictureFolder(tmp_path, pictures_per_prompt=1, **given)
+    folder = PictureFolder(tmp_path, pictures_per_prompt=1, **given)
+    Image.new("RGB", (8, 8)).save(folder.path(0))
     PictureFolder(tmp_path, pictures_per_prompt=1, **given)
     with pytest.raises(ValueError, match=f"holds pictures of another run: {message}"):
         PictureFolder(tmp_path, pictures_per_prompt=1, **given | changes)
+
+
+def test_settings_that_no_picture_came_of_bind_nobody(drawn, pipeline, tmp_path):
+    wrong = PictureFolder(tmp_path, PROMPTS, 2, {"seed": -1})
+    with pytest.raises(ValueError, match="negative"):
+        wrong.draw(pipeline, wrong.missing(), **OPTIONS | {"seed": -1})
+    right = PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+    right.draw(pipeline, right.missing(), **OPTIONS)
+    assert np.array_equal(pixels(right), pixels(drawn))
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"pictures of another run: .*seed is None there and 5 here"):
+        PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+
+
+def test_torn_pictures_are_named_and_drawn_again(drawn, pipeline, tmp_path, caplog):
+    folder = PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+    folder.draw(pipeline, folder.missing(), **OPTIONS)
+    whole = folder.path(3).read_bytes()
+    folder.path(3).write_bytes(whole[: len(whole) // 2])
+    folder.path(4).write_bytes(b"")
+    spoilt = bytearray(folder.path(1).read_bytes())
+    spoilt[-40] ^= 255
+    folder.path(1).write_bytes(spoilt)
+    assert folder.missing() == [1, 3, 4]
+    assert "3 pictures" in caplog.text and "000000-01.png" in caplog.text
+    folder.draw(pipeline, folder.missing(), **OPTIONS)
+    assert folder.missing() == [] and np.abs(pixels(folder) - pixels(drawn)).max() <= 1
 
 
 def test_a_pipelines_digests_change_with_its_weights_and_scheduler_alone(tmp_path):

@@ -89,7 +89,8 @@ def test_without_a_command_line_the_argument_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"^`max_train_steps` is 0: it has to be positive$"):
         RunSettings(output_dir=str(tmp_path), max_train_steps=0)
     with pytest.raises(ValueError, match=r"^`seed` is -1: it must not be negative$"):
-        check_not_negative(RunSettings(output_dir=str(tmp_path), seed=-1), "seed")
+        RunSettings(output_dir=str(tmp_path), seed=-1)
+    check_not_negative(RunSettings(output_dir=str(tmp_path)), "seed")
     check_positive(RunSettings(output_dir=str(tmp_path)), "checkpoints_total_limit")  # None passes
 
 

@@ -85,7 +85,16 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
         **changes,
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--num_cpu_threads_per_process", str(os.cpu_count())]  # accelerate's own choice is one thread
     # The embedded teacher reads a prompt the same without the instruction, and on a CPU the instruction costs 100 ms.
@@ -131,7 +140,8 @@ def main() -> None:
     command = training_command(args.output_dir, args.max_train_steps)
     if args.output_dir.exists():
         command += ["--resume_from_checkpoint", "latest"]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)  # the script has said why
     training_seconds = time.perf_counter() - start
 
     # 2. Measure

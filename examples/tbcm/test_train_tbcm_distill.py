@@ -38,14 +38,22 @@ NEEDS_PUSH = pytest.mark.skipif(
 
 
 def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teacher, tmp_path):
-    arguments = flags(report_to="tensorboard", validation_prompts=["a dog", "a cat"], validation_steps=2, use_ema=True)
+    arguments = flags(
+        report_to="tensorboard",
+        validation_prompts=["a dog", "a cat"],
+        validation_steps=2,
+        use_ema=True,
+        guidance_scales=[1.5, 2.0, 2.5],
+    )
+    trained = {"guidance_scale": 2.0, "max_sequence_length": 16, "complex_human_instruction": None}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
     finished = subprocess.run([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert finished.returncode == 0, finished.stdout
     run = tmp_path / "run"
     assert type(DiffusionPipeline.from_pretrained(run)).__name__ == "SanaSprintPipeline"
-    image = SanaTBCMPipeline.from_pretrained(run)("a dog", num_inference_steps=1, max_sequence_length=16).images[0]
-    assert image.size == (64, 64)
+    pipeline = SanaTBCMPipeline.from_pretrained(run)
+    image = pipeline("a dog", num_inference_steps=1).images[0]
+    assert image.size == (64, 64) and pipeline.default_call_options == trained
     before = make_student(SanaTransformer2DModel.from_pretrained(teacher, subfolder="transformer")).state_dict()
     after = student_weights(run)
     assert after.keys() == before.keys()
@@ -57,9 +65,7 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
     assert [example["text"] for example in card.data.widget] == ["a dog"] * 3 + ["a cat"] * 3
     with Image.open(run / card.data.widget[0]["output"]["url"]) as picture:  # drawn with the weights that were saved
         generator = draw_generator(0, 0)
-        drawn = SanaTBCMPipeline.from_pretrained(run)(
-            "a dog", num_inference_steps=1, max_sequence_length=16, complex_human_instruction=None, generator=generator
-        ).images[0]
+        drawn = pipeline("a dog", num_inference_steps=1, generator=generator).images[0]  # as it was distilled
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(drawn)).max() <= 1  # in a batch of two, and alone
 
 

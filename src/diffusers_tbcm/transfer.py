@@ -10,7 +10,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def check_weights(model: ModelT, name: str) -> ModelT:
-    """Refuse a model that would give NaN whatever it is given.
+    """Refuse a teacher's model that would give NaN whatever it is given.
 
     Args:
         model: as it was loaded.
@@ -24,7 +24,7 @@ def check_weights(model: ModelT, name: str) -> ModelT:
     """
     for key, weight in model.state_dict().items():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"weight {key} of the {name} holds NaN or infinity: no picture could come of it")
+            raise ValueError(f"the teacher cannot be used: its weights are not all finite, {key} of its {name}")
     return model
 
 

@@ -99,7 +99,8 @@ class PromptEncoder:
         ).cpu()
         if not embeds.isfinite().all():
             raise ValueError(
-                f"the text encoder gives NaN or infinity for {prompt!r}: {embeds.dtype} is too low a precision for it"
+                f"the text encoder's embeddings are not finite in {dtype_name(embeds.dtype)}, those of {prompt!r}: use"
+                " `mixed_precision` bf16 or no"
             )
         return embeds
 

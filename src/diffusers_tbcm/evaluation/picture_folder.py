@@ -25,6 +25,7 @@ from .drawing import draw_pictures
 logger = logging.get_logger(__name__)
 
 SETTINGS = "settings.json"
+FILE_NAMES = "[0-9]" * 6 + "-[0-9][0-9].png"
 WEIGHT_SAMPLE = 256  # values of every tensor that tell weights apart: any training step changes all of them
 
 
@@ -52,19 +53,18 @@ class PictureFolder(Sequence[Image.Image]):
         self.prompts = prompts
         self.pictures_per_prompt = pictures_per_prompt
         settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
-        if (self.folder / SETTINGS).is_file():
-            found = read_json(self.folder / SETTINGS)
-            differences = [
-                f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
-                for name in sorted({*found, *settings})
-                if found.get(name) != settings.get(name)
-            ]
-            if differences:
-                raise ValueError(
-                    f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
-                    " or delete this one to draw anew"
-                )
-        else:
+        found = read_json(self.folder / SETTINGS) if (self.folder / SETTINGS).is_file() else {}
+        differences = [
+            f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
+            for name in sorted({*found, *settings})
+            if found.get(name) != settings.get(name)
+        ]
+        if differences and any(self.folder.glob(FILE_NAMES)):  # settings that no picture came of bind nobody
+            raise ValueError(
+                f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
+                " or delete this one to draw anew"
+            )
+        if found != settings:
             write_json(self.folder / SETTINGS, settings)
 
     def __len__(self) -> int:

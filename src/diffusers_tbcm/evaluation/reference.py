@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import in_a_line
 from ..files import written_beside
 from .features import NUM_COMPONENTS
 from .metrics import fit_gaussian, frechet_distance, symmetric_root
@@ -95,19 +96,20 @@ class FeatureReference:
             The reference, bit for bit.
 
         Raises:
-            ValueError: where the file is missing, torn, none that `save` wrote, or holds NaN or infinity.
+            ValueError: where the file is no such reference, or its numbers are not finite.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 labels = tuple(json.loads(file.metadata()["labels"]))
-            reference = cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is no file of reference features, or a torn one: {error}") from error
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"reference {str(path)!r} holds NaN or infinity in its {name}: make it anew")
-        return reference
+            found = cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
+        except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{str(path)!r} holds no features of an evaluation: {in_a_line(error)}") from error
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{str(path)!r} holds features that are not finite")
+        if labels and len(labels) != len(found.features):
+            raise ValueError(f"{str(path)!r} has {len(labels)} labels for {len(found.features)} features")
+        return found
 
     def project(self, features: Tensor) -> Tensor:
         """Give features as the Frechet distance sees them.

@@ -34,7 +34,8 @@ from ..pipeline_folder import (
     license_of,
     resolve_teacher,
 )
-from ..scheduling_tbcm import TBCMScheduler
+from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
+from ..scheduling_tbcm import OWN_CONFIG_ENTRIES, TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
@@ -69,7 +70,8 @@ def save_student_pipeline(
         teacher: pipeline folder or Hub id that the text encoder, tokenizer and autoencoder are copied from.
         output_dir: where the pipeline is to be.
         description: what its card and records say of it.
-        scheduler: carries the checkpoint's own timesteps and guidance scales; `TBCMScheduler()` by default.
+        scheduler: carries the checkpoint's own timesteps and what the student was distilled with;
+            `TBCMScheduler()` by default.
         variants: `"fp16"`, `"bf16"` or both: copies of all weights in half precision beside the ordinary ones, for
             `from_pretrained(..., variant=..., torch_dtype=...)`.
         teacher_variant: the half-precision weights to copy of the teacher's components that have them; None for the
@@ -118,7 +120,8 @@ def save_student_lora(
     output_dir: str | PathLike[str],
     description: StudentDescription,
     *,
-    guidance_scale: float = 4.5,
+    scheduler: TBCMScheduler | None = None,
+    guidance_scale: float | None = None,
     teacher_variant: str | None = None,
 ) -> Path:
     """Save a LoRA student as a folder that its teacher's pipeline loads, ours or a stock one, with card and records.
@@ -130,7 +133,8 @@ def save_student_lora(
         teacher: pipeline folder or Hub id of its teacher.
         output_dir: where the folder is to be.
         description: what its card and records say of it.
-        guidance_scale: the one that the stock `SanaPipeline` will draw with.
+        scheduler: carries what the student was distilled with; `TBCMScheduler()` by default.
+        guidance_scale: the one that the stock `SanaPipeline` will draw with; the scheduler's own by default.
         teacher_variant: the half-precision weights that the teacher was loaded from; None for the ordinary ones.
 
     Returns:
@@ -142,10 +146,18 @@ def save_student_lora(
     teacher_folder = resolve_teacher(teacher, teacher_variant)
     output_dir = Path(output_dir)
     stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
+    scheduler = TBCMScheduler() if scheduler is None else scheduler
+    if guidance_scale is None:
+        guidance_scale = scheduler.default_call_options.get("guidance_scale", STOCK_CALL_OPTIONS["guidance_scale"])
     with written_beside(output_dir.resolve(), place=partial(_move, last=LORA_FILE)) as folder:
-        save_lora(student, folder, guidance_scale if stock else None)
+        own_entries = {name: scheduler.config[name] for name in OWN_CONFIG_ENTRIES}
+        save_lora(student, folder, guidance_scale if stock else None, own_entries)
         record = _record(description, student, teacher, teacher_folder, output_dir)
-        adapter = {"guidance_scale": guidance_scale, "stock_pipeline": stock}
+        adapter = {
+            "guidance_scale": guidance_scale,
+            "stock_pipeline": stock,
+            "call_options": scheduler.default_call_options,
+        }
         _describe(folder, teacher_folder, description, {**record, "adapter": adapter})
     return output_dir
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 
+from ..errors import Failure
 from ..files import json_text
 from ..pipeline_folder import CARD, TRAINING_RECORD, license_of
 from .redaction import redact
@@ -51,7 +52,7 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
     """
     installed = huggingface_hub.__version__
     if Version(installed) < Version(MIN_HUB_VERSION):
-        raise RuntimeError(f"pushing needs huggingface_hub {MIN_HUB_VERSION}; {installed} is installed: update it")
+        raise Failure(f"pushing needs huggingface_hub {MIN_HUB_VERSION}; {installed} is installed: update it")
     api = HfApi(token=_checked_token(token))
     with _explained_errors(repo_id):
         validate_repo_id(repo_id)
@@ -294,12 +295,12 @@ def _explained_errors(repo_id: str) -> Iterator[None]:
                 f"token may not write to repo_id {repo_id!r}: use one with write access there, or another repository"
             ) from error
         if status == 412:
-            raise RuntimeError(
+            raise Failure(
                 f"repo_id {repo_id!r} was pushed to by somebody else in the meantime; nothing of this push was put"
                 " over it. Look at what is there, then push again"
             ) from error
-        raise RuntimeError(f"the Hub refused the push to {repo_id!r}: {_reason(error)}") from error
+        raise Failure(f"the Hub refused the push to {repo_id!r}: {_reason(error)}") from error
     except (HTTPError, OSError, RuntimeError) as error:
-        raise RuntimeError(
+        raise Failure(
             f"the push to {repo_id!r} was interrupted: {_reason(error)}. Push again: what has arrived stays"
         ) from error

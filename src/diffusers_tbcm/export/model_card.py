@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import read_json
 from ..pipeline_folder import SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS
+from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
 from .record import Metrics, load_metrics
@@ -57,6 +58,7 @@ def render_model_card(
         **({} if metrics is None else _eval_results(metrics, model_id)),
     )
     scheduler = TBCMScheduler() if adapter is not None else TBCMScheduler.from_pretrained(folder / "scheduler")
+    call_options = scheduler.default_call_options if adapter is None else adapter.get("call_options", {})
     angles = {}
     for steps in SHOWN_STEPS:
         scheduler.set_timesteps(steps)
@@ -68,6 +70,7 @@ def render_model_card(
         model_id=model_id,
         prompt=json.dumps(record["prompt"], ensure_ascii=False),
         adapter=adapter,
+        call_options=_beyond_stock(call_options),
         intermediate=_rounded(angles[2])[1],
         sigmas={steps: _rounded(trig_to_flow_timestep(angle)) for steps, angle in angles.items()},
         samples=_samples_by_prompt(record["samples"]),
@@ -107,6 +110,15 @@ def _eval_results(metrics: Metrics, model_id: str) -> dict[str, Any]:
         for metric, value in row.metrics.items()
     ]
     return {"model_name": model_id, "eval_results": results} if results else {}
+
+
+def _beyond_stock(call_options: Mapping[str, Any]) -> dict[str, str]:
+    """The arguments, in Python, that a stock pipeline has to be given to draw as the student was distilled."""
+    return {
+        name: repr(value)
+        for name, value in call_options.items()
+        if name in STOCK_CALL_OPTIONS and value != STOCK_CALL_OPTIONS[name]
+    }
 
 
 def _rounded(times: torch.Tensor) -> list[float]:

@@ -1,12 +1,20 @@
-"""Training checkpoints that are whole or not there: written beside, renamed when complete, checked before loading."""
+"""Training checkpoints that are whole or not there: written beside, renamed when complete, checked before loading.
 
+Nothing in them is read in a way that could run code: our own state is JSON and safetensors, and accelerate reads its
+files as tensors and plain values only.
+"""
+
+import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ..files import beside, read_json, replace, write_json
 from ..pipeline_folder import list_checkpoints
@@ -16,12 +24,20 @@ logger = logging.get_logger(__name__)
 
 # Written last into a checkpoint: its step, and the size of every other file.
 MANIFEST = "checkpoint.json"
+RUN_STATE = "run.json"  # what the run was told, and where it stands
+RUN_STATE_ENTRIES = ("told", "content", "changes", "averaged_steps", "health")
+AVERAGES = "ema.safetensors"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None = None
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    *,
+    state: Mapping[str, Any],
+    averages: Mapping[str, torch.Tensor],
 ) -> Path | None:
-    """Save everything that `accelerator` prepared or registered as `output_dir/checkpoint-{step}`.
+    """Save everything that `accelerator` prepared, and a run's own state, as `output_dir/checkpoint-{step}`.
 
     A checkpoint that cannot be written (a full disk, a folder without permission) is named in a warning and leaves
     nothing behind: the run and its earlier checkpoints are worth more.
@@ -30,8 +46,8 @@ def save_checkpoint(
         accelerator: holds the training state; every process calls this.
         output_dir: the run's folder.
         step: optimiser steps done.
-        total_limit: other checkpoints are deleted down to this many in all, after the new one is complete; None keeps
-            all.
+        state: the run's own, JSON values by name.
+        averages: averaged weights by name, whole.
 
     Returns:
         The checkpoint's folder; None where it could not be written.
@@ -44,12 +60,16 @@ def save_checkpoint(
     failure = None
     try:
         accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            write_json(partial / RUN_STATE, state)
+            if averages:
+                save_file({name: weight.contiguous() for name, weight in averages.items()}, partial / AVERAGES)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
         failure = error
     if accelerator.reduce(torch.tensor(int(failure is not None), device=accelerator.device)) == 0:
         try:
             if accelerator.is_main_process:
-                _complete(partial, final, step, total_limit)
+                _complete(partial, final, step)
         except OSError as error:
             failure = error
         if accelerator.reduce(torch.tensor(int(failure is not None), device=accelerator.device)) == 0:
@@ -62,14 +82,81 @@ def save_checkpoint(
     return None
 
 
-def _complete(partial: Path, final: Path, step: int, total_limit: int | None) -> None:
+def _complete(partial: Path, final: Path, step: int) -> None:
     sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
     write_json(partial / MANIFEST, {"step": step, "files": sizes})
     replace(partial, final)
-    if total_limit is not None:
-        others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
-        for other in others[: max(0, len(others) - total_limit + 1)]:
-            shutil.rmtree(other)
+
+
+def rotate_checkpoints(output_dir: Path, newest: str, total_limit: int, *, sound: str | None = None) -> None:
+    """Delete the oldest checkpoints.
+
+    Args:
+        output_dir: the run's folder.
+        newest: name of the one that was written last; it stays, wherever its step stands among the others.
+        total_limit: how many stay in all.
+        sound: name of one that stays beside them.
+    """
+    others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint.name != newest]
+    for other in others[: max(0, len(others) - total_limit + 1)]:
+        if other.name != sound:
+            try:
+                shutil.rmtree(other)
+            except OSError as error:
+                logger.warning(f"{other} could not be deleted: {error}")
+
+
+def load_run_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the run's own state.
+
+    Args:
+        checkpoint: its folder, which is whole.
+
+    Returns:
+        JSON values by name, as `save_checkpoint` took them.
+
+    Raises:
+        ValueError: where the checkpoint has none, as those of versions that kept it in pickles.
+    """
+    try:
+        state = read_json(checkpoint / RUN_STATE)
+        return {name: state[name] for name in RUN_STATE_ENTRIES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} has no readable {RUN_STATE}, as those of earlier versions, which kept a"
+            " run's state in pickles: go on with the version that wrote it, or train in another `output_dir`"
+        ) from error
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, partial: bool) -> dict[str, torch.Tensor]:
+    """Load what `save_checkpoint` saved, without running anything that a file may hold.
+
+    Args:
+        accelerator: holds the training state; every process calls this.
+        checkpoint: its folder.
+        partial: whether frozen weights were left out of it.
+
+    Returns:
+        The averaged weights by name; none where nothing was averaged.
+
+    Raises:
+        ValueError: where a file does not fit what is trained, or holds more than tensors and plain values.
+    """
+    try:
+        accelerator.load_state(str(checkpoint), strict=not partial)
+        file = checkpoint / AVERAGES
+        averages = load_file(file) if file.is_file() else {}
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} holds a file with more than tensors and plain values. It is not loaded,"
+            " as that could run code: resume from another one"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"checkpoint {str(checkpoint)!r} does not fit this run: {first_line}") from error
+    # Steps are counted by the run; a micro-step may have another number now.
+    accelerator.step = 0
+    return averages
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 import torch
@@ -16,18 +15,21 @@ from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
 from ..dual import checkpoint_dual
+from ..errors import Failure
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import save_student_lora, save_student_pipeline
 from ..export.record import Sample, StudentDescription
 from ..lora import make_lora_student, merge_lora
 from ..loss import LogvarHead, StudentWithLogvar
-from ..pipeline_folder import resolve_teacher
+from ..pipeline_folder import TRANSFORMER, digest_component, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
+from .health import all_finite
 from .memory import memory_plan
 from .optimizers import state_bytes
+from .resumption import digest_texts
 from .run import Run
 from .settings import DistillationSettings
 
@@ -73,6 +75,13 @@ class Distillation:
         self.backbone = find_backbone(self.folder)
         transformer = self.backbone.load_transformer(self.folder, settings.variant)
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
+        components = (TRANSFORMER, "text_encoder", "tokenizer")
+        run.depends_on(
+            method=method,
+            teacher=digest_texts(digest_component(self.folder, name, settings.variant) for name in components),
+            prompts=digest_texts(prompts),
+            resolution=str(self.resolution),
+        )
         run.check_push(self.folder)
         run.open_folder()
 
@@ -86,12 +95,26 @@ class Distillation:
                 " the Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
             )
         self.teacher = TrigFlowTransformer(transformer, timestep_scale)
-        self.scheduler = TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=settings.guidance_scales)
+        size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
+        self.scheduler = TBCMScheduler(
+            sigma_data=SIGMA_DATA,
+            guidance_scales=settings.guidance_scales,
+            call_options={**self._reading, **size},
+        )
 
     @property
     def resolution(self) -> int:
         """Pixels a side of what is drawn and encoded."""
         return self.latent_shape[-1] * self.backbone.vae_scale_factor(self.folder)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How prompts are read, in the words of the pipelines' calls."""
+        settings = self.settings
+        return {
+            "complex_human_instruction": self.backbone.INSTRUCTION if settings.complex_human_instruction else None,
+            "max_sequence_length": settings.max_sequence_length,
+        }
 
     @property
     def num_blocks(self) -> int:
@@ -119,6 +142,7 @@ class Distillation:
         fingerprint = latents_fingerprint(
             images, self.folder, resolution=self.resolution, dtype=torch.float32, variant=variant
         )
+        run.depends_on(pictures=digest_texts(map(str, sorted(fingerprint.items()))))
         precompute_latents(
             images,
             lambda: self.backbone.load_vae(self.folder, variant).to(run.device),
@@ -193,6 +217,8 @@ class Distillation:
         run, settings = self.run, self.settings
         weights = run.weights(student)
         if run.accelerator.is_main_process:
+            if not all_finite(weights.values()):
+                raise Failure(f"nothing is exported: the student's weights are not finite at step {run.step}")
             self.teacher.float()
             transformer = self._load_student(weights)
             description = StudentDescription(
@@ -209,10 +235,7 @@ class Distillation:
 
     def _make_encoder(self) -> PromptEncoder | EmbeddingCache:
         run, settings = self.run, self.settings
-        reading: dict[str, Any] = {
-            "complex_human_instruction": self.backbone.INSTRUCTION if settings.complex_human_instruction else None,
-            "max_sequence_length": settings.max_sequence_length,
-        }
+        reading = self._reading
 
         def make_encoder() -> PromptEncoder:
             pipeline = self.backbone.load_text_pipeline(self.folder, run.weight_dtype, settings.variant)
@@ -311,7 +334,7 @@ class Distillation:
                 teacher,
                 output_dir / "lora",
                 replace(description, model_id=f"{output_dir.name}/lora"),
-                guidance_scale=median_low(settings.guidance_scales),
+                scheduler=self.scheduler,
                 teacher_variant=settings.variant,
             )
             print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
@@ -332,6 +355,7 @@ class Distillation:
         """What the model card says about the run."""
         run, settings = self.run, self.settings
         replay = f"{settings.replay_buffer_size} prompts, {settings.replay_steps} steps a recording"
+        instruction = "with" if settings.complex_human_instruction else "without"
         optimiser = f"{settings.optimizer}, lr {settings.learning_rate:g} {settings.lr_scheduler}"
         return {
             "method": self.method,
@@ -340,9 +364,11 @@ class Distillation:
             **settings.describe(),
             "replay": replay if settings.replay_buffer_size else "off",
             "guidance scales": ", ".join(f"{scale:g}" for scale in settings.guidance_scales),
+            "prompt": f"{settings.max_sequence_length} tokens, {instruction} the instruction of Sana's pipelines",
             "optimiser": f"{optimiser}, clip {settings.max_grad_norm:g}",
             "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}, guidance embedder",
             "EMA": settings.ema_decay if settings.use_ema else "off",
             "precision": run.accelerator.mixed_precision,
             "seed": settings.seed,
+            **({"changed on the way": run.changes} if run.changes else {}),
         }

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..command_line import ending_in_words, show_information
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
 from .run import Run
-from .settings import RunSettings
+from .settings import RunSettings, flags_of
 
 
 S = TypeVar("S", bound=RunSettings)
@@ -25,9 +26,11 @@ def launch(train: Callable[[S, StopRequest], Run], settings: S) -> None:
         settings: the script's.
 
     Raises:
-        SystemExit: with code 75 where a signal ended the run after a checkpoint, 1 where a push failed.
+        SystemExit: with code 75 where a signal ended the run after a checkpoint, 1 where a push failed, 2 where the
+            run could not go on for a reason that is no bug; a line says it.
     """
-    with StopRequest() as stop:
+    show_information()
+    with ending_in_words(flags_of(type(settings)), debug=settings.debug), StopRequest() as stop:
         run = dry_run(train, settings, stop) if settings.dry_run else train(settings, stop)
     run.accelerator.end_training()
     if run.stopped:

@@ -19,17 +19,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..draws import draw_generator
+from ..errors import Failure
 from ..export.hub import choose_license, prepare_repo, push_or_warn
 from ..export.record import training_config
 from ..files import write_json
@@ -37,12 +38,14 @@ from ..lora import drop_frozen_weights
 from ..pipeline_folder import TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
-from .accelerators import check_launch
+from .accelerators import check_launch, keep_whole_states
 from .averaging import ShardedEMA
-from .checkpoints import find_checkpoint, save_checkpoint
+from .checkpoints import find_checkpoint, load_checkpoint, load_run_state, rotate_checkpoints, save_checkpoint
+from .health import Health, all_finite, fingerprint, untrained
 from .interruption import StopRequest
 from .memory import peak_memory
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, build_schedule, hyperparameters
+from .resumption import PROCESSES, as_recorded, changed_settings, check_content
 from .settings import RunSettings
 from .stream import Record, RowStream
 from .tracking import MetricsLog
@@ -62,7 +65,13 @@ class _Trained:
     every: int
     exported: str
     averaged: dict[str, nn.Parameter]  # what of the exported part trains, by its name there
+    before: torch.Tensor  # fingerprint of these, before training
     ema: ShardedEMA | None
+
+    @property
+    def to_export(self) -> list[torch.Tensor]:
+        """What trains of the exported part, averaged where it has an average; sharded where the weights are."""
+        return list(self.averaged.values()) if self.ema is None else self.ema.shadow_params
 
 
 class Run:
@@ -85,7 +94,7 @@ class Run:
 
     Raises:
         ValueError: where the launch is one that is not tested, a tracker is not installed, or the checkpoint to resume
-            from is not whole.
+            from is not whole or was trained with other settings.
     """
 
     def __init__(
@@ -105,11 +114,24 @@ class Run:
         set_seed(settings.seed)
         torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
         check_launch(self.accelerator, settings.report_to, num_models)
+        keep_whole_states(self.accelerator)
         self.config = training_config(asdict(settings), script)
         self.resumed, self.step = None, 0
         if settings.resume_from_checkpoint:
             found = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
             self.resumed, self.step = found or (None, 0)
+        self.health = Health(settings.max_skipped_steps)
+        self._content: dict[str, str] = {}
+        self._then: dict[str, Any] = {}  # what the checkpoint says of its run
+        self._told = as_recorded(
+            {
+                **self.config["flags"],
+                "mixed_precision": self.accelerator.mixed_precision,
+                PROCESSES: self.accelerator.num_processes,
+            }
+        )
+        if self.resumed is not None:
+            self._compare(self.resumed)
         self.stopped = False
         self.pushed = True  # or nothing was to be pushed
         self._stop = stop
@@ -121,7 +143,7 @@ class Run:
         self._waiting: set[str] = set()  # models that went backward and were not updated yet
         self._updated: set[str] = set()  # models that were updated in this step
         self._norms: dict[str, float] = {}  # of their gradients
-        self._skipped = self._skipped_in_a_row = self._dropped = 0
+        self._dropped = 0
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +184,19 @@ class Run:
                 private=settings.hub_private_repo,
             )
             self._push = partial(push_or_warn, repo_id=repo_id, token=settings.hub_token, license=terms)
+
+    def depends_on(self, **content: str) -> None:
+        """Note what the result depends on beside the settings, such as teacher and data; checkpoints carry it.
+
+        Args:
+            content: names and digests, by what they are of.
+
+        Raises:
+            ValueError: where the checkpoint to resume from was trained with something else.
+        """
+        if self.resumed is not None:
+            check_content(str(self.resumed), self._then["content"], content)
+        self._content |= content
 
     def open_folder(self) -> None:
         """Begin to write: what the run is told goes into `output_dir`. Whatever is wrong should be found before."""
@@ -213,18 +248,19 @@ class Run:
         )
         schedule = None
         if lr_scheduler is not None:
-            schedule = get_scheduler(
+            schedule = build_schedule(
                 lr_scheduler,
                 optimizer,
-                num_warmup_steps=settings.lr_warmup_steps,
-                num_training_steps=settings.max_train_steps // every,
+                warmup_steps=settings.lr_warmup_steps,
+                total_steps=settings.max_train_steps // every,
+                done=self.step // every,
             )
         model, optimizer = self.accelerator.prepare(model, optimizer)
         part = self.accelerator.unwrap_model(model).get_submodule(exported)
         averaged = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
         average = ShardedEMA(averaged.values(), decay=settings.ema_decay) if ema else None
-        self.accelerator.register_for_checkpointing(*[state for state in (schedule, average) if state is not None])
-        self._trained.append(_Trained(name, model, optimizer, schedule, every, exported, averaged, average))
+        before = fingerprint(averaged.values())
+        self._trained.append(_Trained(name, model, optimizer, schedule, every, exported, averaged, before, average))
         return model
 
     # The loop
@@ -256,8 +292,10 @@ class Run:
             The micro-steps of a step: iterated over, they give the rows of each.
 
         Raises:
+            ValueError: where the checkpoint to resume from does not fit, or its weights are not finite.
             RuntimeError: where verbs come in the wrong order: no model was added, a step was not finished by
-                `update`, or too many steps in a row were not finite.
+                `update`; where too many steps in a row were not finite; at the end, where trained weights are not
+                finite or have not moved.
         """
         if not self._trained:
             raise RuntimeError("there is nothing to train: `add` a model before `batches`")
@@ -276,6 +314,7 @@ class Run:
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
         )
+        self._stop.finish_steps()
         self._begin()
         accumulation = settings.gradient_accumulation_steps
         self._first_number = -(-self.step * accumulation // replay_steps)
@@ -291,6 +330,8 @@ class Run:
                     " micro-steps"
                 )
         self.progress.close()
+        if not self.stopped:
+            self._finish()
 
     def backward(self, loss: torch.Tensor, model: nn.Module) -> None:
         """Add the gradient of a micro-step's loss, a mean over its rows; rows that do not count weigh nothing.
@@ -361,6 +402,8 @@ class Run:
         finite = all(map(math.isfinite, found))
         if kept == 0:
             logger.warning(f"Step {self.step}: the filter dropped every prompt; no update")
+            if accelerator.scaler is not None:  # forget that `_clip` has unscaled the gradients; the scale stays
+                accelerator.scaler.update(accelerator.scaler.get_scale())
         elif finite or accelerator.scaler is not None:  # with fp16 the scaler skips a step that is not finite
             for part in trained:
                 part.optimizer.step()
@@ -379,6 +422,15 @@ class Run:
     # After or between steps
 
     @property
+    def changes(self) -> str:
+        """What a run that was resumed has changed on its way, in words; empty where nothing."""
+        return "; ".join(
+            f"{name} {old} until step {change['step']}, then {new}"
+            for change in self.config.get("changes", [])
+            for name, (old, new) in ((key, value) for key, value in change.items() if key != "step")
+        )
+
+    @property
     def validation_due(self) -> bool:
         """Whether `validation_prompts` are to be drawn now, before training goes on; at the end export does it."""
         return bool(self.settings.validation_prompts) and self._falls_on(self.settings.validation_steps)
@@ -386,7 +438,10 @@ class Run:
     @property
     def push_due(self) -> bool:
         """Whether the student is to be exported and pushed now, before training goes on."""
-        return self.settings.hub_strategy == "checkpoint" and self._falls_on(self.settings.checkpointing_steps)
+        on_checkpoint = self.settings.hub_strategy == "checkpoint" and self._falls_on(
+            self.settings.checkpointing_steps
+        )
+        return on_checkpoint and not self.health.recovering
 
     @property
     def prompts_seen(self) -> int:
@@ -456,12 +511,11 @@ class Run:
 
     def _begin(self) -> None:
         """Load what the checkpoint holds, start the logs."""
-        if self.resumed is not None:
-            self.accelerator.load_state(str(self.resumed), strict=not self._partial)
-            self.say(f"Resumed from {self.resumed} at step {self.step}")
         for trained in self._trained:
             if trained.ema is not None:
                 trained.ema.to(self.device)
+        if self.resumed is not None:
+            self._load(self.resumed)
         if self.settings.report_to != "none":
             flags = {name: str(value) for name, value in self.config["flags"].items()}
             self.accelerator.init_trackers("tbcm", config=flags)
@@ -514,27 +568,98 @@ class Run:
         self._dropped += dropped
         self._rows_since_log += kept
         bad = [norm for norm in self._norms.values() if not math.isfinite(norm)]
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
+        if (kept > 0 or bad) and self.health.note_step(finite=not bad):
+            self._rotate()
         if bad:
-            self._skipped += 1
             numbers = stream.prompt_numbers(settings.gradient_accumulation_steps)
             logger.warning(
                 f"Step {self.step}: gradient norm {bad[0]}, no update; its prompts are among numbers {numbers}"
             )
         last = self.step == settings.max_train_steps
-        failing = self._skipped_in_a_row >= settings.max_skipped_steps
+        failing = self.health.failing
         if self.step % settings.logging_steps == 0 or last or bad:
             self._report()
         self._norms.clear()
         if self.step % settings.checkpointing_steps == 0 or last or self.stopped or failing:
-            save_checkpoint(self.accelerator, self.output_dir, self.step, settings.checkpoints_total_limit)
+            self._save()
         self.stopped &= not last  # there is nothing left to stop
         if failing:
-            raise RuntimeError(
-                f"{self._skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights from"
-                f" before them are in checkpoint-{self.step}; try a lower `learning_rate` or `mixed_precision` bf16 or"
-                " no"
+            raise Failure(
+                f"{self.health.skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights from"
+                f" before them are in checkpoint-{self.step}; {self.health.advice()}"
             )
+
+    def _compare(self, checkpoint: Path) -> None:
+        """Refuse to go on as another run; note what changes and may."""
+        settings = self.settings
+        self._then = load_run_state(checkpoint)
+        changed = changed_settings(
+            str(checkpoint), self._then["told"], self._told, step=self.step, allowed=settings.resume_with_changed
+        )
+        for name, (old, new) in changed.items():
+            logger.warning(f"`{name}` was {old} until step {self.step} and is {new} from now on")
+        changes = [*self._then["changes"], *([{"step": self.step, **changed}] if changed else [])]
+        self.config = {**self.config, "changes": changes}
+        before = self._then["health"]
+        self.health.recovering, self.health.sound = before["recovering"], before["sound"]
+        self.health.newest = checkpoint.name
+
+    def _save(self) -> None:
+        """Write a checkpoint; every process calls this."""
+        averages = {
+            f"{trained.name}.{name}": weight
+            for trained in self._trained
+            if trained.ema is not None
+            for name, weight in zip(trained.averaged, trained.ema.full_weights(), strict=True)
+        }
+        state = {
+            "told": self._told,
+            "content": self._content,
+            "changes": self.config.get("changes", []),
+            "averaged_steps": {
+                part.name: part.ema.optimization_step for part in self._trained if part.ema is not None
+            },
+            "health": {"recovering": self.health.recovering, "sound": self.health.sound},
+        }
+        saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state=state, averages=averages)
+        if saved is not None:
+            self.health.newest = saved.name
+            self._rotate()
+
+    def _rotate(self) -> None:
+        limit, health = self.settings.checkpoints_total_limit, self.health
+        if limit is not None and health.newest is not None and self.accelerator.is_main_process:
+            rotate_checkpoints(self.output_dir, health.newest, limit, sound=health.sound)
+
+    def _load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint: its weights and states, this run's hyperparameters."""
+        wanted = [hyperparameters(trained.optimizer) for trained in self._trained]
+        averages = load_checkpoint(self.accelerator, checkpoint, partial=self._partial)
+        for trained, groups in zip(self._trained, wanted, strict=True):
+            for group, values in zip(trained.optimizer.param_groups, groups, strict=True):
+                group |= values
+            if trained.ema is not None:
+                weights = [averages[f"{trained.name}.{name}"] for name in trained.averaged]
+                trained.ema.load(weights, self._then["averaged_steps"][trained.name])
+            if not all_finite([*trained.averaged.values(), *trained.to_export]):
+                raise ValueError(f"checkpoint {str(checkpoint)!r}: weights of the {trained.name} are not finite")
+        self.say(f"Resumed from {checkpoint} at step {self.step}")
+
+    def _finish(self) -> None:
+        """Let nothing be exported that is not finite or was not trained."""
+        for trained in self._trained:
+            problem = untrained(self.accelerator, trained.to_export, trained.before)
+            due = (
+                self.step >= trained.every and not self.settings.dry_run
+            )  # which may take no step that moves anything
+            if problem is not None and (due or not all_finite(trained.to_export)):
+                message = (
+                    f"nothing is exported: after {self.step} steps the weights of the {trained.name} {problem}"
+                    f" ({self._dropped} prompts were dropped, {self.health.skipped} steps not finite)"
+                )
+                raise Failure(f"{message}; {self.health.advice()}" if self.health.skipped else message)
+        self.health.sound = self.health.newest
+        self._rotate()
 
     def _report(self) -> None:
         """Log the figures of the latest step."""
@@ -548,7 +673,7 @@ class Run:
                 metrics[f"{prefix}grad_norm"] = self._norms[trained.name]
         metrics |= {
             "filtered_share": self._dropped / recorded,
-            "skipped_steps": self._skipped,
+            "skipped_steps": self.health.skipped,
             "rows_per_second": self._rows_since_log / (now - self._last_log),
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }

@@ -12,6 +12,8 @@ from accelerate.tracking import GeneralTracker
 from diffusers.utils import logging
 from PIL import Image
 
+from ..files import written_beside
+
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +23,7 @@ class MetricsLog:
 
     Args:
         accelerator: holds the trackers; only its main process writes.
-        path: the file, continued where it exists. Values that are not finite are null in it.
+        path: the file, continued where it exists; torn lines go. Values that are not finite are null in it.
         first_step: lines of later steps are left over from a run that stopped after its last checkpoint; they go.
     """
 
@@ -29,9 +31,10 @@ class MetricsLog:
         self.accelerator = accelerator
         self.path = Path(path)
         if accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+            try:
+                self._keep_until(first_step)
+            except OSError as error:
+                logger.warning(f"{self.path} could not be read and written again: {error}")
 
     def __call__(self, values: Mapping[str, float], step: int) -> None:
         """Report metrics; what fails is named in a warning, and a tracker that fails is left out from then on.
@@ -68,6 +71,13 @@ class MetricsLog:
 
         self._try_trackers(send)
 
+    def _keep_until(self, last_step: int) -> None:
+        """Drop the lines of later steps, and those that a killed machine or a full disk has torn."""
+        content = self.path.read_text(encoding="utf-8", errors="replace")
+        kept = [line for line in content.split("\n") if 0 <= _step_of(line) <= last_step]
+        with written_beside(self.path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
     def _try_trackers(self, send: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self.accelerator.trackers):
             try:
@@ -75,3 +85,11 @@ class MetricsLog:
             except Exception as error:  # whatever a tracker's service does, the run outlives it
                 logger.warning(f"Tracker {tracker.name} failed and is left out from now on: {error!r}")
                 self.accelerator.trackers.remove(tracker)
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; -1 for one that is torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return -1
