@@ -1,4 +1,4 @@
-"""What is not for others is stripped here from all that is published: folders of this machine, users' names, secrets."""
+"""Strips from all that is published what is not for others: folders of this machine, users' names, secrets."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _is_path(text: str) -> bool:
 
 
 def _last_part(path: str) -> str:
-    path = re.sub(r"\\ ", " ", path)
+    path = re.sub(r"^[\w.+-]+@[\w.-]+:", "", path.replace("\\ ", " "))
     if path.startswith("file:"):
         path = unquote(path)
     *folders, name = re.split(r"[/\\]+", path.rstrip("/\\"))

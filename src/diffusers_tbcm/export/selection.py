@@ -1,4 +1,4 @@
-"""What of a folder is published: a list of what a pipeline, LoRA adapters and a card consist of, and of nothing else."""
+"""What of a folder is published: what a pipeline, LoRA adapters and a card consist of, and nothing else."""
 
 from __future__ import annotations
 
