@@ -13,9 +13,7 @@
 """
 
 import argparse
-import os
 import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +38,7 @@ from diffusers_tbcm.evaluation.report import measurement_table, plot_measurement
 from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.export.redaction import redact, redact_command
 from diffusers_tbcm.pipeline_folder import CARD, TRAINING_RECORD
 from diffusers_tbcm.versions import dtype_argument
 
@@ -380,8 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference = make_reference(settings, task, drawn)
     measurements = measure(settings, task, drawn, reference)
 
-    # 4. Results; no absolute path, which would be of this machine
-    command = shlex.join(Path(word).name if os.path.isabs(word) else word for word in words)
+    # 4. Results; no path of this machine
     details = {
         "seed": settings.seed,
         "pictures": len(drawn[0].pictures),
@@ -396,8 +394,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_metrics(
             folder,
             measurements,
-            dataset=f"{len(task.prompts.prompts)} prompts of {Path(source).name if os.path.isabs(source) else source}",
-            command=f"python examples/tbcm/{Path(__file__).name} {command}",
+            dataset=f"{len(task.prompts.prompts)} prompts of {redact(source)}",
+            command=f"python examples/tbcm/{Path(__file__).name} {redact_command(words)}",
             details=details,
         )
     if settings.update_card:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .files import PICTURE_SUFFIXES
 
@@ -62,6 +62,15 @@ class Generation:
     grid: bool
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose messages quote no token: argparse repeats what it does not understand."""
+
+    def error(self, message: str) -> NoReturn:
+        from .export.redaction import hide_secrets
+
+        super().error(hide_secrets(message))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.
 
@@ -90,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Callable[[], Non
     Raises:
         SystemExit: for arguments that do not fit, with the reason on stderr.
     """
-    parser = argparse.ArgumentParser(PROG, description=__doc__)
+    parser = _Parser(PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="draw pictures")
     add_generate_flags(generate)
@@ -219,10 +228,16 @@ def read_generation(
 def run_train(script: str, flags: Sequence[str]) -> None:
     """Become `accelerate launch` of a training script, as `accelerate config` has set it up.
 
+    A token moves into the environment: the launcher prints its command line where a run fails, and process lists show
+    it.
+
     Args:
         script: one of `TRAINING_SCRIPTS`.
         flags: the script's.
     """
+    flags, token = _without_token(flags)
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
     module = f"{__package__}.scripts.train_{script}"
     os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "-m", module, *flags])
 
@@ -330,6 +345,21 @@ def run_card(folder: Path, *, license: str | None, model_id: str | None) -> None
         raise ValueError(f"folder {str(folder)!r} has no {TRAINING_RECORD}, which training writes for the card")
     render_model_card(folder, license=license, model_id=model_id).save(folder / CARD)
     print(folder / CARD)
+
+
+def _without_token(flags: Sequence[str]) -> tuple[list[str], str | None]:
+    """A training script's flags without `--hub_token`, spelt in any way that argparse understands, and its value."""
+    left, token, words = [], None, iter(flags)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name.startswith("hub_t") and "hub_token".startswith(name):
+            token = value if equals else next(words, None)
+            if token is None:  # its parser says what is missing
+                left.append(word)
+        else:
+            left.append(word)
+    return left, token
 
 
 def _steps(number: int) -> str:

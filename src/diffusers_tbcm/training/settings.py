@@ -6,16 +6,18 @@ in backticks, and on the command line as its flag.
 
 import dataclasses
 import inspect
+import os
 import re
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
+from ..export.redaction import hide_secrets
 from ..pipeline_folder import MODEL_INDEX, VARIANTS, list_checkpoints
 
 
@@ -24,6 +26,7 @@ S = TypeVar("S", bound="RunSettings")
 OPTIMIZERS = ("adamw", "came")
 PRECISIONS = ("no", "fp16", "bf16")
 HUB_STRATEGIES = ("end", "checkpoint")
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"}  # set by `accelerate launch` and `torchrun`
 
 
 def setting(default: Any = dataclasses.MISSING, help: str | None = None, **options: Any) -> Any:
@@ -99,7 +102,11 @@ class RunSettings:
 
     push_to_hub: bool = setting(False, "publish the student; access is checked at the start")
     hub_model_id: str | None = setting(None, "owner/name; default: the name of output_dir, under the token's user")
-    hub_token: str | None = setting(None, "with write access; default: HF_TOKEN or `hf auth login`")
+    hub_token: str | None = dataclasses.field(
+        default=None,
+        repr=False,
+        metadata={"help": "better: HF_TOKEN or `hf auth login`, which no launcher or process list shows"},
+    )
     hub_private_repo: bool | None = setting(None, "if the repository is created", nargs="?", const=True)
     hub_strategy: str = setting("end", "checkpoint: also at every checkpoint", choices=HUB_STRATEGIES)
     hub_license: str | None = setting(None, "such as apache-2.0, where the teacher's card names none")
@@ -122,9 +129,9 @@ class RunSettings:
                 raise ValueError(f"`{name}` needs `push_to_hub`")
         if self.hub_strategy == "checkpoint" and not self.push_to_hub:
             raise ValueError("`hub_strategy` checkpoint needs `push_to_hub`")
-        if self.hub_token and self.report_to == "wandb":
+        if self.hub_token and self.report_to not in ("none", "tensorboard"):
             raise ValueError(
-                "`hub_token` would be sent to wandb with the command line: use HF_TOKEN or `hf auth login`"
+                f"`hub_token` could be sent to {self.report_to} with the command line: use HF_TOKEN or `hf auth login`"
             )
         folder = Path(self.output_dir)
         if folder.exists() and not folder.is_dir():
@@ -248,7 +255,7 @@ def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, desc
         SystemExit: with code 2, where they do not fit; the message names the flag.
     """
     groups = [_group(part) for part in settings.__mro__ if dataclasses.is_dataclass(part)]
-    parser = HfArgumentParser(groups, description=description, formatter_class=_HelpFormatter)
+    parser = _Parser(groups, description=description, formatter_class=_HelpFormatter)
     names = {field.name for group in groups for field in dataclasses.fields(group)}
     for field in (field for group in groups for field in dataclasses.fields(group)):
         if field.default is True:  # as argparse's BooleanOptionalAction spells it
@@ -259,6 +266,11 @@ def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, desc
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     for part in parts:
         values |= vars(part)
+    if values.get("hub_token") and os.environ.keys() & LAUNCHED:
+        parser.error(
+            "--hub_token is on the launcher's command line, which it prints where a run fails and process lists show:"
+            " set HF_TOKEN or run `hf auth login` in its place, and make a new token, as this one has been shown"
+        )
     try:
         return settings(**values)
     except ValueError as error:
@@ -284,6 +296,13 @@ def _group(part: type) -> type:
     ]
     title = (part.__doc__ or part.__name__).strip()
     return dataclasses.make_dataclass(part.__name__, copies, kw_only=True, namespace={"_argument_group_name": title})
+
+
+class _Parser(HfArgumentParser):
+    """A parser whose messages quote no token: argparse repeats what it does not understand."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(hide_secrets(message))
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
