@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import subprocess
 import sys
 from functools import partial
@@ -286,6 +287,43 @@ def test_train_ends_with_the_scripts_exit_code_and_no_words_of_the_launcher(fail
     with pytest.raises(SystemExit) as ended:
         main(["train", "scm"])
     assert ended.value.code == code and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "spelt", [["--hub_token", "hf_x"], ["--hub_token=hf_x"], ["--hub-token", "hf_x"], ["--hub_tok=hf_x"]]
+)
+def test_train_keeps_a_token_out_of_the_launchers_command_line(spelt, monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, arguments: started.append((arguments[5:], os.environ["HF_TOKEN"])))
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda arguments: None)
+    main(["train", "scm", "--push_to_hub", *spelt, "--hub_model_id", "me/x"])
+    assert started == [(["--push_to_hub", "--hub_model_id", "me/x"], "hf_x")]
+
+
+def test_a_launch_that_fails_shows_no_token():
+    """accelerate prints the command that failed."""
+    flags = ["--push_to_hub", "--hub_token", "hf_0123456789abcdef", "--nonsense"]
+    command = [sys.executable, "-m", "diffusers_tbcm", "train", "tbcm_distill", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "--nonsense" in result.stderr
+    assert "0123456789" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["push", ".", "me/x", "--tokn", "hf_0123456789abcdef"],
+        ["push", ".", "me/x", "--secret-token=mysecretvalue"],
+        ["push", ".", "me/x", "--private=hf_0123456789abcdef"],
+        ["hf_0123456789abcdef"],
+    ],
+)
+def test_no_message_shows_a_token(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    printed = capsys.readouterr().err
+    assert "***" in printed and "0123456789" not in printed and "mysecret" not in printed
 
 
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)

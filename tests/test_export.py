@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, pipeline_folder
@@ -118,6 +118,77 @@ def test_export_holds_no_pickles_no_lower_precision_copies_and_no_local_paths(st
     for path in folder.rglob("*"):
         if path.suffix in (".json", ".md"):
             assert str(tmp_path) not in path.read_text(), path
+
+
+def in_hub_cache(teacher: Path, cache: Path) -> Path:
+    """A teacher as the Hub's cache has it: links to blobs beside its snapshot."""
+    snapshot = cache / "models--lab--teacher" / "snapshots" / "abc123"
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(path for path in teacher.rglob("*") if path.is_file()):
+        link = snapshot / path.relative_to(teacher)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blobs / str(number))
+        link.symlink_to(Path(*[".."] * (len(link.relative_to(snapshot).parts) + 1), "blobs", str(number)))
+    return snapshot
+
+
+def test_a_teacher_of_the_hubs_cache_is_copied_as_files(student, teacher, exported, tmp_path):
+    cached = in_hub_cache(teacher, tmp_path / "cache")
+    folder = save_student_pipeline(student, cached, tmp_path / "from_cache", DESCRIPTION)
+    names = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert names == {path.relative_to(exported) for path in exported.rglob("*")}
+    for name in names:
+        assert not (folder / name).is_symlink()
+        if len(name.parts) == 2:
+            assert (folder / name).read_bytes() == (exported / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["vae/config.json", "tokenizer/tokenizer.json", "LICENSE", "vae"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_link_out_of_the_teachers_folder_is_refused_and_not_copied(name, cached, student, teacher, tmp_path):
+    folder = in_hub_cache(teacher, tmp_path / "cache") if cached else Path(shutil.copytree(teacher, tmp_path / "t"))
+    outside = tmp_path / "outside"
+    if name == "vae":
+        shutil.copytree(teacher / name, outside)
+        shutil.rmtree(folder / name)
+    else:
+        outside.write_text('{"a": 1}')
+        (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ValueError, match=f"teacher .* cannot be used: .*{Path(name).name}.* is a link to elsewhere"):
+        save_student_pipeline(student, folder, tmp_path / "student", DESCRIPTION)
+    assert not (tmp_path / "student").exists()
+
+
+def test_an_export_copies_what_components_consist_of_and_strips_it(student, teacher, damaged_teacher, tmp_path):
+    private = tmp_path / "id_rsa"
+    private.write_text("private")
+    for name in ("vae/notes.md", "text_encoder/.env", "tokenizer/prompts.txt"):
+        (damaged_teacher / name).symlink_to(private)
+    for name in ("text_encoder/modeling_evil.py", "vae/.cache.json", "vae/x.joblib"):
+        (damaged_teacher / name).write_text("private")
+    weights = damaged_teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors, weights, {"format": "pt", "made_of": "/data/of/somebody/merge.safetensors", "häuser": "ü"})
+    for name in ("vae/config.json", "tokenizer/tokenizer_config.json"):
+        config = json.loads((damaged_teacher / name).read_text())
+        config |= {"_name_or_path": "/data/of/somebody/vae", "auto_map": {"AutoModel": "modeling_evil.Evil"}}
+        (damaged_teacher / name).write_text(json.dumps(config))
+    (damaged_teacher / "LICENSE").write_text("Terms, from /data/of/somebody/terms.txt.\n")
+    description = replace(DESCRIPTION, training={"data": "/data/of/somebody/p.txt"}, config={"flags": {"a": "/b/c"}})
+    folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", description)
+    for component in ("vae", "text_encoder", "tokenizer"):
+        assert {path.name for path in (folder / component).iterdir()} == {
+            path.name for path in (teacher / component).iterdir()
+        }
+    for path in folder.rglob("*"):
+        held = path.read_bytes() if path.is_file() else b""
+        assert not any(word in held for word in (b"somebody", b"private", b"auto_map", b"/b/c")), path
+    assert json.loads((folder / "vae" / "config.json").read_text())["_name_or_path"] == "vae"
+    copied = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert tensors.keys() == copied.keys() and all(torch.equal(tensors[name], copied[name]) for name in tensors)
+    assert "| data | p.txt |" in (folder / "README.md").read_text()
 
 
 def test_variants_lie_beside_the_float32_weights_and_load_in_their_dtype(student, teacher, exported, tmp_path):

@@ -202,13 +202,18 @@ def test_every_lower_bound_is_the_version_that_the_oldest_constraints_test():
         assert bounds == [versions[canonicalize_name(requirement.name)]], requirement
 
 
-def test_the_examples_requirements_agree_with_setup():
+def test_the_examples_requirements_are_this_checkout():
     lines = (ROOT / "examples" / "tbcm" / "requirements.txt").read_text().splitlines()
-    (package,) = [Requirement(line) for line in lines if not line.startswith("#")]
-    literals = setup_literals()
-    assert package.name == literals["name"]
-    assert package.extras == {"training", "eval"} <= {*literals["extras"]}
-    assert str(package.specifier) == f">={literals['version']}"
+    (package,) = [line for line in lines if not line.startswith("#")]
+    assert package == ".[training,eval]" and {"training", "eval"} <= {*setup_literals()["extras"]}
+
+
+def test_nobody_is_told_to_install_the_package_from_an_index_that_has_it_not():
+    name = "diffusers_" + "tbcm"
+    from_index = re.compile(rf"install +(?:-\S+ +)*['\"]?{name}(?!-)|{name}\[[^\]]*\](?! @ )")
+    for path in text_files():
+        if path.name != "CHANGELOG.md":
+            assert not from_index.search(path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize(

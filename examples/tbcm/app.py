@@ -3,7 +3,9 @@
 
     python app.py --model outputs/quickstart
 
-As a Space (SDK: gradio): this file, a requirements.txt that says `diffusers_tbcm[demo]`, and the variable MODEL_ID.
+As a Space (SDK: gradio): this file, the variable MODEL_ID, and a requirements.txt that says
+`diffusers_tbcm[demo] @ ADDRESS`, with the address of a wheel that you have made (`pip wheel --no-deps .`) and
+uploaded, or git+https:// and that of a repository: no index has the package yet.
 """
 
 import os

@@ -14,9 +14,7 @@ r"""Draw with a student, and with its teacher, and measure the pictures.
 """
 
 import math
-import os
 import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -43,6 +41,7 @@ from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.pipeline_folder import CARD, TRAINING_RECORD, resolve_teacher
+from diffusers_tbcm.redaction import redact, redact_command
 from diffusers_tbcm.training.accelerators import check_processes
 from diffusers_tbcm.training.settings import SettingsParser
 from diffusers_tbcm.versions import dtype_argument
@@ -351,8 +350,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     reference = make_reference(settings, task, drawn)
     measurements = measure(settings, task, drawn, reference)
 
-    # 4. Results; no absolute path, which would be of this machine
-    command = shlex.join(Path(word).name if os.path.isabs(word) else word for word in words)
+    # 4. Results; no path of this machine
     details = {
         "seed": settings.seed,
         "pictures": len(drawn[0].pictures),
@@ -367,8 +365,8 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         save_metrics(
             folder,
             measurements,
-            dataset=f"{len(task.prompts.prompts)} prompts of {Path(source).name if os.path.isabs(source) else source}",
-            command=f"python examples/tbcm/{Path(__file__).name} {command}",
+            dataset=f"{len(task.prompts.prompts)} prompts of {redact(source)}",
+            command=f"python examples/tbcm/{Path(__file__).name} {redact_command(words)}",
             details=details,
         )
     if settings.update_card:

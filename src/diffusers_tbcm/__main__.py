@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import subprocess
@@ -231,6 +232,8 @@ def read_generation(
 def run_train(script: str, flags: Sequence[str]) -> None:
     """Do as `accelerate launch` of a training script, as `accelerate config` has set it up, and end as the script.
 
+    A token moves into the environment, as process lists show command lines: this program starts itself again.
+
     Args:
         script: one of `TRAINING_SCRIPTS`.
         flags: the script's.
@@ -241,6 +244,10 @@ def run_train(script: str, flags: Sequence[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    flags, token = _without_token(flags)
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+        os.execv(sys.executable, [sys.executable, "-m", __package__, "train", script, *flags])
     module = f"{__package__}.scripts.train_{script}"
     before = signal.signal(signal.SIGINT, lambda number, frame: None)  # it reaches the script too, which is waited for
     try:
@@ -354,6 +361,21 @@ def run_card(folder: Path, *, license: str | None, model_id: str | None) -> None
         raise ValueError(f"folder {str(folder)!r} has no {TRAINING_RECORD}, which training writes for the card")
     render_model_card(folder, license=license, model_id=model_id).save(folder / CARD)
     print(folder / CARD)
+
+
+def _without_token(flags: Sequence[str]) -> tuple[list[str], str | None]:
+    """A training script's flags without `--hub_token`, spelt in any way that argparse understands, and its value."""
+    left, token, words = [], None, iter(flags)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name.startswith("hub_t") and "hub_token".startswith(name):
+            token = value if equals else next(words, None)
+            if token is None:  # its parser says what is missing
+                left.append(word)
+        else:
+            left.append(word)
+    return left, token
 
 
 def _steps(number: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import in_a_line, is_users
+from .redaction import hide_secrets
 
 
 USERS_MISTAKE = 2  # the exit code, argparse's own
@@ -21,10 +22,10 @@ DEBUG_HELP = "end an error with its traceback"
 
 
 class CommandParser(ArgumentParser):
-    """Ends what does not fit in one line, without the usage, which is as long as the flags are many."""
+    """Ends what does not fit in one line, without secrets or the usage, which is as long as the flags are many."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USERS_MISTAKE, f"{self.prog}: error: {message}\n")
+        self.exit(USERS_MISTAKE, f"{self.prog}: error: {hide_secrets(message)}\n")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -73,7 +74,8 @@ def ending_in_words(flags: Mapping[str, str], *, debug: bool, program: str | Non
             raise
         rank = int(os.environ.get("RANK", "0"))
         where = f"rank {rank}: " if rank else ""
-        line = f"{program or Path(sys.argv[0]).name}: error: {where}{name_flags(in_a_line(error), flags)}"
+        message = hide_secrets(name_flags(in_a_line(error), flags))
+        line = f"{program or Path(sys.argv[0]).name}: error: {where}{message}"
         print(line, file=sys.stderr)
         ended = SystemExit(line)
         ended.code = USERS_MISTAKE

@@ -1,4 +1,4 @@
-"""The files that a pipeline's components consist of, by diffusers' and transformers' own names, and whether they are whole."""
+"""The files that a pipeline's components consist of, by the libraries' own names, and whether they are whole."""
 
 from __future__ import annotations
 

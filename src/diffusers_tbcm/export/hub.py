@@ -22,7 +22,7 @@ from packaging.version import Version
 from ..errors import Failure
 from ..files import json_text
 from ..pipeline_folder import CARD, TRAINING_RECORD, license_of
-from .redaction import redact
+from ..redaction import redact
 from .selection import select_files
 
 

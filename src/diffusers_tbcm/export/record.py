@@ -17,7 +17,7 @@ from diffusers_tbcm import __version__
 
 from ..files import read_json, write_json
 from ..pipeline_folder import METRICS
-from .redaction import is_secret, redact_values
+from ..redaction import is_secret, redact_values
 
 
 RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")

@@ -1,4 +1,4 @@
-"""What of a folder is published: a list of what a pipeline, LoRA adapters and a card consist of, and of nothing else."""
+"""What of a folder is published: what a pipeline, LoRA adapters and a card consist of, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from ..pipeline_folder import (
     component_files,
     list_checkpoints,
 )
+from ..redaction import redact, redact_values
 from ..standalone import standalone_pipeline_source
-from .redaction import redact, redact_values
 
 
 RECORDS = (TRAINING_RECORD, TRAINING_CONFIG, METRICS)
@@ -121,17 +121,19 @@ def publishable(path: Path, secrets: Collection[str] = ()) -> Path | bytes:
 
 
 def redact_header(path: Path) -> None:
-    """Strip the metadata in a safetensors file's header, in place; the tensors stay where they are.
+    """Drop the entries of a safetensors file's metadata that are not for others; the tensors stay where they are.
 
     Args:
-        path: of the file.
+        path: of the file, which is changed.
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        public = redact_values(header.get("__metadata__", {}))
-        if public != header.get("__metadata__", {}):
+        metadata = header.get("__metadata__", {})
+        public = {name: text for name, text in metadata.items() if redact_values({name: text}) == {name: text}}
+        if public != metadata:
             text = json.dumps({**header, "__metadata__": public}, ensure_ascii=False, separators=(",", ":")).encode()
+            assert len(text) <= length
             file.seek(8)
             file.write(text.ljust(length))
 

@@ -7,6 +7,7 @@ in backticks, and on the command line as its flag.
 import dataclasses
 import inspect
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ OPTIMIZERS = ("adamw", "came")
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 PRECISIONS = ("no", "fp16", "bf16")
 HUB_STRATEGIES = ("end", "checkpoint")
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"}  # set by `accelerate launch` and `torchrun`
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", **options: Any) -> Any:
@@ -116,7 +118,11 @@ class RunSettings:
 
     push_to_hub: bool = setting(False, "publish the student; access is checked at the start")
     hub_model_id: str | None = setting(None, "owner/name; default: the name of output_dir, under the token's user")
-    hub_token: str | None = setting(None, "with write access; default: HF_TOKEN or `hf auth login`")
+    hub_token: str | None = dataclasses.field(
+        default=None,
+        repr=False,
+        metadata={"help": "better: HF_TOKEN or `hf auth login`, which no launcher or process list shows"},
+    )
     hub_private_repo: bool | None = setting(None, "if the repository is created", nargs="?", const=True)
     hub_strategy: str = setting("end", "checkpoint: also at every checkpoint", choices=HUB_STRATEGIES)
     hub_license: str | None = setting(None, "such as apache-2.0, where the teacher's card names none")
@@ -143,9 +149,9 @@ class RunSettings:
                 raise ValueError(f"`{name}` needs `push_to_hub`")
         if self.hub_strategy == "checkpoint" and not self.push_to_hub:
             raise ValueError("`hub_strategy` checkpoint needs `push_to_hub`")
-        if self.hub_token and self.report_to == "wandb":
+        if self.hub_token and self.report_to not in ("none", "tensorboard"):
             raise ValueError(
-                "`hub_token` would be sent to wandb with the command line: use HF_TOKEN or `hf auth login`"
+                f"`hub_token` could be sent to {self.report_to} with the command line: use HF_TOKEN or `hf auth login`"
             )
         folder = Path(self.output_dir)
         if folder.exists() and not folder.is_dir():
@@ -289,6 +295,11 @@ def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, desc
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     for part in parts:
         values |= vars(part)
+    if values.get("hub_token") and os.environ.keys() & LAUNCHED:
+        parser.error(
+            "--hub_token is on the launcher's command line, which it prints where a run fails and process lists show:"
+            " set HF_TOKEN or run `hf auth login` in its place, and make a new token, as this one has been shown"
+        )
     try:
         return settings(**values)
     except (ValueError, OSError) as error:

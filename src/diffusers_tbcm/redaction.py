@@ -1,4 +1,4 @@
-"""What is not for others is stripped here from all that is published: folders of this machine, users' names, secrets."""
+"""Strips from all that is published what is not for others: folders of this machine, users' names, secrets."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FILE_SUFFIXES = (  # with one of these `owner/name` is a file, and no repository
 )  # fmt: skip
 
 _SECRET_NAME = (
-    r"(?<![\w-])(?:--?)?(?!(?:pad|bos|eos|unk|mask|sep|cls|image|new|max|num)[_-])(?:\w+[_-])?"
-    r"(?:token|secret|password|passwd|api[_-]?key|access[_-]?key)"
+    r"(?<![\w-])(?:--?)?(?!(?:pad|bos|eos|unk|mask|sep|cls|image|new|max|num)[_-])"
+    r"[\w-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]?key)"
 )
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|(?:API|ACCESS|SECRET)_?KEY)(?:$|_)", re.I)
 _SECRETS = re.compile(
@@ -35,7 +35,9 @@ _SECRETS = re.compile(
     re.DOTALL,
 )
 _NAMED_SECRETS = re.compile(
-    rf"({_SECRET_NAME}=|{_SECRET_NAME.replace('(?:--?)?', '--?')}\s+|\bBearer\s+)[^\s&]+", re.I
+    rf"({_SECRET_NAME}=|\bBearer\s+)[^\s&]+"
+    rf"|({_SECRET_NAME.replace('(?:--?)?', '--?')}\s+)(?:(?=\S*\d)\S{{6,}}|\S{{12,}})",  # and no word of a sentence
+    re.IGNORECASE,
 )
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s\"'`<>]+)")
 _QUERY = re.compile(r"([?&#][\w.-]*(?:token|key|secret|sig|password|credential|auth)[\w.-]*=)[^&\s#]+", re.I)
@@ -67,10 +69,7 @@ def redact(text: str, secrets: Collection[str] = ()) -> str:
     Returns:
         The text without them.
     """
-    for secret in sorted({*_environment_secrets(), *secrets}, key=len, reverse=True):
-        if len(secret) >= MIN_SECRET:
-            text = text.replace(secret, HIDDEN)
-    text = _NAMED_SECRETS.sub(rf"\1{HIDDEN}", _SECRETS.sub(HIDDEN, text))
+    text = hide_secrets(text, secrets)
     if _is_path(text):
         return _last_part(text)
     text = _QUOTED.sub(
@@ -87,6 +86,22 @@ def redact(text: str, secrets: Collection[str] = ()) -> str:
             piece = _PATHS.sub(lambda match: _last_part(match[0]), piece)
             pieces[index] = _RELATIVE.sub(lambda match: _clean_relative(match[0], users), piece)
     return "".join(pieces)
+
+
+def hide_secrets(text: str, secrets: Collection[str] = ()) -> str:
+    """Put `***` in place of tokens, keys and passwords, and leave paths as they are: for messages to the user.
+
+    Args:
+        text: running text or a command line.
+        secrets: as in `redact`.
+
+    Returns:
+        The text without them.
+    """
+    for secret in sorted({*_environment_secrets(), *secrets}, key=len, reverse=True):
+        if len(secret) >= MIN_SECRET:
+            text = text.replace(secret, HIDDEN)
+    return _NAMED_SECRETS.sub(lambda match: (match[1] or match[2]) + HIDDEN, _SECRETS.sub(HIDDEN, text))
 
 
 def redact_values(value: Any, secrets: Collection[str] = ()) -> Any:
@@ -117,16 +132,18 @@ def redact_command(words: Sequence[str]) -> str:
     Returns:
         The line; paths with spaces in them, and behind `--flag=`, are stripped like others.
     """
-    line = []
+    line, before = [], ""
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        line.append(flag + equals + redact(value))
-    return redact(shlex.join(line))
+        secret = is_secret(flag) if equals else not flag and is_secret(before)
+        line.append(flag + equals + (HIDDEN if secret else redact(value)))
+        before = word if word.startswith("-") else ""
+    return shlex.join(line).replace(f"'{HIDDEN}'", HIDDEN)
 
 
 def is_secret(name: str) -> bool:
-    """Say whether a setting or environment variable of this name holds a secret."""
-    return _SECRET_VARIABLE.search(name) is not None
+    """Say whether a setting, flag or environment variable of this name holds a secret."""
+    return _SECRET_VARIABLE.search(name.strip("-").replace("-", "_")) is not None
 
 
 def _environment_secrets() -> list[str]:
@@ -146,7 +163,7 @@ def _is_path(text: str) -> bool:
 
 
 def _last_part(path: str) -> str:
-    path = re.sub(r"\\ ", " ", path)
+    path = re.sub(r"^[\w.+-]+@[\w.-]+:", "", path.replace("\\ ", " "))
     if path.startswith("file:"):
         path = unquote(path)
     *folders, name = re.split(r"[/\\]+", path.rstrip("/\\"))
