@@ -84,7 +84,9 @@ class Distillation:
             resolution=str(self.resolution),
         )
         if not all_finite(transformer.parameters()):
-            raise ValueError(f"`pretrained_model_name_or_path` is {str(self.folder)!r}: its weights are not all finite")
+            raise ValueError(
+                f"`pretrained_model_name_or_path` is {str(self.folder)!r}: its weights are not all finite"
+            )
         run.check_push(self.folder)
         run.open_folder()
 
@@ -92,8 +94,8 @@ class Distillation:
         self.negative_text = self.encode([""])
         if not all_finite([self.negative_text.embeds]):
             raise ValueError(
-                f"the text encoder's embeddings are not finite in {dtype_name(run.weight_dtype)}: use `mixed_precision`"
-                " bf16 or no, and another folder for `precompute_embeddings`"
+                f"the text encoder's embeddings are not finite in {dtype_name(run.weight_dtype)}: use"
+                " `mixed_precision` bf16 or no, and another folder for `precompute_embeddings`"
             )
         transformer.requires_grad_(False).eval().to(run.device)
         timestep_scale = self.backbone.infer_timestep_scale(transformer, self.negative_text)
@@ -360,5 +362,5 @@ class Distillation:
             "EMA": settings.ema_decay if settings.use_ema else "off",
             "precision": run.accelerator.mixed_precision,
             "seed": settings.seed,
-            **({"changed on the way": run.changes} if run.changes else {}),
+            **({"changed on the way": str(run.history)} if run.history.changes else {}),
         }
