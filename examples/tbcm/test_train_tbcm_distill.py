@@ -248,13 +248,11 @@ def test_metrics_go_to_a_file_whatever_the_tracker(flags, tmp_path):
     assert {"loss", "error", "tangent_norm", "grad_norm", "filtered_share", "skipped_steps", "lr"} <= lines[0].keys()
 
 
-def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_path, caplog):
-    main(flags(brightness_threshold=1e9, brightness_hard=True))
-    before = make_student(SanaTransformer2DModel.from_pretrained(teacher, subfolder="transformer")).state_dict()
-    after = student_weights(tmp_path / "run")
-    kept = [name for name in before if "guidance_embedder.linear_1" not in name]  # random where a student is made
-    assert all(torch.equal(after[name], before[name]) for name in kept)
+def test_a_filter_that_drops_everything_says_so_and_exports_nothing(flags, tmp_path, caplog):
+    with pytest.raises(RuntimeError, match=r"nothing is exported: .* are still those .*2 prompts were dropped"):
+        main(flags(brightness_threshold=1e9, brightness_hard=True))
     assert sum("dropped every prompt" in message for message in caplog.messages) == 2
+    assert not (tmp_path / "run" / "model_index.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -263,6 +261,14 @@ def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_pat
         ({"route_steps": 1}, "--route_steps is 1"),
         ({"guidance_scales": [4.5, 0]}, r"--guidance_scales is \[4.5, 0.0\]"),
         ({"max_train_steps": 0}, "--max_train_steps is 0"),
+        ({"learning_rate": "inf"}, "--learning_rate is inf: it has to be finite"),
+        ({"guidance_scales": [4.5, "nan"]}, r"--guidance_scales is \[4.5, nan\]: it has to be finite"),
+        ({"flow_shift": "inf"}, "--flow_shift is inf: it has to be finite"),
+        ({"logit_mean": "nan"}, "--logit_mean is nan: it has to be finite"),
+        ({"seed": 2**32}, "--seed is 4294967296: the largest is 4294967295"),
+        ({"lr_warmup_steps": -1}, "--lr_warmup_steps is -1"),
+        ({"weight_decay": -0.1}, "--weight_decay is -0.1"),
+        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler: invalid choice"),
         ({"prompts_file": None}, "either --prompts_file or --dataset_name"),
         ({"tangent_final_ratio": 1.5}, "`final_ratio` is 1.5"),
         ({"brightness_threshold": -1}, "--brightness_threshold is -1"),

@@ -370,5 +370,5 @@ class Distillation:
             "EMA": settings.ema_decay if settings.use_ema else "off",
             "precision": run.accelerator.mixed_precision,
             "seed": settings.seed,
-            **({"changed on the way": run.changes} if run.changes else {}),
+            **({"changed on the way": str(run.history)} if run.history.changes else {}),
         }

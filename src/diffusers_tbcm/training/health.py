@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 
+STILL = "are still those that it began with"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -35,6 +37,19 @@ class Health:
     recovering: int = 0
     newest: str | None = None
     sound: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint is to hold, JSON values by name."""
+        return {"recovering": self.recovering, "sound": self.sound}
+
+    def go_on(self, state: Mapping[str, Any], newest: str) -> None:
+        """Take over what a checkpoint holds.
+
+        Args:
+            state: from `state`.
+            newest: the checkpoint's name.
+        """
+        self.recovering, self.sound, self.newest = state["recovering"], state["sound"], newest
 
     @property
     def failing(self) -> bool:
@@ -65,7 +80,10 @@ class Health:
     def advice(self) -> str:
         """Say what to go on from."""
         start = "" if self.sound is None else f"resume from {self.sound}, which is from before the trouble, and "
-        return f"{start}try a lower `learning_rate`, or `mixed_precision` bf16 or no, and name it in `resume_with_changed`"
+        return (
+            f"{start}try a lower `learning_rate`, or `mixed_precision` bf16 or no, and name what you change in"
+            " `resume_with_changed`"
+        )
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
@@ -109,7 +127,7 @@ def untrained(accelerator: Accelerator, weights: Sequence[torch.Tensor], before:
     infinite, moved = accelerator.reduce(bad.int().to(accelerator.device)).tolist()
     if infinite:
         return "are not finite"
-    return None if moved else "are still those that it began with"
+    return None if moved else STILL
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

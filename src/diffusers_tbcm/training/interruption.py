@@ -26,7 +26,7 @@ class StopRequest:
     """In its `with` block, the first SIGTERM or SIGINT is a request to stop; a second one acts as it always did.
 
     Before training begins there is no step to finish: the first signal then ends the program at once, with code 75.
-    From `finish_steps` on it only sets `received`. A launcher that is gone, killed alone, counts as SIGTERM (on Linux).
+    From `finish_steps` on it only sets `received`. On Linux a launcher that is gone, killed alone, counts as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -86,6 +86,6 @@ def find_launcher() -> int | None:
         return None
     module_files = {f"{name.replace('.', '/')}.py" for name in LAUNCHERS if "." in name}
     launches = any(
-        Path(part).name in LAUNCHERS or any(part.endswith(f"/{file}") for file in module_files) for part in command[:4]
+        Path(part).name in LAUNCHERS or any(part.endswith(f"/{file}") for file in module_files) for part in command[:8]
     )
     return parent if launches else None

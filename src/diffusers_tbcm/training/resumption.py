@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 
@@ -32,6 +33,67 @@ PROCESSES = "num_processes"
 BATCH = ("train_batch_size", "gradient_accumulation_steps", PROCESSES)
 
 
+class History:
+    """What a run was told, what else its result depends on, and what has changed on the way; its checkpoints say so.
+
+    Args:
+        told: settings by name.
+        checkpoint: what the run goes on from; None for a new run.
+        then: that checkpoint's `state`.
+        step: the checkpoint's.
+        allowed: names of settings that are meant to differ from the checkpoint's.
+
+    Attributes:
+        changes: for every resumption that changed something, the step and the values before and after, by name.
+
+    Raises:
+        ValueError: naming the settings that differ in a way that would change the result.
+    """
+
+    def __init__(
+        self,
+        told: Mapping[str, Any],
+        *,
+        checkpoint: Path | None = None,
+        then: Mapping[str, Any] | None = None,
+        step: int = 0,
+        allowed: Sequence[str] = (),
+    ) -> None:
+        self._told: dict[str, Any] = json.loads(json.dumps(told))  # as a file gives it
+        self._checkpoint, self._then = str(checkpoint), then
+        self._content: dict[str, str] = {}
+        self.changes: list[dict[str, Any]] = []
+        if then:
+            changed = changed_settings(self._checkpoint, then["told"], self._told, step=step, allowed=allowed)
+            self.changes = [*then["changes"], *([{"step": step, **changed}] if changed else [])]
+
+    def depends_on(self, content: Mapping[str, str]) -> None:
+        """Note what else the result depends on.
+
+        Args:
+            content: names and digests, by what they are of.
+
+        Raises:
+            ValueError: naming what the checkpoint has another of.
+        """
+        if self._then:
+            check_content(self._checkpoint, self._then["content"], content)
+        self._content |= content
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint is to hold, JSON values by name."""
+        return {"told": self._told, "content": self._content, "changes": self.changes}
+
+    def __str__(self) -> str:
+        """What changed on the way, in words; empty where nothing did."""
+        return "; ".join(
+            f"{name} {values[0]} until step {change['step']}, then {values[1]}"
+            for change in self.changes
+            for name, values in change.items()
+            if name != "step"
+        )
+
+
 def digest_texts(texts: Iterable[str]) -> str:
     """Digest texts in their order.
 
@@ -46,11 +108,6 @@ def digest_texts(texts: Iterable[str]) -> str:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
-
-
-def as_recorded(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Give settings as a JSON file holds them."""
-    return json.loads(json.dumps(told))
 
 
 def changed_settings(

@@ -15,11 +15,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -39,39 +38,19 @@ from ..pipeline_folder import TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
 from .accelerators import check_launch, keep_whole_states
-from .averaging import ShardedEMA
 from .checkpoints import find_checkpoint, load_checkpoint, load_run_state, rotate_checkpoints, save_checkpoint
-from .health import Health, all_finite, fingerprint, untrained
+from .health import STILL, Health, untrained
 from .interruption import StopRequest
 from .memory import peak_memory
-from .optimizers import build_optimizer, build_schedule, hyperparameters
-from .resumption import PROCESSES, as_recorded, changed_settings, check_content
+from .optimizers import hyperparameters
+from .resumption import PROCESSES, History
 from .settings import RunSettings
 from .stream import Record, RowStream
 from .tracking import MetricsLog
+from .trained import Trained, prepare_trained
 
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class _Trained:
-    """A trained model, and what trains with it."""
-
-    name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
-    every: int
-    exported: str
-    averaged: dict[str, nn.Parameter]  # what of the exported part trains, by its name there
-    before: torch.Tensor  # fingerprint of these, before training
-    ema: ShardedEMA | None
-
-    @property
-    def to_export(self) -> list[torch.Tensor]:
-        """What trains of the exported part, averaged where it has an average; sharded where the weights are."""
-        return list(self.averaged.values()) if self.ema is None else self.ema.shadow_params
 
 
 class Run:
@@ -90,7 +69,9 @@ class Run:
         accelerator: accelerate's.
         step: steps done.
         resumed: the checkpoint that the run goes on from, or None.
-        config: the settings and versions, as `training_config.json` holds them.
+        config: the settings, versions and changes on the way, as `training_config.json` holds them.
+        history: what it was told and what changed.
+        health: whether its steps are finite.
 
     Raises:
         ValueError: where the launch is one that is not tested, a tracker is not installed, or the checkpoint to resume
@@ -120,23 +101,23 @@ class Run:
         if settings.resume_from_checkpoint:
             found = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
             self.resumed, self.step = found or (None, 0)
-        self.health = Health(settings.max_skipped_steps)
-        self._content: dict[str, str] = {}
-        self._then: dict[str, Any] = {}  # what the checkpoint says of its run
-        self._told = as_recorded(
-            {
-                **self.config["flags"],
-                "mixed_precision": self.accelerator.mixed_precision,
-                PROCESSES: self.accelerator.num_processes,
-            }
+        self._then = {} if self.resumed is None else load_run_state(self.resumed)
+        told = self.config["flags"] | {
+            "mixed_precision": self.accelerator.mixed_precision,
+            PROCESSES: self.accelerator.num_processes,
+        }
+        self.history = History(
+            told, checkpoint=self.resumed, then=self._then, step=self.step, allowed=settings.resume_with_changed
         )
+        self.config["changes"] = self.history.changes
+        self.health = Health(settings.max_skipped_steps)
         if self.resumed is not None:
-            self._compare(self.resumed)
+            self.health.go_on(self._then["health"], self.resumed.name)
         self.stopped = False
         self.pushed = True  # or nothing was to be pushed
         self._stop = stop
         self._push: partial[bool] | None = None
-        self._trained: list[_Trained] = []
+        self._trained: list[Trained] = []
         self._begun: RowStream | None = None
         self._measures: dict[str, torch.Tensor | float] = {}
         self._in_micro_step = False
@@ -194,9 +175,7 @@ class Run:
         Raises:
             ValueError: where the checkpoint to resume from was trained with something else.
         """
-        if self.resumed is not None:
-            check_content(str(self.resumed), self._then["content"], content)
-        self._content |= content
+        self.history.depends_on(content)
 
     def open_folder(self) -> None:
         """Begin to write: what the run is told goes into `output_dir`. Whatever is wrong should be found before."""
@@ -238,30 +217,20 @@ class Run:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if len(parameters) < len(list(model.parameters())) and not self._partial:
             self.accelerator.register_save_state_pre_hook(drop_frozen_weights)
-        rate = settings.learning_rate if learning_rate is None else learning_rate
-        optimizer = build_optimizer(
-            settings.optimizer,
-            parameters,
-            rate,
-            weight_decay=settings.weight_decay,
-            in_8_bits=settings.use_8bit_adam,
+        trained = prepare_trained(
+            self.accelerator,
+            settings,
+            name,
+            model,
+            exported=exported,
+            learning_rate=settings.learning_rate if learning_rate is None else learning_rate,
+            lr_scheduler=lr_scheduler,
+            every=every,
+            ema=ema,
+            steps_done=self.step,
         )
-        schedule = None
-        if lr_scheduler is not None:
-            schedule = build_schedule(
-                lr_scheduler,
-                optimizer,
-                warmup_steps=settings.lr_warmup_steps,
-                total_steps=settings.max_train_steps // every,
-                done=self.step // every,
-            )
-        model, optimizer = self.accelerator.prepare(model, optimizer)
-        part = self.accelerator.unwrap_model(model).get_submodule(exported)
-        averaged = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
-        average = ShardedEMA(averaged.values(), decay=settings.ema_decay) if ema else None
-        before = fingerprint(averaged.values())
-        self._trained.append(_Trained(name, model, optimizer, schedule, every, exported, averaged, before, average))
-        return model
+        self._trained.append(trained)
+        return trained.model
 
     # The loop
 
@@ -422,15 +391,6 @@ class Run:
     # After or between steps
 
     @property
-    def changes(self) -> str:
-        """What a run that was resumed has changed on its way, in words; empty where nothing."""
-        return "; ".join(
-            f"{name} {old} until step {change['step']}, then {new}"
-            for change in self.config.get("changes", [])
-            for name, (old, new) in ((key, value) for key, value in change.items() if key != "step")
-        )
-
-    @property
     def validation_due(self) -> bool:
         """Whether `validation_prompts` are to be drawn now, before training goes on; at the end export does it."""
         return bool(self.settings.validation_prompts) and self._falls_on(self.settings.validation_steps)
@@ -490,7 +450,7 @@ class Run:
             raise RuntimeError("training has not begun: go through `batches` first")
         return self._begun
 
-    def _find(self, model: nn.Module) -> _Trained:
+    def _find(self, model: nn.Module) -> Trained:
         for trained in self._trained:
             if trained.model is model:
                 return trained
@@ -499,7 +459,7 @@ class Run:
             f"a {type(model).__name__} is none of the run's models ({names}): `add` it, call what it gives"
         )
 
-    def _prefix(self, trained: _Trained) -> str:
+    def _prefix(self, trained: Trained) -> str:
         """What stands before the names of a model's figures: nothing for the first one."""
         return "" if trained is self._trained[0] else f"{trained.name}_"
 
@@ -545,7 +505,7 @@ class Run:
             if self._micro_step < first + accumulation - 1:  # after the last one `update` has more to queue before
                 stream.prefetch()
 
-    def _clip(self, trained: _Trained) -> torch.Tensor:
+    def _clip(self, trained: Trained) -> torch.Tensor:
         """Make a gradient the mean over the rows kept in all processes and micro-steps, and clip it; its norm."""
         stream, accelerator = self._stream, self.accelerator
         expected = stream.rows_per_micro_step * accelerator.num_processes * self.settings.gradient_accumulation_steps
@@ -585,42 +545,17 @@ class Run:
         self.stopped &= not last  # there is nothing left to stop
         if failing:
             raise Failure(
-                f"{self.health.skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights from"
-                f" before them are in checkpoint-{self.step}; {self.health.advice()}"
+                f"{self.health.skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights"
+                f" from before them are in checkpoint-{self.step}; {self.health.advice()}"
             )
-
-    def _compare(self, checkpoint: Path) -> None:
-        """Refuse to go on as another run; note what changes and may."""
-        settings = self.settings
-        self._then = load_run_state(checkpoint)
-        changed = changed_settings(
-            str(checkpoint), self._then["told"], self._told, step=self.step, allowed=settings.resume_with_changed
-        )
-        for name, (old, new) in changed.items():
-            logger.warning(f"`{name}` was {old} until step {self.step} and is {new} from now on")
-        changes = [*self._then["changes"], *([{"step": self.step, **changed}] if changed else [])]
-        self.config = {**self.config, "changes": changes}
-        before = self._then["health"]
-        self.health.recovering, self.health.sound = before["recovering"], before["sound"]
-        self.health.newest = checkpoint.name
 
     def _save(self) -> None:
         """Write a checkpoint; every process calls this."""
-        averages = {
-            f"{trained.name}.{name}": weight
-            for trained in self._trained
-            if trained.ema is not None
-            for name, weight in zip(trained.averaged, trained.ema.full_weights(), strict=True)
-        }
-        state = {
-            "told": self._told,
-            "content": self._content,
-            "changes": self.config.get("changes", []),
-            "averaged_steps": {
-                part.name: part.ema.optimization_step for part in self._trained if part.ema is not None
-            },
-            "health": {"recovering": self.health.recovering, "sound": self.health.sound},
-        }
+        averages: dict[str, torch.Tensor] = {}
+        for trained in self._trained:
+            averages |= trained.averages()
+        steps = {trained.name: trained.ema.optimization_step for trained in self._trained if trained.ema is not None}
+        state = self.history.state() | {"averaged_steps": steps, "health": self.health.state()}
         saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state=state, averages=averages)
         if saved is not None:
             self.health.newest = saved.name
@@ -638,26 +573,25 @@ class Run:
         for trained, groups in zip(self._trained, wanted, strict=True):
             for group, values in zip(trained.optimizer.param_groups, groups, strict=True):
                 group |= values
-            if trained.ema is not None:
-                weights = [averages[f"{trained.name}.{name}"] for name in trained.averaged]
-                trained.ema.load(weights, self._then["averaged_steps"][trained.name])
-            if not all_finite([*trained.averaged.values(), *trained.to_export]):
+            trained.load_averages(averages, self._then["averaged_steps"])
+            if not trained.is_finite():
                 raise ValueError(f"checkpoint {str(checkpoint)!r}: weights of the {trained.name} are not finite")
         self.say(f"Resumed from {checkpoint} at step {self.step}")
+        if self.history.changes:
+            self.say(f"Changed on the way: {self.history}")
 
     def _finish(self) -> None:
         """Let nothing be exported that is not finite or was not trained."""
         for trained in self._trained:
             problem = untrained(self.accelerator, trained.to_export, trained.before)
-            due = (
-                self.step >= trained.every and not self.settings.dry_run
-            )  # which may take no step that moves anything
-            if problem is not None and (due or not all_finite(trained.to_export)):
-                message = (
-                    f"nothing is exported: after {self.step} steps the weights of the {trained.name} {problem}"
-                    f" ({self._dropped} prompts were dropped, {self.health.skipped} steps not finite)"
-                )
-                raise Failure(f"{message}; {self.health.advice()}" if self.health.skipped else message)
+            may_be_still = self.step < trained.every or self.settings.dry_run  # whose one step may be dropped
+            if problem is None or (may_be_still and problem == STILL):
+                continue
+            message = (
+                f"nothing is exported: after {self.step} steps the weights of the {trained.name} {problem}"
+                f" ({self._dropped} prompts were dropped, {self.health.skipped} steps not finite)"
+            )
+            raise Failure(f"{message}; {self.health.advice()}" if self.health.skipped else message)
         self.health.sound = self.health.newest
         self._rotate()
 
