@@ -38,9 +38,10 @@ from diffusers_tbcm.evaluation.picture_folder import PictureFolder, pipeline_dig
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
 from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
-from diffusers_tbcm.export.model_card import render_model_card
+from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
-from diffusers_tbcm.pipeline_folder import CARD, TRAINING_RECORD
+from diffusers_tbcm.owned import OwnedFolder
+from diffusers_tbcm.pipeline_folder import CARD, METRICS, TRAINING_RECORD
 from diffusers_tbcm.versions import dtype_argument
 
 
@@ -144,6 +145,16 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     if settings.update_card and not (Path(settings.model) / TRAINING_RECORD).is_file():
         parser.error(f"--update_card needs --model to be a folder that training wrote, with its {TRAINING_RECORD}")
     return settings
+
+
+def claim_folders(settings: Settings) -> None:
+    """Refuse, before anything is drawn, to write where something is that is not ours."""
+    output = OwnedFolder(settings.output_dir)
+    output.claim()
+    output.own(REFERENCE, PLOT)
+    output.check_free([METRICS])
+    if settings.update_card:
+        OwnedFolder(settings.model, "model").check_free([METRICS, CARD])
 
 
 # 1. Prompts and real pictures ----------------------------------------------------------------------------------------
@@ -366,6 +377,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
     words = sys.argv[1:] if argv is None else argv
     accelerator = Accelerator()
+    with accelerator.main_process_first():
+        claim_folders(settings)
 
     # 1. Prompts and real pictures
     source = settings.prompts_file or settings.dataset_name or ""
@@ -401,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             details=details,
         )
     if settings.update_card:
-        render_model_card(settings.model).save(Path(settings.model) / CARD)
+        save_model_card(settings.model)
     plot_measurements(measurements, settings.output_dir / PLOT)
     print(measurement_table(measurements).to_string(index=False, na_rep=""))
     print(f"{settings.output_dir / PLOT}")

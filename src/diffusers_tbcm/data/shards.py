@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import written_beside
+from ..owned import OwnedFolder
 from ..pipeline_folder import SKIPPED_FILES
 
 
@@ -95,10 +96,14 @@ class ShardFolder:
 
         Returns:
             How many items were made.
+
+        Raises:
+            ValueError: where the folder holds files that are no shards.
         """
         if not shards:
             return 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if next(self.whole(), None) is None:  # a folder with shards is theirs, whoever began it
+            OwnedFolder(self.folder, "folder").claim()
         model = load()
         total = sum(map(len, shards))
         with tqdm(total=total, desc=label, unit=self.items.removesuffix("s"), disable=quiet) as progress:

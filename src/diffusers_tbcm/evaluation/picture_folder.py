@@ -33,7 +33,8 @@ class PictureFolder(Sequence[Image.Image]):
         settings: what a picture depends on beside its prompt, JSON values by name.
 
     Raises:
-        ValueError: where the folder holds pictures of other settings or prompts; the message says which differ.
+        ValueError: where the folder holds pictures of other settings or prompts, or files of another's; the message
+            says which differ.
     """
 
     def __init__(
@@ -59,6 +60,10 @@ class PictureFolder(Sequence[Image.Image]):
                     f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
                     " or delete this one to draw anew"
                 )
+        elif self.folder.is_dir() and any(self.folder.glob("*.*")):
+            raise ValueError(
+                f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
+            )
         else:
             write_json(self.folder / SETTINGS, settings)
 

@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import read_json
-from ..pipeline_folder import SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS
+from ..owned import OwnedFolder
+from ..pipeline_folder import CARD, SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
 from .record import Metrics, load_metrics
@@ -38,7 +39,7 @@ def render_model_card(
         model_id: what the examples load; the record's by default.
 
     Returns:
-        The card; `card.save(folder / "README.md")` puts it into place.
+        The card; `save_model_card` puts it into place.
     """
     folder = Path(folder)
     record = read_json(folder / TRAINING_RECORD)
@@ -77,6 +78,24 @@ def render_model_card(
         metrics=metrics,
         metric_names=dict.fromkeys(name for row in (metrics.measurements if metrics else ()) for name in row.metrics),
     )
+
+
+def save_model_card(folder: str | PathLike[str], *, license: str | None = None, model_id: str | None = None) -> Path:
+    """Render the card of a saved student and put it into the student's folder.
+
+    Args:
+        folder, license, model_id: as `render_model_card` takes them.
+
+    Returns:
+        The card's file.
+
+    Raises:
+        ValueError: where the folder has a card that this package did not write there, or that was changed since.
+    """
+    owned = OwnedFolder(folder, "folder")
+    with owned.written(CARD) as partial:
+        render_model_card(folder, license=license, model_id=model_id).save(partial)
+    return owned.folder / CARD
 
 
 def _widget(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:

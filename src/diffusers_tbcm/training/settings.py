@@ -16,7 +16,8 @@ from typing import Any, TypeVar, get_type_hints
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
-from ..pipeline_folder import MODEL_INDEX, VARIANTS, list_checkpoints
+from ..pipeline_folder import VARIANTS
+from .checkpoints import check_place
 
 
 S = TypeVar("S", bound="RunSettings")
@@ -95,7 +96,7 @@ class RunSettings:
     validation_steps: int = setting(500)
     report_to: str = setting("tensorboard", "an accelerate tracker, or 'none'")
     logging_steps: int = setting(10)
-    dry_run: bool = setting(False, "everything once, in a folder beside output_dir; report")
+    dry_run: bool = setting(False, "everything once, in a folder that is deleted; report")
 
     push_to_hub: bool = setting(False, "publish the student; access is checked at the start")
     hub_model_id: str | None = setting(None, "owner/name; default: the name of output_dir, under the token's user")
@@ -126,14 +127,7 @@ class RunSettings:
             raise ValueError(
                 "`hub_token` would be sent to wandb with the command line: use HF_TOKEN or `hf auth login`"
             )
-        folder = Path(self.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`output_dir` {self.output_dir} is a file")
-        if self.resume_from_checkpoint is None and ((folder / MODEL_INDEX).exists() or list_checkpoints(folder)):
-            raise ValueError(
-                f"`output_dir` {self.output_dir} holds another run: continue it with `resume_from_checkpoint` latest,"
-                " or choose another folder"
-            )
+        check_place(self.output_dir, self.resume_from_checkpoint)
 
 
 @dataclass(kw_only=True)
