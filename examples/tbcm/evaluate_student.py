@@ -41,7 +41,7 @@ from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
 from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.owned import OwnedFolder
-from diffusers_tbcm.pipeline_folder import CARD, METRICS, TRAINING_RECORD
+from diffusers_tbcm.pipeline_folder import METRICS, TRAINING_RECORD
 from diffusers_tbcm.versions import dtype_argument
 
 
@@ -154,7 +154,7 @@ def claim_folders(settings: Settings) -> None:
     output.own(REFERENCE, PLOT)
     output.check_free([METRICS])
     if settings.update_card:
-        OwnedFolder(settings.model, "model").check_free([METRICS, CARD])
+        OwnedFolder(settings.model, "model").check_free([METRICS])
 
 
 # 1. Prompts and real pictures ----------------------------------------------------------------------------------------

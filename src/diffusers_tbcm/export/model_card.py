@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import read_json
@@ -18,6 +19,8 @@ from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
 from .record import Metrics, load_metrics
 
+
+logger = logging.get_logger(__name__)
 
 TAGS = ("text-to-image", "diffusers", "sana", "distillation", "few-step")
 IMAGE_FREE_TAGS = ("tbcm", "image-free-distillation")
@@ -87,14 +90,14 @@ def save_model_card(folder: str | PathLike[str], *, license: str | None = None, 
         folder, license, model_id: as `render_model_card` takes them.
 
     Returns:
-        The card's file.
-
-    Raises:
-        ValueError: where the folder has a card that this package did not write there, or that was changed since.
+        The card's file. One that was written or changed by hand is moved to `abandoned/`.
     """
     owned = OwnedFolder(folder, "folder")
+    card = render_model_card(folder, license=license, model_id=model_id)
+    if owned.foreign([CARD]):
+        logger.warning(f"The card was changed by hand: it is now {owned.set_aside(CARD)}")
     with owned.written(CARD) as partial:
-        render_model_card(folder, license=license, model_id=model_id).save(partial)
+        card.save(partial)
     return owned.folder / CARD
 
 

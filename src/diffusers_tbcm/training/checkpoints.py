@@ -51,7 +51,8 @@ def save_checkpoint(
     if accelerator.reduce(torch.tensor(int(failure is not None), device=accelerator.device)) == 0:
         try:
             if accelerator.is_main_process:
-                _complete(partial, final, step, total_limit, models=len(accelerator._models))
+                counts = {"model": len(accelerator._models), "optimizer": len(accelerator._optimizers)}
+                _complete(partial, final, step, total_limit, counts)
         except (OSError, ValueError) as error:
             failure = error
         if accelerator.reduce(torch.tensor(int(failure is not None), device=accelerator.device)) == 0:
@@ -64,9 +65,9 @@ def save_checkpoint(
     return None
 
 
-def _complete(partial: Path, final: Path, step: int, total_limit: int | None, *, models: int) -> None:
+def _complete(partial: Path, final: Path, step: int, total_limit: int | None, counts: dict[str, int]) -> None:
     sizes = {f.relative_to(partial).as_posix(): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-    if reason := _lacking(sizes, models):
+    if reason := _lacking(sizes, counts):
         raise ValueError(reason)
     write_json(partial / MANIFEST, {"step": step, "files": sizes})
     folder = OwnedFolder(final.parent)
@@ -101,12 +102,12 @@ def discard_checkpoint(checkpoint: Path) -> None:
         checkpoint.rmdir()
 
 
-def _lacking(sizes: dict[str, int], models: int) -> str | None:
-    """Say what a checkpoint lacks: weights and an optimiser's state for each model."""
-    for kind in ("model", "optimizer"):
+def _lacking(sizes: dict[str, int], counts: dict[str, int]) -> str | None:
+    """Say what a checkpoint lacks of so many models' weights and optimisers' states."""
+    for kind, count in counts.items():
         found = {name.partition("/")[0] for name, size in sizes.items() if kind in name.partition("/")[0] and size}
-        if len(found) < models:
-            return f"there are files of {len(found)} {kind}s, not of {models}"
+        if len(found) < count:
+            return f"it has files of {len(found)} {kind}s, not of {count}"
     return None
 
 
@@ -133,7 +134,7 @@ def checkpoint_step(checkpoint: Path) -> int:
         if actual != size:
             state = "missing" if actual is None else f"{actual} bytes instead of {size}"
             raise ValueError(f"checkpoint {str(checkpoint)!r} is corrupt: {name} is {state}")
-    if reason := _lacking(sizes, models=1):
+    if reason := _lacking(sizes, {"model": 1}):
         raise ValueError(f"checkpoint {str(checkpoint)!r} is corrupt: {reason}")
     return step
 
