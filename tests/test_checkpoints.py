@@ -71,7 +71,7 @@ def test_one_still_being_written_does_not_count(run):
     _, _, folder = run
     beside(folder / "checkpoint-11").mkdir()
     assert find_checkpoint(folder, "latest")[1] == 10
-    with pytest.raises(ValueError, match="`resume_from_checkpoint` is 'latest', but .* holds no checkpoint"):
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is 'latest', but .* holds no checkpoint"):
         find_checkpoint(folder / "elsewhere", "latest")
 
 

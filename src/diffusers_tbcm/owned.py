@@ -56,12 +56,10 @@ class OwnedFolder:
             ValueError: naming what it holds; also where it is a file, or cannot be looked into.
         """
         try:
-            if not self.folder.exists():
+            if self.disk() != self.folder:
                 return
             names = sorted(path.name for path in self.folder.iterdir() if not _is_neutral(path.name))
             claimed = (self.folder / MARKER).is_file()  # looked for last: it is there before anything else
-        except NotADirectoryError as error:
-            raise ValueError(f"{self._named} is a file, or lies in one: name a folder") from error
         except OSError as error:
             raise ValueError(f"{self._named} cannot be read: {error}") from error
         if names and not claimed:
@@ -69,6 +67,17 @@ class OwnedFolder:
                 f"{self._named} holds files that are not this package's ({_listed(names)}): choose an empty or a new"
                 " folder"
             )
+
+    def disk(self) -> Path:
+        """Give the folder itself or, where it is not there, the nearest one above that is.
+
+        Raises:
+            ValueError: where that is a file.
+        """
+        found = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        if not found.is_dir():
+            raise ValueError(f"{self._named} cannot be a folder, as {str(found)!r} is a file: name another")
+        return found
 
     def claim(self) -> None:
         """Make the folder ours, where it is not: it is made, and gets its marker.

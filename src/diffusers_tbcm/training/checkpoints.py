@@ -259,7 +259,7 @@ def cut_log(path: Path, step: int) -> None:
         return
     kept, cut = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        (kept if _is_up_to(line, step) else cut).append(line)
+        (kept if _stays(line, step) else cut).append(line)
     if not cut:
         return
     left = path.parent / SET_ASIDE / path.name
@@ -270,12 +270,12 @@ def cut_log(path: Path, step: int) -> None:
         partial.write_text("".join(kept), encoding="utf-8")
 
 
-def _is_up_to(line: str, step: int) -> bool:
-    """Whether a line of a log is whole, and of no later step."""
+def _stays(line: str, step: int) -> bool:
+    """Whether a line of a log is whole and of no later step, or none that a run wrote."""
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
-        return False
+        return True
 
 
 def _step_in_name(path: Path) -> int:

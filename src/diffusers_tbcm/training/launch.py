@@ -13,6 +13,7 @@ from accelerate import PartialState
 from diffusers.utils import logging
 
 from ..files import PARTIAL_SUFFIX, remove
+from ..owned import OwnedFolder
 from ..pipeline_folder import METRICS_LOG
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
 from .run import Run
@@ -76,10 +77,7 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
 @contextmanager
 def _scratch_folder(output_dir: Path) -> Iterator[Path]:
     """A folder on the disk of a run's, the same in all processes, that is not there before and afterwards."""
-    place = output_dir
-    while not place.is_dir() and place != place.parent:
-        place = place.parent
-    scratch = place / f".{output_dir.resolve().name}.dry_run{PARTIAL_SUFFIX}"
+    scratch = OwnedFolder(output_dir).disk() / f".{output_dir.resolve().name}.dry_run{PARTIAL_SUFFIX}"
     state = PartialState()
     try:
         if state.is_main_process:
