@@ -2,12 +2,15 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_tbcm.files import beside
+from diffusers_tbcm.owned import MARKER
 from diffusers_tbcm.training import checkpoints
 from diffusers_tbcm.training.checkpoints import (
     AVERAGES,
@@ -92,20 +95,21 @@ def test_one_that_cannot_be_written_is_a_warning_and_leaves_the_others(run, monk
     accelerator, _, folder = run
 
     def full(output_dir):
-        (folder / "checkpoint-11.partial").mkdir()
+        Path(output_dir).mkdir()
         raise OSError("No space left on device")
 
     monkeypatch.setattr(accelerator, "save_state", full)
     assert save(accelerator, folder, 11) is None
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    assert sorted(path.name for path in folder.iterdir()) == [MARKER, "checkpoint-10", "checkpoint-2"]
     assert "No space left on device" in caplog.text
 
 
 def test_one_still_being_written_does_not_count(run):
     _, _, folder = run
-    (folder / "checkpoint-11.partial").mkdir()
+    beside(folder / "checkpoint-11").mkdir()
     assert find_checkpoint(folder, "latest")[1] == 10
-    assert find_checkpoint(folder / "elsewhere", "latest") is None
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is 'latest', but .* holds no checkpoint"):
+        find_checkpoint(folder / "elsewhere", "latest")
 
 
 @pytest.mark.parametrize("damage", ["cut", "file missing", "manifest missing", "manifest cut"])

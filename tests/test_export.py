@@ -19,6 +19,7 @@ from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, pipeline_folder
 from diffusers_tbcm.export import folders as export
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.record import Measurement, Sample, StudentDescription, save_metrics
+from diffusers_tbcm.owned import MARKER, OwnedFolder
 from diffusers_tbcm.pipeline_folder import VARIANTS
 
 
@@ -195,7 +196,7 @@ def test_variants_lie_beside_the_float32_weights_and_load_in_their_dtype(student
     folder = save_student_pipeline(student, teacher, tmp_path / "both", DESCRIPTION, variants=("fp16", "bf16"))
     before = {path.relative_to(exported): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     after = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    described = {Path("README.md"), Path("training.json")}
+    described = {Path("README.md"), Path("training.json"), Path(MARKER)}
     assert all(after[path] == content for path, content in before.items() if path not in described)
     added = {f"{path.parent}/{path.name}" for path in after.keys() - before.keys()}
     assert added == {
@@ -243,7 +244,8 @@ def test_an_export_over_an_earlier_students_leaves_none_of_its_figures_and_pictu
     save_student_pipeline(student, teacher, folder, replace(described, samples=samples))
     assert json.loads((folder / "training_config.json").read_text()) == config
     save_metrics(folder, [Measurement("student", 1, {"FD": 1.0})], dataset="12 prompts", command="python measure.py")
-    picture.save(folder / "grid.png")
+    with OwnedFolder(folder).written("grid.png") as partial:
+        picture.save(partial, format="PNG")
     save_student_pipeline(student, teacher, folder, replace(described, samples=samples[:1]))
     assert [path.name for path in (folder / "images").iterdir()] == ["00.png"]
     save_student_pipeline(student, teacher, folder, described)
@@ -255,8 +257,8 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
     moment, student, teacher, tmp_path, monkeypatch
 ):
     output_dir = tmp_path / "student"
-    (output_dir / "checkpoint-1").mkdir(parents=True)
     save_student_pipeline(student, teacher, output_dir, DESCRIPTION)
+    (output_dir / "checkpoint-1").mkdir()
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
@@ -266,7 +268,7 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
             patch.setattr(export, "render_model_card", fail)
         else:
             rename = Path.replace
-            patch.setattr(Path, "replace", lambda path, to: fail() if path.name == "vae" else rename(path, to))
+            patch.setattr(Path, "replace", lambda path, to: fail() if to.parent.name == "vae" else rename(path, to))
         with pytest.raises(OSError, match="disk full"):
             save_student_pipeline(student, teacher, output_dir, StudentDescription(PROMPT, {"steps": 8}))
     # an export that failed before it touched the folder leaves the earlier one; after that there is none
@@ -277,6 +279,7 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
     assert json.loads((output_dir / "training.json").read_text())["training"] == {"steps": 9}
     assert (output_dir / "checkpoint-1").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert not [*output_dir.glob("*partial*")]
 
 
 @pytest.mark.parametrize("prefix", ["", "a card without metadata\n"])

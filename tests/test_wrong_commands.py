@@ -380,14 +380,14 @@ def filled(words: str, places: Path, new: Path) -> list[str]:
     ],
 )
 def test_a_wrong_command_ends_in_one_line(command, words, named, places, tmp_path, capsys):
-    before = {path for path in places.rglob("*")}
+    before = set(places.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         MAINS[command](filled(words, places, tmp_path))
     said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert ended.value.code == 2, said
     assert ": error: " in said[-1] and named in said[-1].partition(": error: ")[2], said
     assert sum("rror:" in line for line in said) == 1 and not any("Traceback" in line for line in said), said
-    assert {path for path in places.rglob("*")} == before
+    assert set(places.rglob("*")) == before
 
 
 def test_there_are_enough():

@@ -38,9 +38,10 @@ from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
 from diffusers_tbcm.evaluation.runs import Drawn, draw_runs
 from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
-from diffusers_tbcm.export.model_card import render_model_card
+from diffusers_tbcm.export.model_card import render_model_card, save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
-from diffusers_tbcm.pipeline_folder import CARD, TRAINING_RECORD, resolve_teacher
+from diffusers_tbcm.owned import OwnedFolder
+from diffusers_tbcm.pipeline_folder import METRICS, TRAINING_RECORD, resolve_teacher
 from diffusers_tbcm.redaction import redact, redact_command
 from diffusers_tbcm.training.accelerators import check_processes
 from diffusers_tbcm.training.settings import SettingsParser
@@ -160,6 +161,16 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     if settings.update_card and not (Path(settings.model) / TRAINING_RECORD).is_file():
         parser.error(f"--update_card needs --model to be a folder that training wrote, with its {TRAINING_RECORD}")
     return settings
+
+
+def claim_folders(settings: Settings) -> None:
+    """Refuse, before anything is drawn, to write where something is that is not ours."""
+    output = OwnedFolder(settings.output_dir)
+    output.claim()
+    output.own(REFERENCE, PLOT)
+    output.check_free([METRICS])
+    if settings.update_card:
+        OwnedFolder(settings.model, "model").check_free([METRICS])
 
 
 # 1. Prompts and real pictures ----------------------------------------------------------------------------------------
@@ -336,6 +347,8 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     """Take all four steps; the words are those of the command line, which the results record."""
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     check_processes(accelerator)
+    with accelerator.main_process_first():
+        claim_folders(settings)
 
     # 1. Prompts and real pictures
     source = settings.prompts_file or settings.dataset_name or ""
@@ -370,7 +383,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
             details=details,
         )
     if settings.update_card:
-        render_model_card(settings.model).save(Path(settings.model) / CARD)
+        save_model_card(settings.model)
     plot_measurements(measurements, settings.output_dir / PLOT)
     print(measurement_table(measurements).to_string(index=False, na_rep=""))
     print(f"{settings.output_dir / PLOT}")

@@ -30,8 +30,9 @@ from diffusers_tbcm.evaluation.evaluator import seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.evaluation.reference import FeatureReference
-from diffusers_tbcm.export.model_card import render_model_card
+from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.owned import OwnedFolder
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
@@ -179,7 +180,8 @@ def main() -> None:
     # 3. Show
     columns = [draw(pipelines[model], list(GRID_PROMPTS), steps) for model, steps in GRID_COLUMNS]
     labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
-    image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(args.output_dir / "grid.png")
+    with OwnedFolder(args.output_dir).written("grid.png") as partial_file:
+        image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(partial_file, format="PNG")
     script = "examples/tbcm/quickstart.py"
     save_metrics(
         args.output_dir,
@@ -193,7 +195,7 @@ def main() -> None:
             "torch": str(torch.__version__),
         },
     )
-    render_model_card(args.output_dir).save(args.output_dir / "README.md")
+    save_model_card(args.output_dir)
 
     rows = [{"model": model, "steps": steps, **metrics} for (model, steps), metrics in figures.items()]
     print("\n" + pandas.DataFrame(rows).to_string(index=False, na_rep=""))

@@ -118,7 +118,7 @@ def record_trajectories(
     """Steps 1 to 4, as a function of the draws to make rows of."""
     black = None
     if settings.brightness_threshold > 0:
-        cache = run.output_dir / f"black_latent_{distillation.resolution}.safetensors"
+        cache = run.own(f"black_latent_{distillation.resolution}.safetensors")
         with run.accelerator.main_process_first():
             black = cached_black_latent(
                 distillation.folder, distillation.resolution, cache, variant=settings.variant

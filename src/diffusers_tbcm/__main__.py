@@ -353,14 +353,13 @@ def run_push(
 
 
 def run_card(folder: Path, *, license: str | None, model_id: str | None) -> None:
-    """Write a folder's card; the arguments are those of `export.model_card.render_model_card`."""
-    from .export.model_card import render_model_card
-    from .pipeline_folder import CARD, TRAINING_RECORD
+    """Write a folder's card; the arguments are those of `export.model_card.save_model_card`."""
+    from .export.model_card import save_model_card
+    from .pipeline_folder import TRAINING_RECORD
 
     if not (folder / TRAINING_RECORD).is_file():
         raise ValueError(f"folder {str(folder)!r} has no {TRAINING_RECORD}, which training writes for the card")
-    render_model_card(folder, license=license, model_id=model_id).save(folder / CARD)
-    print(folder / CARD)
+    print(save_model_card(folder, license=license, model_id=model_id))
 
 
 def _without_token(flags: Sequence[str]) -> tuple[list[str], str | None]:

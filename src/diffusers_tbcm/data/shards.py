@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import written_beside
+from ..owned import OwnedFolder
 
 
 logger = logging.get_logger(__name__)
@@ -93,11 +94,13 @@ class ShardFolder:
             How many items were made.
 
         Raises:
-            ValueError: where the model gives NaN or infinity; that shard is not written.
+            ValueError: where the folder holds files that are no shards, or the model gives NaN or infinity; that shard
+                is not written.
         """
         if not shards:
             return 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if next(self.whole(), None) is None:  # a folder with shards is theirs, whoever began it
+            OwnedFolder(self.folder, "folder").claim()
         model = load()
         total = sum(map(len, shards))
         with tqdm(total=total, desc=label, unit=self.items.removesuffix("s"), disable=quiet) as progress:

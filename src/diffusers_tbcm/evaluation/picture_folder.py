@@ -39,7 +39,8 @@ class PictureFolder(Sequence[Image.Image]):
         settings: what a picture depends on beside its prompt, JSON values by name.
 
     Raises:
-        ValueError: where the folder holds pictures of other settings or prompts; the message says which differ.
+        ValueError: where the folder holds pictures of other settings or prompts, or files of another's; the message
+            says which differ.
     """
 
     def __init__(
@@ -63,6 +64,10 @@ class PictureFolder(Sequence[Image.Image]):
             raise ValueError(
                 f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
                 " or delete this one to draw anew"
+            )
+        if not found and self.folder.is_dir() and any(self.folder.glob("*.*")):
+            raise ValueError(
+                f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
             )
         if found != settings:
             write_json(self.folder / SETTINGS, settings)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +16,9 @@ from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
 from ..backbones import backbone_of, find_backbone
 from ..components import plain_name, stored_precision
-from ..files import read_json, remove, replace, write_json, written_beside
-from ..lora import LORA_FILE, save_lora
+from ..files import read_json, write_json
+from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE, save_lora
+from ..owned import OwnedFolder
 from ..pipeline_folder import (
     CARD,
     LEGAL_FILES,
@@ -25,6 +26,7 @@ from ..pipeline_folder import (
     MODEL_INDEX,
     SAMPLE_GRID,
     SAMPLES,
+    SCHEDULER,
     TRAINING_CONFIG,
     TRAINING_RECORD,
     TRANSFORMER,
@@ -61,9 +63,9 @@ def save_student_pipeline(
 
     Its `pipeline.py` is `SanaTBCMPipeline` in one file, for `custom_pipeline` where this package is not installed.
 
-    The folder is written beside `output_dir` and moved into it, `model_index.json` last: a half-written export is
-    never a pipeline. Samples and metrics of an earlier student go; whatever else `output_dir` holds, such as
-    checkpoints, stays.
+    All is written in a folder inside `output_dir` and then moved into place, `model_index.json` last: a half-written
+    export is never a pipeline, and an earlier student stays until the new one is complete. Its files go then, samples
+    and metrics too; whatever else `output_dir` holds stays.
 
     Args:
         student: the distilled transformer in flow-matching form, with a guidance embedder.
@@ -81,8 +83,8 @@ def save_student_pipeline(
         `output_dir`.
 
     Raises:
-        ValueError: where the student has no guidance embedder, a variant is unknown, or the teacher is no complete
-            Sana pipeline or lies in `output_dir`.
+        ValueError: where the student has no guidance embedder, a variant is unknown, the teacher is no complete Sana
+            pipeline, or `check_target` refuses `output_dir`.
     """
     if not student.config.guidance_embeds:
         raise ValueError(
@@ -93,18 +95,17 @@ def save_student_pipeline(
             raise ValueError(f"variants has {variant!r}: choose from {', '.join(VARIANTS)}")
     teacher_folder = resolve_teacher(teacher, teacher_variant)
     output_dir = Path(output_dir)
-    if output_dir.resolve() == teacher_folder.resolve():
-        raise ValueError(f"output_dir {str(output_dir)!r} is the teacher's own folder: the export would replace it")
+    check_target(output_dir, teacher_folder, teacher_variant=teacher_variant)
     scheduler = TBCMScheduler() if scheduler is None else scheduler
 
-    with written_beside(output_dir.resolve(), place=partial(_move, last=MODEL_INDEX)) as folder:
+    with _staged(output_dir, last=MODEL_INDEX) as folder:
         for component in backbone_of(student).COPIED_COMPONENTS:
             _copy_component(teacher_folder, component, folder, teacher_variant)
         student.save_pretrained(folder / TRANSFORMER)
         student_config = read_json(folder / TRANSFORMER / "config.json")
         student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
         write_json(folder / TRANSFORMER / "config.json", student_config)
-        scheduler.to_stock().save_pretrained(folder / "scheduler")
+        scheduler.to_stock().save_pretrained(folder / SCHEDULER)
         (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
         write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder))
         for variant in variants:
@@ -126,7 +127,7 @@ def save_student_lora(
 ) -> Path:
     """Save a LoRA student as a folder that its teacher's pipeline loads, ours or a stock one, with card and records.
 
-    Like `save_student_pipeline` it is written beside `output_dir` and moved into it, the adapters last.
+    Like `save_student_pipeline` it is written inside `output_dir` and moved into place, the adapters last.
 
     Args:
         student: made by `lora.make_lora_student`.
@@ -141,15 +142,16 @@ def save_student_lora(
         `output_dir`.
 
     Raises:
-        ValueError: where the teacher is no complete Sana pipeline.
+        ValueError: where the teacher is no complete Sana pipeline, or `check_target` refuses `output_dir`.
     """
     teacher_folder = resolve_teacher(teacher, teacher_variant)
     output_dir = Path(output_dir)
+    check_target(output_dir, teacher_folder, lora=True)
     stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
     scheduler = TBCMScheduler() if scheduler is None else scheduler
     if guidance_scale is None:
         guidance_scale = scheduler.default_call_options.get("guidance_scale", STOCK_CALL_OPTIONS["guidance_scale"])
-    with written_beside(output_dir.resolve(), place=partial(_move, last=LORA_FILE)) as folder:
+    with _staged(output_dir, last=LORA_FILE) as folder:
         own_entries = {name: scheduler.config[name] for name in OWN_CONFIG_ENTRIES}
         save_lora(student, folder, guidance_scale if stock else None, own_entries)
         record = _record(description, student, teacher, teacher_folder, output_dir)
@@ -162,13 +164,20 @@ def save_student_lora(
     return output_dir
 
 
-def _copy_component(teacher_folder: Path, name: str, folder: Path, variant: str | None) -> None:
-    """Copy the files that a teacher's component consists of, under plain names, without paths of this machine."""
+def _copied(teacher_folder: Path, name: str, variant: str | None) -> dict[str, Path]:
+    """The files that a teacher's component consists of, by their plain names."""
     model_index = read_json(teacher_folder / MODEL_INDEX)
+    precision = stored_precision(teacher_folder / name, variant)
+    files = component_files(teacher_folder, name, model_index, home=home_of(teacher_folder), variant=variant)
+    return {plain_name(file.name, precision): file for file in files}
+
+
+def _copy_component(teacher_folder: Path, name: str, folder: Path, variant: str | None) -> None:
+    """Copy the files that a teacher's component consists of, without paths of this machine."""
     (folder / name).mkdir(parents=True)
     precision = stored_precision(teacher_folder / name, variant)
-    for file in component_files(teacher_folder, name, model_index, home=home_of(teacher_folder), variant=variant):
-        target = folder / name / plain_name(file.name, precision)
+    for plain, file in _copied(teacher_folder, name, variant).items():
+        target = folder / name / plain
         _copy_published(file, target)
         if target.name != file.name and target.suffix == ".json":  # the index of shards
             index = read_json(target)
@@ -188,6 +197,51 @@ def _copy_published(file: Path, target: Path) -> None:
         target.write_bytes(content)
 
 
+def check_target(
+    output_dir: Path, teacher_folder: Path, *, lora: bool = False, teacher_variant: str | None = None
+) -> None:
+    """Make sure, before anything is computed, that a student can be saved without harm to what others wrote.
+
+    Args:
+        output_dir: where the student is to be.
+        teacher_folder: its teacher's.
+        lora: whether it is an adapter.
+        teacher_variant: as `resolve_teacher` takes it.
+
+    Raises:
+        ValueError: where `output_dir` is no folder of ours, has files that are not ours in the student's places, or
+            is the teacher's, in it, or around it.
+    """
+    output, teacher = output_dir.resolve(), teacher_folder.resolve()
+    if output == teacher:
+        raise ValueError(f"`output_dir` {str(output_dir)!r} is the teacher's own folder: choose another")
+    if output.is_relative_to(teacher) or teacher.is_relative_to(output):
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} and the teacher's folder {str(teacher_folder)!r} lie in one another:"
+            " choose another folder"
+        )
+    names = [CARD, TRAINING_RECORD, TRAINING_CONFIG, METRICS, SAMPLE_GRID]
+    names += [name for name in LEGAL_FILES if (teacher_folder / name).is_file()]
+    if lora:
+        names += [LORA_FILE, GUIDANCE_EMBEDDER_FILE]
+    else:
+        names += [MODEL_INDEX, CUSTOM_PIPELINE_FILE_NAME, f"{SCHEDULER}/scheduler_config.json"]
+        for component in (TRANSFORMER, *find_backbone(teacher_folder).COPIED_COMPONENTS):
+            names += [f"{component}/{name}" for name in _copied(teacher_folder, component, teacher_variant)]
+    folder = OwnedFolder(output_dir)
+    folder.check()
+    folder.check_free(names)
+
+
+@contextmanager
+def _staged(output_dir: Path, *, last: str) -> Iterator[Path]:
+    """A folder to write a student in, which then takes the place of an earlier one; its file `last` comes last."""
+    target = OwnedFolder(output_dir)
+    target.claim()
+    with target.replaced(last=last, absent=(METRICS, SAMPLE_GRID), stale=(SAMPLES, *LEGAL_FILES)) as folder:
+        yield folder
+
+
 def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
     """What makes `folder`, a copy of the teacher's components, a pipeline to diffusers."""
     backbone, teacher_classes = find_backbone(teacher_folder), read_json(teacher_folder / MODEL_INDEX)
@@ -196,7 +250,7 @@ def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
         "_diffusers_version": diffusers_version,
         **{component: teacher_classes[component] for component in backbone.COPIED_COMPONENTS},
         TRANSFORMER: ["diffusers", backbone.TRANSFORMER_CLASS.__name__],
-        "scheduler": ["diffusers", SCMScheduler.__name__],
+        SCHEDULER: ["diffusers", SCMScheduler.__name__],
     }
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         library, name = model_index["tokenizer"]
@@ -260,13 +314,3 @@ def _describe(folder: Path, teacher_folder: Path, description: StudentDescriptio
     if description.config is not None:
         write_json(folder / TRAINING_CONFIG, redact_values(description.config))
     render_model_card(folder).save(folder / CARD)
-
-
-def _move(written: Path, output_dir: Path, *, last: str) -> None:
-    """Put a written folder into its place; until `last`, which makes it one to diffusers, there is none there."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in (last, METRICS, SAMPLE_GRID, SAMPLES):  # of an earlier student
-        remove(output_dir / name)
-    for entry in sorted(written.iterdir(), key=lambda entry: entry.name == last):
-        replace(entry, output_dir / entry.name)
-    written.rmdir()

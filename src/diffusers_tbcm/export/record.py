@@ -16,6 +16,7 @@ from PIL import Image
 from diffusers_tbcm import __version__
 
 from ..files import read_json, write_json
+from ..owned import OwnedFolder
 from ..pipeline_folder import METRICS
 from ..redaction import is_secret, redact_values
 
@@ -116,13 +117,15 @@ def save_metrics(
         details: whatever else belongs to them, JSON values by name.
 
     Raises:
-        ValueError: where there is no measurement, or `dataset` or `command` is empty.
+        ValueError: where there is no measurement, `dataset` or `command` is empty, or the folder has a `metrics.json`
+            that this package did not write.
     """
     for name, value in (("measurements", measurements), ("dataset", dataset), ("command", command)):
         if not value:
             raise ValueError(f"{name} is {value!r}: a result needs its figures, what they were taken on, and how")
     metrics = asdict(Metrics(list(measurements), dataset, command, dict(details or {})))
-    write_json(Path(folder) / METRICS, redact_values(metrics))
+    with OwnedFolder(folder, "folder").written(METRICS) as partial:
+        write_json(partial, redact_values(metrics))
 
 
 def load_metrics(folder: str | PathLike[str]) -> Metrics | None:

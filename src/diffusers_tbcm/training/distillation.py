@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import nn
 
 from ..backbones import find_backbone
@@ -18,11 +19,12 @@ from ..dual import checkpoint_dual
 from ..errors import Failure
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
-from ..export.folders import save_student_lora, save_student_pipeline
+from ..export.folders import check_target, save_student_lora, save_student_pipeline
 from ..export.record import Sample, StudentDescription
+from ..files import WRITE_ERRORS
 from ..lora import make_lora_student, merge_lora
 from ..loss import LogvarHead, StudentWithLogvar
-from ..pipeline_folder import TRANSFORMER, digest_component, resolve_teacher
+from ..pipeline_folder import LORA, TRANSFORMER, VALIDATION, digest_component, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
@@ -33,6 +35,8 @@ from .resumption import digest_texts
 from .run import Run
 from .settings import DistillationSettings
 
+
+logger = logging.get_logger(__name__)
 
 VALIDATION_STEPS = (1, 2, 4)
 
@@ -82,6 +86,10 @@ class Distillation:
             prompts=digest_texts(prompts),
             resolution=str(self.resolution),
         )
+        if settings.rank is not None:
+            check_target(run.output_dir / LORA, self.folder, lora=True)
+        if settings.rank is None or settings.merge_lora:
+            check_target(run.output_dir, self.folder, teacher_variant=settings.variant)
         run.check_push(self.folder)
         run.open_folder()
 
@@ -194,7 +202,7 @@ class Distillation:
         if self.run.validation_due:
             self.validate(student)
         if self.run.push_due:
-            self.export(student)
+            self._export(student, last=False)
 
     def validate(self, student: nn.Module) -> None:
         """Draw the validation prompts with the student as it is; every process calls this.
@@ -214,24 +222,36 @@ class Distillation:
         Args:
             student: from `add_student`.
         """
-        run, settings = self.run, self.settings
-        weights = run.weights(student)
-        if run.accelerator.is_main_process:
-            if not all_finite(weights.values()):
-                raise Failure(f"nothing is exported: the student's weights are not finite at step {run.step}")
+        self._export(student, last=True)
+
+    def _export(self, student: nn.Module, *, last: bool) -> None:
+        """Save and push; before the `last` time, one that cannot be written costs a warning."""
+        weights = self.run.weights(student)
+        if self.run.accelerator.is_main_process:
             self.teacher.float()
-            transformer = self._load_student(weights)
-            description = StudentDescription(
-                prompt=(settings.validation_prompts or self.prompts)[0],
-                training=self._training_table(),
-                image_free=self.image_free,
-                config=run.config,
-                samples=self._draw(transformer) if settings.validation_prompts else (),
-                resolution=settings.resolution,
-            )
-            run.push(self._save(transformer, description))
-            self.teacher.to(run.weight_dtype)
-        run.accelerator.wait_for_everyone()
+            try:
+                self._save_and_push(weights)
+            except (*WRITE_ERRORS, ValueError, Failure) as error:
+                if last:
+                    raise
+                logger.warning(f"The student of step {self.run.step} was not saved, training goes on: {error}")
+            self.teacher.to(self.run.weight_dtype)
+        self.run.accelerator.wait_for_everyone()
+
+    def _save_and_push(self, weights: Mapping[str, torch.Tensor]) -> None:
+        run, settings = self.run, self.settings
+        if not all_finite(weights.values()):
+            raise Failure(f"nothing is exported: the student's weights are not finite at step {run.step}")
+        transformer = self._load_student(weights)
+        description = StudentDescription(
+            prompt=(settings.validation_prompts or self.prompts)[0],
+            training=self._training_table(),
+            image_free=self.image_free,
+            config=run.config,
+            samples=self._draw(transformer) if settings.validation_prompts else (),
+            resolution=settings.resolution,
+        )
+        run.push(self._save(transformer, description))
 
     def _make_encoder(self) -> PromptEncoder | EmbeddingCache:
         run, settings = self.run, self.settings
@@ -313,9 +333,11 @@ class Distillation:
         ]
         rows = list(zip(*columns, strict=True))
         grid = image_grid(rows, [f"{steps} step{'s' * (steps > 1)}" for steps in VALIDATION_STEPS], prompts)
-        folder = run.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"step-{run.step}.png")
+        try:
+            with run.folder.written(f"{VALIDATION}/step-{run.step}.png") as partial:
+                grid.save(partial, format="PNG")
+        except (OSError, ValueError) as error:
+            logger.warning(f"The validation pictures of step {run.step} could not be written: {error}")
         run.metrics.image("validation", grid, run.step)
         return [
             Sample(prompt, steps, image)
@@ -332,12 +354,13 @@ class Distillation:
             folder = save_student_lora(
                 transformer,
                 teacher,
-                output_dir / "lora",
-                replace(description, model_id=f"{output_dir.name}/lora"),
+                output_dir / LORA,
+                replace(description, model_id=f"{output_dir.name}/{LORA}"),
                 scheduler=self.scheduler,
                 teacher_variant=settings.variant,
             )
-            print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
+            if not settings.dry_run:
+                print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
         if settings.rank is None or settings.merge_lora:
             folder = save_student_pipeline(
                 transformer if settings.rank is None else merge_lora(transformer),
@@ -348,7 +371,8 @@ class Distillation:
                 variants=settings.export_variants,
                 teacher_variant=settings.variant,
             )
-            print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
+            if not settings.dry_run:
+                print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
         return folder
 
     def _training_table(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
+from filelock import FileLock
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -34,11 +35,20 @@ from ..export.hub import choose_license, prepare_repo, push_or_warn
 from ..export.record import training_config
 from ..files import write_json
 from ..lora import drop_frozen_weights
-from ..pipeline_folder import TRAINING_CONFIG
+from ..owned import MARKER, OwnedFolder
+from ..pipeline_folder import METRICS_LOG, MODEL_INDEX, TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
 from .accelerators import check_launch, keep_whole_states
-from .checkpoints import find_checkpoint, load_checkpoint, load_run_state, rotate_checkpoints, save_checkpoint
+from .checkpoints import (
+    check_way,
+    find_checkpoint,
+    load_checkpoint,
+    load_run_state,
+    rotate_checkpoints,
+    save_checkpoint,
+    set_aside_later,
+)
 from .health import STILL, Health, untrained
 from .interruption import StopRequest
 from .memory import peak_memory
@@ -74,8 +84,8 @@ class Run:
         health: whether its steps are finite.
 
     Raises:
-        ValueError: where the launch is one that is not tested, a tracker is not installed, or the checkpoint to resume
-            from is not whole or was trained with other settings.
+        ValueError: where the launch is one that is not tested, a tracker is not installed, another run uses the
+            folder, or the checkpoint to resume from is not whole or was trained with other settings.
     """
 
     def __init__(
@@ -97,10 +107,13 @@ class Run:
         check_launch(self.accelerator, settings.report_to, num_models)
         keep_whole_states(self.accelerator)
         self.config = training_config(asdict(settings), script)
-        self.resumed, self.step = None, 0
-        if settings.resume_from_checkpoint:
-            found = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
-            self.resumed, self.step = found or (None, 0)
+        self.resumed: Path | None = None
+        self.step = 0
+        self.folder = OwnedFolder(self.output_dir)
+        self._lock: FileLock | None = None
+        if settings.resume_from_checkpoint is not None:
+            self._hold()
+            self.resumed, self.step = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
         self._then = {} if self.resumed is None else load_run_state(self.resumed)
         told = self.config["flags"] | {
             "mixed_precision": self.accelerator.mixed_precision,
@@ -178,10 +191,44 @@ class Run:
         self.history.depends_on(content)
 
     def open_folder(self) -> None:
-        """Begin to write: what the run is told goes into `output_dir`. Whatever is wrong should be found before."""
+        """Begin to write: `output_dir` becomes ours. Whatever else is wrong should be found before.
+
+        Raises:
+            ValueError: where the folder is not ours, another run's, or cannot be written to, or what this run is going
+                to write would replace something that is not ours.
+        """
         if self.accelerator.is_main_process:
-            write_json(self.output_dir / TRAINING_CONFIG, self.config)
+            folder = self.folder
+            folder.claim()
+            self._hold()
+            folder.check_renaming()
+            check_way(folder, self.step, self.settings.max_train_steps)
+            folder.own(METRICS_LOG)
+            if not (self.output_dir / MODEL_INDEX).exists():  # a student keeps what it was made with until it goes
+                with folder.written(TRAINING_CONFIG) as partial:
+                    write_json(partial, self.config)
         self.accelerator.wait_for_everyone()
+
+    def own(self, name: str) -> Path:
+        """Say that a file or folder in `output_dir` is the run's, to be read, written and replaced.
+
+        Args:
+            name: path in it.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: where something else has that name.
+        """
+        if self.accelerator.is_main_process:
+            self.folder.own(name)
+        return self.output_dir / name
+
+    def _hold(self) -> None:
+        """Keep other runs out of a folder of ours, for as long as this one lives."""
+        if self.accelerator.is_main_process and (self.output_dir / MARKER).is_file():
+            self._lock = self.folder.hold()
 
     def add(
         self,
@@ -476,10 +523,15 @@ class Run:
                 trained.ema.to(self.device)
         if self.resumed is not None:
             self._load(self.resumed)
+        if self.accelerator.is_main_process:
+            set_aside_later(self.folder, self.step)
         if self.settings.report_to != "none":
             flags = {name: str(value) for name, value in self.config["flags"].items()}
-            self.accelerator.init_trackers("tbcm", config=flags)
-        self.metrics = MetricsLog(self.accelerator, self.output_dir / "metrics.jsonl", first_step=self.step)
+            try:
+                self.accelerator.init_trackers("tbcm", config=flags)
+            except Exception as error:  # whatever a tracker does, the run outlives it
+                logger.warning(f"`report_to` {self.settings.report_to} failed and is left out: {error!r}")
+        self.metrics = MetricsLog(self.accelerator, self.output_dir / METRICS_LOG, first_step=self.step)
         self.progress = tqdm(
             total=self.settings.max_train_steps,
             initial=self.step,

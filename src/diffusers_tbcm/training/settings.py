@@ -18,7 +18,8 @@ from transformers import HfArgumentParser
 
 from ..command_line import DEBUG_HELP, CommandParser, HelpFormatter, name_flags
 from ..errors import in_a_line
-from ..pipeline_folder import MODEL_INDEX, VARIANTS, list_checkpoints
+from ..pipeline_folder import VARIANTS
+from .checkpoints import check_place
 from .resumption import CHANGEABLE
 
 
@@ -113,7 +114,7 @@ class RunSettings:
     validation_steps: int = setting(500, "steps from one validation to the next")
     report_to: str = setting("tensorboard", "an accelerate tracker, or 'none'")
     logging_steps: int = setting(10, "steps from one line of metrics.jsonl to the next")
-    dry_run: bool = setting(False, "everything once, in a folder beside output_dir; report")
+    dry_run: bool = setting(False, "everything once, in a folder that is deleted; report")
     debug: bool = setting(False, DEBUG_HELP)
 
     push_to_hub: bool = setting(False, "publish the student; access is checked at the start")
@@ -153,14 +154,7 @@ class RunSettings:
             raise ValueError(
                 f"`hub_token` could be sent to {self.report_to} with the command line: use HF_TOKEN or `hf auth login`"
             )
-        folder = Path(self.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`output_dir` {self.output_dir} is a file")
-        if self.resume_from_checkpoint is None and ((folder / MODEL_INDEX).exists() or list_checkpoints(folder)):
-            raise ValueError(
-                f"`output_dir` {self.output_dir} holds another run: continue it with `resume_from_checkpoint` latest,"
-                " or choose another folder"
-            )
+        check_place(self.output_dir, self.resume_from_checkpoint)
 
 
 @dataclass(kw_only=True)

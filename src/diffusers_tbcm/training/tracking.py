@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker
 from diffusers.utils import logging
 from PIL import Image
 
-from ..files import written_beside
+from .checkpoints import cut_log
 
 
 logger = logging.get_logger(__name__)
@@ -23,18 +23,19 @@ class MetricsLog:
 
     Args:
         accelerator: holds the trackers; only its main process writes.
-        path: the file, continued where it exists; torn lines go. Values that are not finite are null in it.
-        first_step: lines of later steps are left over from a run that stopped after its last checkpoint; they go.
+        path: the file, continued where it exists. Values that are not finite are null in it.
+        first_step: lines of later steps are left over from a run that stopped after its last checkpoint; they, and
+            torn ones, are moved to `abandoned/`.
     """
 
     def __init__(self, accelerator: Accelerator, path: str | PathLike[str], first_step: int = 0) -> None:
         self.accelerator = accelerator
         self.path = Path(path)
-        if accelerator.is_main_process and self.path.exists():
+        if accelerator.is_main_process:
             try:
-                self._keep_until(first_step)
+                cut_log(self.path, first_step)
             except OSError as error:
-                logger.warning(f"{self.path} could not be read and written again: {error}")
+                logger.warning(f"{self.path} keeps lines after step {first_step}: {error}")
 
     def __call__(self, values: Mapping[str, float], step: int) -> None:
         """Report metrics; what fails is named in a warning, and a tracker that fails is left out from then on.
@@ -71,13 +72,6 @@ class MetricsLog:
 
         self._try_trackers(send)
 
-    def _keep_until(self, last_step: int) -> None:
-        """Drop the lines of later steps, and those that a killed machine or a full disk has torn."""
-        content = self.path.read_text(encoding="utf-8", errors="replace")
-        kept = [line for line in content.split("\n") if 0 <= _step_of(line) <= last_step]
-        with written_beside(self.path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
     def _try_trackers(self, send: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self.accelerator.trackers):
             try:
@@ -85,11 +79,3 @@ class MetricsLog:
             except Exception as error:  # whatever a tracker's service does, the run outlives it
                 logger.warning(f"Tracker {tracker.name} failed and is left out from now on: {error!r}")
                 self.accelerator.trackers.remove(tracker)
-
-
-def _step_of(line: str) -> int:
-    """The step of a line; -1 for one that is torn."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return -1
