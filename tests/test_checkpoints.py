@@ -86,7 +86,7 @@ def test_one_that_cannot_be_deleted_is_a_warning(run, monkeypatch, caplog):
     def refuse(path):
         raise PermissionError("Permission denied")
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    monkeypatch.setattr(checkpoints, "discard_checkpoint", refuse)
     rotate_checkpoints(folder, "checkpoint-10", 1)
     assert "could not be deleted: Permission denied" in caplog.text
 
