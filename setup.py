@@ -14,6 +14,7 @@ CARRIED = (
 install_requires = [
     "accelerate>=1.13",
     "diffusers>=0.36,<1",
+    "filelock>=4.2.11",
     "huggingface_hub>=0.36,<3",
     "jinja2>=3.1",
     "numpy>=1.26",

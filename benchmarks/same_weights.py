@@ -32,7 +32,12 @@ TEACHER = Path("examples/tbcm/sana_emoji_mini")  # in a checkout
 RESOLUTION = 64  # the teacher's
 STEPS = 6
 LEARNING_RATE = 1e-3
-COMPARED = ("transformer/*.safetensors", "lora/*.safetensors", "checkpoint-6/*.safetensors", "checkpoint-6/optim*.bin")
+COMPARED = (
+    "transformer/*.safetensors",
+    "lora/*.safetensors",
+    "checkpoint-6/model*.safetensors",
+    "checkpoint-6/optim*.bin",
+)
 
 SHARED = (
     "--seed 0 --mixed_precision no --report_to none --logging_steps 1 --max_sequence_length 48"

@@ -21,7 +21,7 @@ def metrics(folder):
 
 
 def training_state(checkpoint):
-    """Every tensor of a checkpoint: the trained network, the optimiser, schedules and the EMA."""
+    """Every tensor of a checkpoint: the trained network, the optimiser with its learning rate, and the EMA."""
 
     def flatten(value, name):
         if isinstance(value, torch.Tensor):
@@ -32,10 +32,11 @@ def training_state(checkpoint):
         elif isinstance(value, int | float):
             yield name, torch.tensor(value, dtype=torch.float64)
 
-    tensors = dict(load_file(checkpoint / "model.safetensors"))
-    for file in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        tensors |= flatten(torch.load(checkpoint / file, weights_only=True), file)
-    return tensors
+    tensors = load_file(checkpoint / "model.safetensors") | dict(
+        flatten(torch.load(checkpoint / "optimizer.bin", weights_only=True), "optimizer")
+    )
+    tensors |= flatten(load_file(checkpoint / "ema.safetensors"), "ema")
+    return tensors | dict(flatten(json.loads((checkpoint / "run.json").read_text())["averaged_steps"], "ema steps"))
 
 
 def assert_same_state(actual, expected):

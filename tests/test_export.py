@@ -12,13 +12,14 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
-from tiny import tiny_transformer, write_tiny_pipeline
+from safetensors.torch import load_file, save_file
+from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler, pipeline_folder
 from diffusers_tbcm.export import folders as export
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.record import Measurement, Sample, StudentDescription, save_metrics
+from diffusers_tbcm.owned import MARKER, OwnedFolder
 from diffusers_tbcm.pipeline_folder import VARIANTS
 
 
@@ -120,11 +121,82 @@ def test_export_holds_no_pickles_no_lower_precision_copies_and_no_local_paths(st
             assert str(tmp_path) not in path.read_text(), path
 
 
+def in_hub_cache(teacher: Path, cache: Path) -> Path:
+    """A teacher as the Hub's cache has it: links to blobs beside its snapshot."""
+    snapshot = cache / "models--lab--teacher" / "snapshots" / "abc123"
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(path for path in teacher.rglob("*") if path.is_file()):
+        link = snapshot / path.relative_to(teacher)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blobs / str(number))
+        link.symlink_to(Path(*[".."] * (len(link.relative_to(snapshot).parts) + 1), "blobs", str(number)))
+    return snapshot
+
+
+def test_a_teacher_of_the_hubs_cache_is_copied_as_files(student, teacher, exported, tmp_path):
+    cached = in_hub_cache(teacher, tmp_path / "cache")
+    folder = save_student_pipeline(student, cached, tmp_path / "from_cache", DESCRIPTION)
+    names = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert names == {path.relative_to(exported) for path in exported.rglob("*")}
+    for name in names:
+        assert not (folder / name).is_symlink()
+        if len(name.parts) == 2:
+            assert (folder / name).read_bytes() == (exported / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["vae/config.json", "tokenizer/tokenizer.json", "LICENSE", "vae"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_link_out_of_the_teachers_folder_is_refused_and_not_copied(name, cached, student, teacher, tmp_path):
+    folder = in_hub_cache(teacher, tmp_path / "cache") if cached else Path(shutil.copytree(teacher, tmp_path / "t"))
+    outside = tmp_path / "outside"
+    if name == "vae":
+        shutil.copytree(teacher / name, outside)
+        shutil.rmtree(folder / name)
+    else:
+        outside.write_text('{"a": 1}')
+        (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ValueError, match=f"teacher .* cannot be used: .*{Path(name).name}.* is a link to elsewhere"):
+        save_student_pipeline(student, folder, tmp_path / "student", DESCRIPTION)
+    assert not (tmp_path / "student").exists()
+
+
+def test_an_export_copies_what_components_consist_of_and_strips_it(student, teacher, damaged_teacher, tmp_path):
+    private = tmp_path / "id_rsa"
+    private.write_text("private")
+    for name in ("vae/notes.md", "text_encoder/.env", "tokenizer/prompts.txt"):
+        (damaged_teacher / name).symlink_to(private)
+    for name in ("text_encoder/modeling_evil.py", "vae/.cache.json", "vae/x.joblib"):
+        (damaged_teacher / name).write_text("private")
+    weights = damaged_teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors, weights, {"format": "pt", "made_of": "/data/of/somebody/merge.safetensors", "häuser": "ü"})
+    for name in ("vae/config.json", "tokenizer/tokenizer_config.json"):
+        config = json.loads((damaged_teacher / name).read_text())
+        config |= {"_name_or_path": "/data/of/somebody/vae", "auto_map": {"AutoModel": "modeling_evil.Evil"}}
+        (damaged_teacher / name).write_text(json.dumps(config))
+    (damaged_teacher / "LICENSE").write_text("Terms, from /data/of/somebody/terms.txt.\n")
+    description = replace(DESCRIPTION, training={"data": "/data/of/somebody/p.txt"}, config={"flags": {"a": "/b/c"}})
+    folder = save_student_pipeline(student, damaged_teacher, tmp_path / "student", description)
+    for component in ("vae", "text_encoder", "tokenizer"):
+        assert {path.name for path in (folder / component).iterdir()} == {
+            path.name for path in (teacher / component).iterdir()
+        }
+    for path in folder.rglob("*"):
+        held = path.read_bytes() if path.is_file() else b""
+        assert not any(word in held for word in (b"somebody", b"private", b"auto_map", b"/b/c")), path
+    assert json.loads((folder / "vae" / "config.json").read_text())["_name_or_path"] == "vae"
+    copied = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert tensors.keys() == copied.keys() and all(torch.equal(tensors[name], copied[name]) for name in tensors)
+    assert "| data | p.txt |" in (folder / "README.md").read_text()
+
+
 def test_variants_lie_beside_the_float32_weights_and_load_in_their_dtype(student, teacher, exported, tmp_path):
     folder = save_student_pipeline(student, teacher, tmp_path / "both", DESCRIPTION, variants=("fp16", "bf16"))
     before = {path.relative_to(exported): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     after = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    described = {Path("README.md"), Path("training.json")}
+    described = {Path("README.md"), Path("training.json"), Path(MARKER)}
     assert all(after[path] == content for path, content in before.items() if path not in described)
     added = {f"{path.parent}/{path.name}" for path in after.keys() - before.keys()}
     assert added == {
@@ -148,6 +220,22 @@ def test_variants_lie_beside_the_float32_weights_and_load_in_their_dtype(student
     assert {weight.dtype for weight in DiffusionPipeline.from_pretrained(folder).vae.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("shards", ["1GB", "5KB"])
+def test_the_copies_of_half_precision_weights_have_ordinary_names(student, tmp_path, shards):
+    half, teacher = tiny_sana_pipeline().to(torch.bfloat16), tmp_path / "teacher"
+    half.save_pretrained(teacher, variant="bf16", max_shard_size=shards)
+    with pytest.raises(ValueError, match="give `variant` bf16"):
+        save_student_pipeline(student, teacher, tmp_path / "student", DESCRIPTION)
+    folder = save_student_pipeline(student, teacher, tmp_path / "student", DESCRIPTION, teacher_variant="bf16")
+    assert not [path for path in folder.rglob("*") if "bf16" in path.name]
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    for component in ("vae", "text_encoder"):
+        for key, weight in getattr(half, component).state_dict().items():
+            assert torch.equal(getattr(pipeline, component).state_dict()[key], weight.float()), (component, key)
+    save_student_pipeline(student, teacher, tmp_path / "fp16", DESCRIPTION, variants=("fp16",), teacher_variant="bf16")
+    DiffusionPipeline.from_pretrained(tmp_path / "fp16", variant="fp16", torch_dtype=torch.float16)
+
+
 def test_an_export_over_an_earlier_students_leaves_none_of_its_figures_and_pictures(student, teacher, tmp_path):
     folder, picture = tmp_path / "student", Image.new("RGB", (8, 8))
     samples = [Sample("a dog", steps, picture) for steps in (1, 2)]
@@ -156,7 +244,8 @@ def test_an_export_over_an_earlier_students_leaves_none_of_its_figures_and_pictu
     save_student_pipeline(student, teacher, folder, replace(described, samples=samples))
     assert json.loads((folder / "training_config.json").read_text()) == config
     save_metrics(folder, [Measurement("student", 1, {"FD": 1.0})], dataset="12 prompts", command="python measure.py")
-    picture.save(folder / "grid.png")
+    with OwnedFolder(folder).written("grid.png") as partial:
+        picture.save(partial, format="PNG")
     save_student_pipeline(student, teacher, folder, replace(described, samples=samples[:1]))
     assert [path.name for path in (folder / "images").iterdir()] == ["00.png"]
     save_student_pipeline(student, teacher, folder, described)
@@ -168,8 +257,8 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
     moment, student, teacher, tmp_path, monkeypatch
 ):
     output_dir = tmp_path / "student"
-    (output_dir / "checkpoint-1").mkdir(parents=True)
     save_student_pipeline(student, teacher, output_dir, DESCRIPTION)
+    (output_dir / "checkpoint-1").mkdir()
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
@@ -179,7 +268,7 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
             patch.setattr(export, "render_model_card", fail)
         else:
             rename = Path.replace
-            patch.setattr(Path, "replace", lambda path, to: fail() if path.name == "vae" else rename(path, to))
+            patch.setattr(Path, "replace", lambda path, to: fail() if to.parent.name == "vae" else rename(path, to))
         with pytest.raises(OSError, match="disk full"):
             save_student_pipeline(student, teacher, output_dir, StudentDescription(PROMPT, {"steps": 8}))
     # an export that failed before it touched the folder leaves the earlier one; after that there is none
@@ -190,6 +279,7 @@ def test_an_interrupted_export_is_no_pipeline_and_the_next_one_is_whole(
     assert json.loads((output_dir / "training.json").read_text())["training"] == {"steps": 9}
     assert (output_dir / "checkpoint-1").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert not [*output_dir.glob("*partial*")]
 
 
 @pytest.mark.parametrize("prefix", ["", "a card without metadata\n"])

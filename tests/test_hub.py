@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from loopback_repo import File, Repo, card_errors
 from packaging.version import Version
+from PIL import Image
 from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
@@ -85,12 +86,17 @@ def student(teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "student"
     weights = tiny_transformer(guidance_embeds=True)
     save_student_pipeline(weights, teacher, folder, StudentDescription("a dolphin", {"steps": 7}))
-    (folder / "grid.png").write_bytes(b"a grid")
+    Image.new("RGB", (8, 8), "red").save(folder / "grid.png")
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card + "\nWritten by hand. ![grid](grid.png)\n")
+    (folder / "checkpoint-7").mkdir()
+    torch.save({"state": {0: torch.ones(2)}}, folder / "checkpoint-7" / "optimizer.bin")
+    sizes = {"optimizer.bin": (folder / "checkpoint-7" / "optimizer.bin").stat().st_size}
+    (folder / "checkpoint-7" / "checkpoint.json").write_text(json.dumps({"step": 7, "files": sizes}))
     for name in (
-        "checkpoint-7/optimizer.bin", "checkpoint-7.partial/model.safetensors", "logs/events.out", "metrics.jsonl",
+        "checkpoint-7/notes.txt", "checkpoint-7.partial/model.safetensors", "logs/events.out", "metrics.jsonl",
         "validation/step-7.png", "black_latent_64.safetensors", "vae/diffusion_pytorch_model.bin",
+        "vae/.env", "notes.md", "credentials.json", "evil.py", ".cache/token",
     ):  # fmt: skip
         private_file(folder / name)
     return folder
@@ -164,7 +170,10 @@ def published(folder: Path) -> dict[str, bytes]:
     """The files of the fixture's folder that are to be pushed unchanged."""
     paths = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")]
     names = {path.relative_to(folder).as_posix() for path in paths} | {"grid.png", "pipeline.py"}
-    own = {"training.json", "black_latent_64.safetensors", "checkpoint-7.partial/model.safetensors"}
+    own = {
+        "training.json", "black_latent_64.safetensors", "checkpoint-7.partial/model.safetensors", "credentials.json",
+        "checkpoint-7/checkpoint.json",
+    }  # fmt: skip
     return {name: (folder / name).read_bytes() for name in names - own}
 
 
@@ -205,7 +214,7 @@ def test_options(hub, student, adapters, pushed):
     assert set(hub.repos["lab/private"].tags) == {"best"}
     state = hub.files("me/with-state")
     assert state["checkpoint-7/optimizer.bin"] == (student / "checkpoint-7" / "optimizer.bin").read_bytes()
-    assert not [name for name in state if "partial" in name or "logs" in name]
+    assert not [name for name in state if "partial" in name or "logs" in name or name.endswith(".txt")]
     lora = hub.files("me/adapters")
     for name in ("pytorch_lora_weights.safetensors", "guidance_embedder.safetensors"):
         assert lora[name] == (adapters / name).read_bytes()

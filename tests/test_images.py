@@ -1,14 +1,15 @@
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 from diffusers import SanaSprintImg2ImgPipeline, SCMScheduler
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny import generate, tiny_tbcm_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.images import fit_image, load_image, to_pixels
+from diffusers_tbcm.images import fit_image, load_image, to_pixels, to_rgb
 
 
 HALF_PI = math.pi / 2
@@ -43,9 +44,7 @@ def test_every_kind_of_image_is_the_same_pixels():
     pixels = load_image(image, 24, 40, multiple=8)
     assert pixels.shape == (1, 3, 24, 40)
     torch.testing.assert_close(pixels[0], 2 * tensor - 1)
-    translucent = image.copy()
-    translucent.putalpha(128)
-    for other in (array, tensor, [image], [array], [tensor], array[None], tensor[None], translucent):
+    for other in (array, tensor, [image], [array], [tensor], array[None], tensor[None], (image,), array.astype(float)):
         assert torch.equal(load_image(other, 24, 40, multiple=8), pixels)
     assert load_image([image, image], 24, 40, multiple=8).shape == (2, 3, 24, 40)
     assert load_image(image.convert("L"), 24, 40, multiple=8).shape == (1, 3, 24, 40)
@@ -67,10 +66,25 @@ def test_an_image_is_resized_and_never_distorted():
     [
         (np.zeros((64, 64, 3), dtype=np.uint8), r"`image` holds uint8, but has to hold floats in \[0, 1\]"),
         ([torch.zeros(3, 64, 64, dtype=torch.uint8)], r"`image` holds torch\.uint8"),
+        (torch.zeros(3, 64, 64, dtype=torch.bool), r"`image` holds torch\.bool"),
+        (np.zeros((64, 64, 3), dtype=object), "`image` holds object"),
         (torch.zeros(1, 4, 64, 64), r"`image` has the shape \(1, 4, 64, 64\)"),
+        (np.zeros((64, 64), dtype=np.float32), r"`image` has the shape \(64, 64\)"),
+        (np.zeros((64, 0, 3), dtype=np.float32), r"`image` has the shape \(64, 0, 3\)"),
+        (np.float32(0.5), "`image` holds a float32, which is no image"),
+        (np.full((64, 64, 3), 200.0), r"`image` holds floats from 200 to 200, .* in \[0, 1\]: divide those up to 255"),
+        (torch.full((1, 3, 64, 64), -1.0), "`image` holds floats from -1 to -1"),
+        ([torch.full((3, 64, 64), math.nan)], "`image` holds floats from nan to nan"),
+        (Image.new("F", (64, 64), 200), "`image` holds floats from 200 to 200"),
+        (Image.new("F", (64, 64), math.nan), "`image` holds floats from nan to nan"),
+        (Image.new("I", (64, 64), 200), "`image` has mode 'I', integers of which none is white"),
+        (Image.new("RGB", (0, 64)), "`image` has no pixels: it is 0 x 64"),
+        ([], "`image` is an empty list"),
+        ([None], "`image` holds a NoneType, which is no image"),
+        ([picture(64, 64), picture(32, 32)], "`image` holds images of several sizes: 64 x 64, 32 x 32"),
         (picture(64, 96), "`image` is 96 x 64 pixels .* 64 x 64 of the picture to make: crop it, or pass"),
         (picture(640, 722), "`image` is 722 x 640 pixels"),
-        ("fox.png", "incorrect format"),
+        ("fox.png", "`image` holds a str, which is no image"),
     ],
 )
 def test_images_that_cannot_be_used_are_named(pipeline, image, message):
@@ -163,6 +177,90 @@ def test_an_image_is_forgotten_after_its_call(pipeline):
 def test_bad_calls_are_named(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(pipeline, **{"image": picture(), **arguments})
+
+
+# one reader
+
+
+RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))  # white is to the right
+AS_16_BITS = RAMP.astype(np.uint16) * 257
+
+
+def in_file(image: Image.Image, kind: str, **options) -> Image.Image:
+    """A picture as it comes back from a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return Image.open(file)
+
+
+def assert_read_alike(image: Image.Image, expected: np.ndarray) -> None:
+    """Every reader gives these colours, (height, width, 3), to a unit in 8 bits."""
+    size = expected.shape[0]
+    read = to_rgb(image)
+    assert read.mode == "RGB" and np.abs(np.asarray(read).astype(int) - expected).max() <= 1
+    assert np.array_equal(to_rgb(read), read)
+    wanted = torch.from_numpy(np.array(read, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(load_image(image, *read.size[::-1], multiple=8), wanted)
+    if read.size == (size, size):
+        torch.testing.assert_close(to_pixels(image, size), wanted)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_of_8_bits_is_scaled_by_it(mode):
+    steps = {"La": "LA", "PA": "LA", "RGBa": "RGBA", "RGBX": "RGB", "HSV": "RGB", "YCbCr": "RGB", "CMYK": "RGB"}
+    image = Image.fromarray(RAMP)
+    image = image.convert(steps[mode]) if mode in steps else image
+    assert_read_alike(image.convert(mode), np.stack([RAMP] * 3, axis=-1))
+
+
+def test_deep_and_shallow_pictures_are_scaled_by_their_mode():
+    expected = np.stack([RAMP] * 3, axis=-1)
+    deep = Image.fromarray(AS_16_BITS)
+    for image in (deep, in_file(deep, "PNG"), in_file(deep, "TIFF"), Image.fromarray(AS_16_BITS.astype(">u2"))):
+        assert_read_alike(image, expected)
+    older = Image.fromarray(AS_16_BITS.astype(np.int32))  # as Pillow 10 opens such a PNG file
+    older.format = "PNG"
+    assert_read_alike(older, expected)
+    floats = Image.fromarray(RAMP.astype(np.float32) / 255)
+    for image in (floats, in_file(floats, "TIFF")):
+        assert_read_alike(image, expected)
+    bits = Image.fromarray(RAMP >= 128)
+    assert bits.mode == "1"
+    assert_read_alike(bits, np.where(expected >= 128, 255, 0))
+
+
+def test_transparent_pictures_are_on_white_whatever_their_mode():
+    hidden = Image.new("RGBA", (64, 64), (0, 255, 0, 0))  # green that no viewer shows
+    hidden.paste((255, 0, 0, 255), (0, 0, 64, 32))
+    expected = np.array(Image.new("RGB", (64, 64), "white"))
+    expected[:32] = (255, 0, 0)
+    for image in (hidden, in_file(hidden, "PNG"), in_file(hidden, "WEBP", lossless=True), hidden.convert("RGBa")):
+        assert_read_alike(image, expected)
+    palette = in_file(hidden.convert("RGB").quantize(2), "PNG", transparency=0)  # the first colour of the palette
+    rgb = palette.convert("RGB")
+    first = tuple(palette.getpalette()[:3])
+    assert_read_alike(palette, np.where((np.asarray(rgb) == first).all(-1, keepdims=True), 255, np.asarray(rgb)))
+    keyed = in_file(hidden.convert("RGB"), "PNG", transparency=(0, 255, 0))
+    assert_read_alike(keyed, expected)
+    grey = np.where(RAMP == 40, 255, RAMP)
+    for image in (Image.fromarray(RAMP), Image.fromarray(AS_16_BITS)):
+        key = 40 if image.mode == "L" else 40 * 257
+        assert_read_alike(in_file(image, "PNG", transparency=key), np.stack([grey] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photographs_are_turned_as_their_exif_says(kind):
+    photo = Image.new("RGB", (64, 32), "blue")
+    photo.paste("yellow", (0, 0, 64, 16))  # yellow above blue, as the camera saved it
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = in_file(photo, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+        shown = ImageOps.exif_transpose(stored)
+        assert shown.size == ((64, 32) if orientation < 5 else (32, 64))
+        assert_read_alike(stored, np.asarray(shown.convert("RGB")))
+    assert to_rgb(in_file(photo, "JPEG", exif=b"Exif\0\0no such thing")).size == photo.size
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])

@@ -2,26 +2,97 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from diffusers_tbcm.training.interruption import StopRequest
+from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE, StopRequest
+
+
+@pytest.fixture
+def recorded():
+    """What handlers of the outside world receive."""
+    received = []
+    previous = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    yield received
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_noted_and_the_second_acts(number):
-    received = []
-    before = signal.signal(number, lambda *_: received.append("as before"))
-    try:
-        with StopRequest() as stop:
-            assert not stop.received
-            os.kill(os.getpid(), number)
-            assert stop.received and received == []
-            os.kill(os.getpid(), number)
-            assert received == ["as before"]
-        with StopRequest() as stop:
-            pass
+def test_the_first_signal_is_noted_and_the_second_acts(recorded, number):
+    with StopRequest() as stop:
+        stop.finish_steps()
+        assert not stop.received
         os.kill(os.getpid(), number)
-        assert not stop.received and received == ["as before"] * 2
+        assert stop.received and recorded == []
+        os.kill(os.getpid(), number)
+        assert recorded == [number]
+    with StopRequest() as stop:
+        pass
+    os.kill(os.getpid(), number)
+    assert not stop.received and recorded == [number] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_training_begins_a_signal_ends_the_program_at_once(recorded, number, capsys):
+    with pytest.raises(SystemExit) as ended, StopRequest():
+        os.kill(os.getpid(), number)
+        time.sleep(5)  # such as the embedding of prompts
+    assert ended.value.code == RESUMABLE_EXIT_CODE and recorded == []
+    assert "the same command goes on" in capsys.readouterr().out
+    os.kill(os.getpid(), number)
+    assert recorded == [number]
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from diffusers_tbcm.training.interruption import StopRequest
+with StopRequest() as stop:
+    if sys.argv[2] == "training":
+        stop.finish_steps()
+    Path(sys.argv[1], "started").touch()
+    deadline = time.monotonic() + 20
+    while not stop.received and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if stop.received:
+        Path(sys.argv[1], "checkpoint").touch()
+"""
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="a launcher is told by /proc")
+@pytest.mark.parametrize("launcher", ["accelerate", "shell"])
+def test_a_child_whose_launcher_is_killed_alone_stops_and_that_of_a_shell_goes_on(tmp_path, launcher):
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    flags = ["--cpu", "--num_processes", "1", str(script), str(tmp_path), "training"]
+    start = {
+        "accelerate": [sys.executable, "-m", "accelerate.commands.launch", *flags],
+        "shell": ["sh", "-c", f"{sys.executable} {script} {tmp_path} training; true"],
+    }[launcher]
+    parent = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_for((tmp_path / "started").exists)
+    (child,) = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
+    parent.terminate()
+    parent.wait()
+    try:
+        assert wait_for((tmp_path / "checkpoint").exists, seconds=10 if launcher != "shell" else 2) == (
+            launcher != "shell"
+        )
     finally:
-        signal.signal(number, before)
+        if launcher == "shell":
+            os.kill(child, signal.SIGKILL)

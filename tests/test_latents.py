@@ -3,6 +3,7 @@
 import pytest
 import torch
 from captioned import RESOLUTION, write_images
+from PIL import Image
 from tiny import LATENT_CHANNELS, tiny_vae, write_tiny_pipeline
 
 from diffusers_tbcm.backbones import sana
@@ -142,14 +143,20 @@ def test_other_settings_are_other_latents(tmp_path, images, teacher, fingerprint
         complete(images, tmp_path, describe(images, teacher, **changes), never)
 
 
-def test_other_captions_or_another_autoencoder_are_other_latents(tmp_path, images, teacher, fingerprint):
+def test_other_pictures_or_another_autoencoder_are_other_latents(tmp_path, images, teacher, fingerprint):
     complete(images, tmp_path / "latents", fingerprint)
-    others = CaptionedImages(write_images(tmp_path / "images", CAPTIONS[::-1]))
+    others = CaptionedImages(write_images(tmp_path / "images", CAPTIONS))
+    assert describe(others, teacher) == fingerprint  # the same pictures in another folder
+    assert describe(CaptionedImages(write_images(tmp_path / "renamed", CAPTIONS[::-1])), teacher) == fingerprint
+    Image.new("RGB", (RESOLUTION, RESOLUTION)).save(tmp_path / "images" / "4.png")  # replaced in place
+    replaced = describe(others, teacher)
+    assert replaced == describe(CaptionedImages(tmp_path / "images"), teacher)
+    fewer = describe(CaptionedImages(tmp_path / "renamed", max_images=6), teacher)
     config = teacher / "vae" / "config.json"
     before = config.read_text()
     config.write_text(before.replace("0.41407", "0.5"))
     vae = describe(images, teacher)
     config.write_text(before)
-    for name, other in (("captions", describe(others, teacher)), ("vae", vae)):
+    for name, other in (("pictures", replaced), ("pictures", fewer), ("vae", vae)):
         with pytest.raises(ValueError, match=f"holds other latents: {name} is [^;]*. Choose"):
             LatentCache(tmp_path / "latents", other)

@@ -313,6 +313,26 @@ def test_plain_diffusers_runs_the_lora_cards_example_and_draws_what_ours_draws(t
             np.testing.assert_allclose(theirs[str(steps)], expected, rtol=0, atol=1e-3)  # the card's 4 digits of sigma
 
 
+def test_a_lora_folder_brings_what_its_student_was_distilled_with(tmp_path):
+    teacher = tiny_sana_pipeline(**DENSE)
+    teacher.save_pretrained(tmp_path / "teacher")
+    reading = {"max_sequence_length": 8, "complex_human_instruction": None}
+    folder = save_student_lora(
+        disturb(make_lora_student(teacher.transformer, rank=RANK)),
+        tmp_path / "teacher",
+        tmp_path / "lora",
+        StudentDescription(PROMPT, {}),
+        scheduler=TBCMScheduler(guidance_scales=[1.5, 2.0, 2.5], call_options=reading),
+    )
+    pipeline = SanaTBCMPipeline.from_pipe(SanaPipeline.from_pretrained(tmp_path / "teacher"))
+    pipeline.load_lora_weights(folder)
+    assert pipeline.default_call_options == {"guidance_scale": 2.0, **reading}
+    assert json.loads((folder / "training.json").read_text())["adapter"]["guidance_scale"] == 2.0
+    stock_example = (folder / "README.md").read_text().split("```python")[1]
+    assert 'options["max_sequence_length"] = 8\noptions["complex_human_instruction"] = None\n' in stock_example
+    assert "guidance_scale=1.0" in stock_example and 'options["guidance_scale"]' not in stock_example
+
+
 @pytest.mark.parametrize(
     ("config", "stock"),
     [

@@ -1,12 +1,15 @@
 import json
 import re
+from unittest.mock import MagicMock
 
 import pytest
+from diffusers import SanaSprintPipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 from tiny import tiny_transformer, write_tiny_pipeline
 
+from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, Sample, StudentDescription, save_metrics
@@ -31,10 +34,11 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def export(teacher, tmp_path):
-    def save(variants=(), **changes):
+    def save(variants=(), scheduler=None, **changes):
         description = StudentDescription("a dolphin", **{"training": {"steps": 7, "learning rate": 1e-5}, **changes})
         student = tiny_transformer(guidance_embeds=True)
-        return save_student_pipeline(student, teacher, tmp_path / "student", description, variants=variants)
+        options = {"variants": variants, "scheduler": scheduler}
+        return save_student_pipeline(student, teacher, tmp_path / "student", description, **options)
 
     return save
 
@@ -71,6 +75,20 @@ def test_metrics_in_the_folder_are_the_cards_table_and_the_students_rows_its_met
     save_metrics(folder, measurements[:1], dataset="Some Emoji", command="python measure.py")
     card = render_model_card(folder)
     assert card.data.eval_results is None and "## Results" in card.text
+
+
+def test_the_plain_example_draws_as_the_student_was_distilled(export, monkeypatch, tmp_path):
+    assert "options[" not in ModelCard.load(export() / "README.md").text  # nothing beside the stock defaults
+    reading = {"max_sequence_length": 8, "complex_human_instruction": None}
+    folder = export(scheduler=TBCMScheduler(guidance_scales=[1.5, 2.0, 2.5], call_options=reading))
+    example = re.findall(r"```python\n(.*?)```", ModelCard.load(folder / "README.md").text, re.DOTALL)[0]
+    asked = []
+    monkeypatch.setattr(SanaSprintPipeline, "__call__", lambda self, prompt, **kw: asked.append(kw) or MagicMock())
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert len(asked) == 3
+    for call in asked:
+        assert call.items() >= {"guidance_scale": 2.0, **reading}.items()
 
 
 def test_a_full_card_has_what_the_hub_reads_and_every_picture_it_shows(export):

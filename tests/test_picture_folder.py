@@ -1,7 +1,13 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import GemmaTokenizerFast
 
 from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.evaluation.picture_folder import PictureFolder, pipeline_digests
@@ -78,6 +84,34 @@ def test_a_torn_file_counts_as_missing(pipeline, tmp_path, monkeypatch):
     assert folder.missing() == [0, 1, 2]
 
 
+def test_pictures_that_were_damaged_since_are_named_and_drawn_again(drawn, pipeline, tmp_path, caplog):
+    shutil.copytree(drawn.folder, tmp_path, dirs_exist_ok=True)
+    folder = PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+    torn, empty, flipped, other = (folder.path(index) for index in (0, 2, 3, 5))
+    torn.write_bytes(torn.read_bytes()[:-20])
+    empty.write_bytes(b"")
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    Image.open(other).save(other, format="JPEG")
+    with pytest.raises(ValueError, match=f"picture '{empty}' cannot be read"):
+        folder[2]
+    assert folder.missing() == [0, 2, 3, 5]
+    for path in (torn, empty, flipped, other):
+        assert f"'{path}' is torn and will be drawn again" in caplog.text
+    folder.draw(pipeline, folder.missing(), **OPTIONS)
+    assert folder.missing() == [] and np.abs(pixels(folder) - pixels(drawn)).max() <= 1
+
+
+def test_no_picture_is_drawn_with_a_tokenizer_that_reads_nothing(tmp_path):
+    pipeline = tiny_sana_pipeline()
+    pipeline.tokenizer = GemmaTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(vocab={"<unk>": 0}, merges=[], unk_token="<unk>"))
+    )
+    with pytest.raises(ValueError, match="`tokenizer` reads every prompt alike"):
+        PictureFolder(tmp_path, PROMPTS, 1, {}).draw(pipeline, [0], **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -89,21 +123,53 @@ def test_a_torn_file_counts_as_missing(pipeline, tmp_path, monkeypatch):
 )
 def test_pictures_of_another_run_are_refused(changes, message, tmp_path):
     given = {"prompts": ["a dog", "a violin"], "settings": {"seed": 5, "steps": 1}}
-    PictureFolder(tmp_path, pictures_per_prompt=1, **given)
+    folder = PictureFolder(tmp_path, pictures_per_prompt=1, **given)
+    Image.new("RGB", (8, 8)).save(folder.path(0))
     PictureFolder(tmp_path, pictures_per_prompt=1, **given)
     with pytest.raises(ValueError, match=f"holds pictures of another run: {message}"):
         PictureFolder(tmp_path, pictures_per_prompt=1, **given | changes)
 
 
+def test_settings_that_no_picture_came_of_bind_nobody(drawn, pipeline, tmp_path):
+    wrong = PictureFolder(tmp_path, PROMPTS, 2, {"seed": -1})
+    with pytest.raises(ValueError, match="negative"):
+        wrong.draw(pipeline, wrong.missing(), **OPTIONS | {"seed": -1})
+    right = PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+    right.draw(pipeline, right.missing(), **OPTIONS)
+    assert np.array_equal(pixels(right), pixels(drawn))
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"pictures of another run: .*seed is None there and 5 here"):
+        PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+
+
+def test_torn_pictures_are_named_and_drawn_again(drawn, pipeline, tmp_path, caplog):
+    folder = PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+    folder.draw(pipeline, folder.missing(), **OPTIONS)
+    whole = folder.path(3).read_bytes()
+    folder.path(3).write_bytes(whole[: len(whole) // 2])
+    folder.path(4).write_bytes(b"")
+    spoilt = bytearray(folder.path(1).read_bytes())
+    spoilt[-40] ^= 255
+    folder.path(1).write_bytes(spoilt)
+    assert folder.missing() == [1, 3, 4]
+    assert "3 pictures" in caplog.text and "000000-01.png" in caplog.text
+    folder.draw(pipeline, folder.missing(), **OPTIONS)
+    assert folder.missing() == [] and np.abs(pixels(folder) - pixels(drawn)).max() <= 1
+
+
 def test_a_pipelines_digests_change_with_its_weights_and_scheduler_alone(tmp_path):
     pipeline = tiny_sana_pipeline()
     digests = pipeline_digests(pipeline)
-    assert digests.keys() == {"scheduler", "text_encoder", "transformer", "vae"}
+    assert digests.keys() == {"scheduler", "text_encoder", "tokenizer", "transformer", "vae"}
     pipeline.save_pretrained(tmp_path)
     assert pipeline_digests(type(pipeline).from_pretrained(tmp_path)) == digests
     with torch.no_grad():
         pipeline.transformer.proj_out.bias[0] += 1e-3
     changed = pipeline_digests(pipeline)
     assert {name for name in digests if digests[name] != changed[name]} == {"transformer"}
+    pipeline.tokenizer(["a dog"], padding="max_length", max_length=7, truncation=True)
+    assert pipeline_digests(pipeline) == changed
+    pipeline.tokenizer.add_tokens(["dog"])
+    assert pipeline_digests(pipeline)["tokenizer"] != digests["tokenizer"]
     pipeline.scheduler = TBCMScheduler()
     assert pipeline_digests(pipeline)["scheduler"] != digests["scheduler"]

@@ -1,7 +1,9 @@
 """Captioned pictures, those of a folder and those of a data set."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from captioned import RESOLUTION, write_images
@@ -9,7 +11,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 from diffusers_tbcm.data.columns import MJHQ_30K
-from diffusers_tbcm.data.pictures import CaptionedImages, DatasetPictures, FolderPictures
+from diffusers_tbcm.data.pictures import CaptionedImages, ColumnPictures, DatasetPictures, FolderPictures
+from diffusers_tbcm.evaluation.features import pictures_to_tensor
+from diffusers_tbcm.images import to_pixels
 
 
 CAPTIONS = ["a fox", "a red fox", "a violin", "an owl", "a violin", "a cat", "the sun"]
@@ -57,6 +61,8 @@ def test_unusable_data_is_named(tmp_path, images):
         CaptionedImages(write_images(tmp_path / "numbers", [7, 8]))
     with pytest.raises(ValueError, match=r"none of the 2 pictures of .* has a caption"):
         CaptionedImages(write_images(tmp_path / "empty", ["", " "]))
+    with pytest.raises(ValueError, match=r"column 'text' of .* holds no pictures"):
+        CaptionedImages(folder, image_column="text")
 
 
 @pytest.fixture
@@ -101,3 +107,79 @@ def test_a_data_sets_pictures_are_labelled_by_their_class(labelled_images, monke
 def test_the_pictures_of_mjhq_30k_are_known_by_name(labelled_images, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda source, config, split, **kw: {"test": labelled_images}[split])
     assert DatasetPictures(MJHQ_30K).labels == COLOURS
+
+
+def write_awkward_pictures(folder):
+    """A cut-out emoji, a photograph that EXIF turns, and 16 bits, beside their captions; what each of them shows."""
+    folder.mkdir()
+    emoji = Pillow.new("RGBA", (64, 64), (0, 0, 0, 0))
+    emoji.paste((255, 0, 0, 255), (16, 16, 48, 48))
+    emoji.save(folder / "emoji.png")
+    photo = Pillow.new("RGB", (96, 64), "blue")
+    photo.paste("yellow", (0, 0, 96, 32))
+    exif = Pillow.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photo.save(folder / "photo.jpg", exif=exif, quality=100, subsampling=0)
+    Pillow.fromarray(np.full((64, 64), 51400, dtype=np.uint16)).save(folder / "sixteen.png")
+    names = ("emoji.png", "photo.jpg", "sixteen.png")
+    lines = (json.dumps({"file_name": name, "text": name}) + "\n" for name in names)
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return [(64, 64), (64, 96), (64, 64)], [(255, 255, 255), (0, 0, 254), (200, 200, 200)]
+
+
+def test_training_and_evaluation_see_the_same_pictures(tmp_path):
+    sizes, colours = write_awkward_pictures(tmp_path / "pictures")
+    source = str(tmp_path / "pictures")
+    readers = (FolderPictures(source), DatasetPictures(source), CaptionedImages(source))
+    for reader in readers:
+        found = [reader[index] for index in range(3)]
+        assert [picture.mode for picture in found] == ["RGB"] * 3 and [picture.size for picture in found] == sizes
+        assert corners(found) == colours
+        for picture, first in zip(found, readers[0], strict=True):
+            assert np.array_equal(picture, first)
+        assert pictures_to_tensor(found[:1])[0, :, 2, 2].tolist() == [1, 1, 1]
+    for index in range(3):  # features and latents of what has not been read yet are those of what has
+        stored = readers[0].open(index)
+        assert torch.equal(pictures_to_tensor([stored]), pictures_to_tensor([readers[0][index]]))
+        assert torch.equal(to_pixels(stored, 32), to_pixels(readers[0][index], 32))
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path):
+    write_awkward_pictures(tmp_path / "pictures")
+    (tmp_path / "pictures" / "._photo.jpg").write_bytes(b"left by a file manager")
+    (tmp_path / "pictures" / "folder.png").mkdir()
+    FolderPictures(tmp_path / "pictures").check()
+    photo = tmp_path / "pictures" / "photo.jpg"
+    photo.write_bytes(photo.read_bytes()[:-200])
+    Pillow.new("I", (4, 4), 7).save(tmp_path / "pictures" / "sixteen.tif")
+    folder = FolderPictures(tmp_path / "pictures")
+    with pytest.raises(ValueError, match=r"picture '.*photo\.jpg' cannot be read: .*[Tt]runcated"):
+        folder[1]
+    with pytest.raises(ValueError, match=r"picture '.*sixteen\.tif' cannot be read: `image` has mode 'I'"):
+        folder[3]
+    with pytest.raises(ValueError, match=r"^2 of 4 real pictures cannot be read: picture '.*photo\.jpg' cannot"):
+        folder.check()
+    source = str(tmp_path / "pictures")
+    for reader in (DatasetPictures(source), CaptionedImages(source)):
+        with pytest.raises(ValueError, match=rf"picture 1 of '{source}' cannot be read"):
+            reader[1]
+    images = CaptionedImages(source)
+    photo.unlink()
+    with pytest.raises(ValueError, match=rf"picture 1 of '{source}' cannot be read: .*No such file"):
+        images.digest()
+    nothing = Dataset.from_dict({"image": [None, b""], "text": ["a", "b"]}).cast_column("image", Image())
+    for index, reason in enumerate(("there is none", "cannot identify image file")):
+        with pytest.raises(ValueError, match=f"picture {index} of 'nothing' cannot be read: {reason}"):
+            ColumnPictures(nothing, "image", "nothing")[index]
+
+
+def test_what_sets_real_pictures_apart_from_drawn_ones_is_said(tmp_path, caplog):
+    write_awkward_pictures(tmp_path / "pictures")
+    FolderPictures(tmp_path / "pictures").check((64, 64))
+    assert "1 of 3 real pictures are JPEG files" in caplog.text
+    assert "1 of 3 real pictures, most of them 64 x 96, have not the 64 x 64 pixels" in caplog.text
+    caplog.clear()
+    (tmp_path / "pictures" / "photo.jpg").unlink()
+    FolderPictures(tmp_path / "pictures").check((64, 64))
+    FolderPictures(tmp_path / "pictures").check()
+    assert not caplog.text

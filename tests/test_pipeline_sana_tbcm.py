@@ -96,6 +96,38 @@ def test_every_default_of_the_stock_pipeline_is_ours(pipeline):
     assert list(signature.parameters) == [*stock_arguments, "image", "strength"]
 
 
+def test_a_call_draws_as_the_student_was_distilled_and_as_it_is_told(pipeline, tmp_path):
+    trained = {"guidance_scale": 2.0, "height": 32, "width": 64, "max_sequence_length": 8}
+    trained["complex_human_instruction"] = None
+    record = {name: value for name, value in trained.items() if name != "guidance_scale"}
+    scheduler = TBCMScheduler(guidance_scales=[1.5, 2.0, 40.0], call_options=record)
+    student = SanaTBCMPipeline(**{**pipeline.components, "scheduler": scheduler})
+    student.save_pretrained(tmp_path)
+    student = SanaTBCMPipeline.from_pretrained(tmp_path)
+    student.set_progress_bar_config(disable=True)
+    assert student.default_call_options == trained
+
+    def draw(pipeline, prompt=PROMPTS[1], **options):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(prompt, num_inference_steps=1, generator=generator, output_type="pt", **options).images
+
+    assert torch.equal(draw(student), draw(pipeline, **trained))
+    for changed in (
+        {"guidance_scale": 40.0},
+        {"height": 64},
+        {"width": 32},
+        {"max_sequence_length": 32},
+        {"complex_human_instruction": INSTRUCTION},
+    ):
+        told = draw(student, **changed)
+        assert torch.equal(told, draw(pipeline, **trained | changed))
+        assert not torch.equal(told, draw(student)), changed
+    embeds, mask = student.encode_prompt(PROMPTS[1])
+    assert embeds.shape[1] == 8
+    embedded = draw(student, None, prompt_embeds=embeds, prompt_attention_mask=mask)
+    assert torch.equal(embedded, draw(student))
+
+
 def test_stock_pipeline_takes_our_scheduler(pipeline):
     stock = SanaSprintPipeline(**pipeline.components)
     stock.set_progress_bar_config(disable=True)
@@ -117,6 +149,12 @@ def test_binning_is_that_of_the_stock_pipeline(monkeypatch):
     time = {"max_timesteps": HALF_PI, "intermediate_timesteps": None}
     assert ours.shape == (1, 3, 100, 51)
     assert torch.equal(ours, generate(stock, **arguments, **time))
+
+    pipeline.scheduler = TBCMScheduler(call_options={"height": 64, "width": 64})  # the bins are of another size
+    small = generate(pipeline, num_inference_steps=1)
+    assert torch.equal(
+        small, generate(stock, height=64, width=64, use_resolution_binning=False, **time, num_inference_steps=1)
+    )
 
 
 # steps and times

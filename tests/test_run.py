@@ -1,11 +1,13 @@
 """What a run promises whatever the algorithm, on a toy of two models that train in turn."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import toy_run
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from runs import largest_relative_difference, metrics
@@ -81,11 +83,8 @@ def test_a_run_resumed_in_the_middle_is_the_uninterrupted_one_bit_for_bit(settin
     for name in ("optimizer.bin", "optimizer_1.bin"):
         states = [torch.load(tmp_path / folder / "checkpoint-8" / name)["state"] for folder in ("broken", "straight")]
         assert all(torch.equal(states[0][i]["exp_avg"], states[1][i]["exp_avg"]) for i in states[1])
-    averages = [
-        torch.load(tmp_path / folder / "checkpoint-8" / "custom_checkpoint_1.pkl")["shadow_params"]
-        for folder in ("broken", "straight")
-    ]
-    assert all(map(torch.equal, *averages))
+    averages = [load_file(tmp_path / folder / "checkpoint-8" / "ema.safetensors") for folder in ("broken", "straight")]
+    assert same(*averages)
 
 
 def test_a_signal_ends_the_run_after_a_checkpoint_and_the_rest_follows(settings, tmp_path, monkeypatch):
@@ -258,3 +257,196 @@ def test_two_processes_give_the_weights_of_one(settings, tmp_path, nodes):
     launch_processes([*arguments, "--use_ema"], script=toy_run.__file__, nodes=nodes)
     for actual, expected in zip(weights(tmp_path / "two", 8), weights(tmp_path / "one", 8), strict=True):
         assert largest_relative_difference(actual, expected) < 1e-5
+
+
+def digests(folder):
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, "`seed` 0, now 5"),
+        ({"use_ema": True}, "`use_ema` false, now true"),
+        ({"optimizer": "came"}, '`optimizer` "adamw", now "came"'),
+        ({"weight_decay": 0.1}, "`weight_decay` 0.0, now 0.1"),
+        ({"lr_scheduler": "cosine"}, '`lr_scheduler` "constant", now "cosine"'),
+        ({"train_batch_size": 2}, "`train_batch_size` 4, now 2"),
+        ({"dropped": 0.5}, "`dropped` 0.0, now 0.5"),
+        ({"max_train_steps": 3}, "`max_train_steps` is 3, but checkpoint .* is already at step 4"),
+    ],
+)
+def test_another_run_is_refused_before_anything_is_written(settings, tmp_path, changes, message):
+    run_toy(settings(max_train_steps=4))
+    before = digests(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run_toy(settings(resume_from_checkpoint="latest", **{"max_train_steps": 8, **changes}))
+    assert digests(tmp_path) == before
+
+
+def train_critic(settings, content="a"):
+    """One model alone, that is trained at the settings' learning rate."""
+    run = Run(settings, StopRequest(), script=__file__)
+    run.depends_on(prompts=content)
+    run.open_folder()
+    critic = run.add("critic", Net(), lr_scheduler=settings.lr_scheduler)
+    for batch in run.batches(lambda draws: record_points(settings, run, draws), rows_per_prompt=1, num_prompts=16):
+        for rows in batch:
+            run.backward(critic(rows.latents).square().mean(), critic)
+        run.update(critic)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_other_content_is_refused(settings):
+    train_critic(settings(max_train_steps=1))
+    train_critic(settings(max_train_steps=2, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match=r"another prompts \(prompts: a, now b\)"):
+        train_critic(settings(max_train_steps=3, resume_from_checkpoint="latest"), content="b")
+
+
+def test_what_may_change_is_applied_and_recorded_from_then_on(settings, tmp_path):
+    def flags(**changes):
+        return settings(resume_from_checkpoint="latest", **changes)
+
+    run_toy(settings(max_train_steps=2, weight_decay=0.1, lr_scheduler="constant"))
+    run_toy(flags(max_train_steps=4, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler="constant",
+                  resume_with_changed=["weight_decay", "max_grad_norm"]))  # fmt: skip
+    run = run_toy(flags(max_train_steps=6, weight_decay=0.0, max_grad_norm=1.0))
+    groups = [trained.optimizer.param_groups[0] for trained in run._trained]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.0]
+    recorded = json.loads((tmp_path / "run" / "training_config.json").read_text())["changes"]
+    assert recorded == [
+        {"step": 2, "max_train_steps": [2, 4], "max_grad_norm": [0.1, 1.0], "weight_decay": [0.1, 0.0]},
+        {"step": 4, "max_train_steps": [4, 6]},
+    ]
+    assert "weight_decay 0.1 until step 2, then 0.0" in str(run.history)
+
+
+def test_a_longer_schedule_goes_on_as_if_it_had_been_so_long_from_the_start(settings, tmp_path):
+    options = {"lr_scheduler": "cosine", "checkpointing_steps": 4}
+    run_toy(settings("straight", **options))
+    run_toy(settings("longer", max_train_steps=4, **options))
+    run_toy(settings("longer", resume_from_checkpoint="latest", **options))
+    longer, straight = ([line["lr"] for line in metrics(tmp_path / name)] for name in ("longer", "straight"))
+    assert longer[4:] == straight[4:] and longer[3] == 0 < longer[4]
+
+
+def test_a_batch_cut_in_another_way_goes_on_with_the_same_draws(settings, tmp_path):
+    run_toy(settings("straight"))
+    run_toy(settings("cut", max_train_steps=5))
+    run_toy(settings("cut", resume_from_checkpoint="latest", train_batch_size=1, gradient_accumulation_steps=4))
+    for actual, expected in zip(weights(tmp_path / "cut", 8), weights(tmp_path / "straight", 8), strict=True):
+        assert largest_relative_difference(actual, expected) < 1e-4
+
+
+def poison(monkeypatch, first, last=10**9):
+    """Make the rows of some steps, counted from 1, not a number."""
+
+    def record(settings, run, draws):
+        recording, keep = record_points(settings, run, draws)
+        if first <= run.step + 1 <= last:
+            recording.latents.fill_(float("nan"))
+        return recording, keep
+
+    monkeypatch.setattr(toy_run, "record_points", record)
+
+
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def test_a_diverging_run_keeps_a_checkpoint_from_before_the_trouble_and_names_it(settings, tmp_path, monkeypatch):
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_skipped_steps": 3, "max_train_steps": 20}
+    with monkeypatch.context() as patch:
+        poison(patch, 4)
+        with pytest.raises(
+            RuntimeError, match=r"3 steps in a row .* in checkpoint-6; resume from checkpoint-2, which"
+        ):
+            run_toy(settings(**options))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-6"]
+        with pytest.raises(RuntimeError, match=r"in checkpoint-9; resume from checkpoint-2, which"):  # tried once more
+            run_toy(settings(resume_from_checkpoint="latest", **options))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-9"]
+    changed = {"max_grad_norm": 0.05, "resume_with_changed": ["max_grad_norm"]}
+    run_toy(settings(resume_from_checkpoint="checkpoint-2", **options, **changed))
+    assert "checkpoint-2" not in names(tmp_path / "run")
+    assert all(weight.isfinite().all() for part in weights(tmp_path / "run", 20) for weight in part.values())
+
+
+def test_after_the_trouble_rotation_goes_on(settings, tmp_path, monkeypatch):
+    poison(monkeypatch, 4, 5)
+    run_toy(settings(checkpointing_steps=1, checkpoints_total_limit=2, max_skipped_steps=3, max_train_steps=12))
+    assert names(tmp_path / "run") == ["checkpoint-11", "checkpoint-12"]
+
+
+def test_a_lower_learning_rate_is_used_where_it_is_asked_for(settings, tmp_path):
+    lower = {"learning_rate": 1e-5, "resume_from_checkpoint": "latest", "max_train_steps": 4}
+    train_critic(settings(max_train_steps=2, learning_rate=1e-3))
+    with pytest.raises(ValueError, match=r"`learning_rate` 0\.001, now 1e-05: .*`resume_with_changed`"):
+        train_critic(settings(**lower))
+    train_critic(settings(**lower, resume_with_changed=["learning_rate"]))
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == [1e-3, 1e-3, 1e-5, 1e-5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "first_bad", "message"),
+    [
+        ({"dropped": 1.0}, 10**9, r"the weights of the student are still those .* \(32 prompts were dropped, 0 steps"),
+        ({}, 1, r"the weights of the student are still those .* \(0 prompts were dropped, 8 steps not finite\); try"),
+    ],
+    ids=["no rows", "no finite step"],
+)
+def test_what_was_not_trained_is_not_exported(settings, monkeypatch, changes, first_bad, message):
+    poison(monkeypatch, first_bad)
+    with pytest.raises(RuntimeError, match=f"nothing is exported: after 8 steps {message}"):
+        run_toy(settings(**changes))
+
+
+def test_weights_that_are_not_finite_are_neither_exported_nor_resumed(settings, tmp_path, monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def overflow(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        calls.append(self)
+        if len(calls) == 2:  # the student's first
+            self.param_groups[0]["params"][0].data[0] = float("inf")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", overflow)
+        with pytest.raises(
+            RuntimeError, match="nothing is exported: after 2 steps the weights of the student are not"
+        ):
+            run_toy(settings(max_train_steps=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="checkpoint-2': weights of the student are not finite"):
+        run_toy(settings(max_train_steps=4, resume_from_checkpoint="latest"))
+
+
+def test_a_step_without_rows_does_not_end_an_fp16_run(settings, tmp_path, monkeypatch):
+    build = Accelerator.__init__
+
+    def with_scaler(self, *args, mixed_precision=None, **options):
+        build(self, *args, mixed_precision="no", **options)
+        self.state._mixed_precision, self.native_amp = "fp16", True
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+
+    monkeypatch.setattr(Accelerator, "__init__", with_scaler)
+    toy = settings(max_train_steps=5, mixed_precision="fp16")
+    run = Run(toy, StopRequest(), script=__file__)
+    run.open_folder()
+    critic = run.add("critic", Net())
+
+    def record(draws):
+        recording, keep = record_points(toy, run, draws)
+        return recording, keep & (run.step not in (1, 2))
+
+    seen = [critic.state_dict()["0.weight"].clone()]
+    for batch in run.batches(record, rows_per_prompt=1, num_prompts=16, drops=True, ahead=0):
+        for rows in batch:
+            run.backward(critic(rows.latents).square().mean(), critic)
+        run.update(critic)
+        seen.append(critic.state_dict()["0.weight"].clone())
+    assert [torch.equal(a, b) for a, b in pairwise(seen)] == [False, True, True, False, False]
+    assert run.accelerator.scaler.get_scale() == 2.0**8

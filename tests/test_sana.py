@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
+from safetensors.torch import load_file, save_file
 from tiny import LATENT_CHANNELS, SAMPLE_SIZE, tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 from toy_networks import network_inputs
 
@@ -130,3 +131,55 @@ def test_the_students_time_embedding_stays_in_float32_under_autocast(guidance_em
         mixed = student.time_embed(t, guidance=guidance, hidden_dtype=torch.bfloat16)
         assert student.patch_embed.proj(torch.ones(1, student.config.in_channels, 2, 2)).dtype == torch.bfloat16
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(mixed, exact, strict=True))
+
+
+@pytest.mark.parametrize("shards", ["1GB", "5KB"])
+def test_half_precision_weights_are_loaded_where_they_are_asked_for(tmp_path, shards):
+    write_tiny_pipeline(tmp_path)
+    half = tiny_sana_pipeline().to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half", variant="bf16", max_shard_size=shards)
+    for component in ("transformer", "vae", "text_encoder"):
+        for path in (tmp_path / "half" / component).glob("*.bf16*"):
+            path.rename(tmp_path / component / path.name)
+    for variant in (None, "bf16"):
+        found = {
+            "transformer": sana.load_transformer(tmp_path, variant),
+            "vae": sana.load_vae(tmp_path, variant),
+            "text_encoder": sana.load_text_pipeline(tmp_path, torch.float32, variant).text_encoder,
+        }
+        for name, model in found.items():
+            for key, weight in getattr(half, name).state_dict().items():
+                assert model.state_dict()[key].dtype == torch.float32
+                assert torch.equal(model.state_dict()[key], weight.float()) or variant is None, (name, key)
+        assert (
+            not all(  # the ordinary ones are finer
+                torch.equal(weight, weight.bfloat16().float()) for weight in found["vae"].parameters()
+            )
+            or variant == "bf16"
+        )
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_when_loaded(tmp_path, component, value):
+    write_tiny_pipeline(tmp_path)
+    path = next((tmp_path / component).glob("*.safetensors"))
+    weights = load_file(path)
+    last = sorted(weights)[-1]
+    weights[last].view(-1)[-1] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    load = {"transformer": sana.load_transformer, "vae": sana.load_vae}
+    with pytest.raises(ValueError, match=rf"its weights are not all finite, {last} of its {component}"):
+        load.get(component, lambda folder: sana.load_text_pipeline(folder, torch.float32))(tmp_path)
+
+
+def test_a_text_encoder_or_tokenizer_that_cannot_be_loaded_is_named_in_one_line(tmp_path):
+    write_tiny_pipeline(tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(ValueError, match=r"tokenizer and text encoder of .* cannot be loaded: ") as refused:
+        sana.load_text_pipeline(tmp_path, torch.float32)
+    assert "\n" not in str(refused.value)
+    for path in (tmp_path / "tokenizer").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"`tokenizer` reads every prompt alike|cannot be loaded: "):
+        sana.load_text_pipeline(tmp_path, torch.float32)

@@ -173,7 +173,11 @@ def test_stock_scheduler_loads_our_config_and_keeps_its_keys(tmp_path):
 
 def test_stock_stand_in_hides_our_entries_from_a_stock_scheduler_only(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    own = {"timesteps_by_steps": {"2": [HALF_PI, 1.1, 0.0]}, "guidance_scales": [4.0, 4.5, 5.0]}
+    own = {
+        "timesteps_by_steps": {"2": [HALF_PI, 1.1, 0.0]},
+        "guidance_scales": [4.0, 4.5, 5.0],
+        "call_options": {"max_sequence_length": 16, "complex_human_instruction": None},
+    }
     TBCMScheduler(sigma_data=0.7, **own).to_stock().save_pretrained(tmp_path / "stock")
     stock = SCMScheduler.from_pretrained(tmp_path / "stock")
     assert type(stock) is SCMScheduler and stock.config.sigma_data == 0.7
@@ -187,9 +191,19 @@ def test_stock_stand_in_hides_our_entries_from_a_stock_scheduler_only(tmp_path, 
     assert TBCMScheduler.from_pretrained(tmp_path / "changed").config.guidance_scales == [3.0]
 
 
+def test_the_defaults_of_a_call_are_what_the_student_was_distilled_with():
+    assert TBCMScheduler().default_call_options == {}
+    for scales, middle in (([1.5, 2.5, 2.0], 2.0), ([3.0], 3.0), ([1.5, 2.5], 1.5)):  # one that it has learnt
+        assert TBCMScheduler(guidance_scales=scales).default_call_options == {"guidance_scale": middle}
+    reading = {"max_sequence_length": 16, "complex_human_instruction": None}
+    scheduler = TBCMScheduler(guidance_scales=[2.0], call_options=reading)
+    assert scheduler.default_call_options == {"guidance_scale": 2.0, **reading}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"call_options": {"prompt": "a dog"}}, "`call_options` has 'prompt', but may have guidance_scale"),
         ({"guidance_scales": []}, r"`guidance_scales` is \[\]"),
         ({"guidance_scales": [4.0, 0.0]}, r"`guidance_scales` is \[4.0, 0.0\]"),
         ({"prediction_type": "epsilon"}, "`prediction_type` is 'epsilon'"),

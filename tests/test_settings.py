@@ -89,7 +89,8 @@ def test_without_a_command_line_the_argument_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"^`max_train_steps` is 0: it has to be positive$"):
         RunSettings(output_dir=str(tmp_path), max_train_steps=0)
     with pytest.raises(ValueError, match=r"^`seed` is -1: it must not be negative$"):
-        check_not_negative(RunSettings(output_dir=str(tmp_path), seed=-1), "seed")
+        RunSettings(output_dir=str(tmp_path), seed=-1)
+    check_not_negative(RunSettings(output_dir=str(tmp_path)), "seed")
     check_positive(RunSettings(output_dir=str(tmp_path)), "checkpoints_total_limit")  # None passes
 
 
@@ -118,3 +119,34 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"`output_dir` .* is a file"):
         RunSettings(output_dir=str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"])
+def test_a_token_on_a_launchers_command_line_is_refused(variable, tmp_path, monkeypatch, capsys):
+    flags = ("--push_to_hub", "--hub_token", "hf_0123456789abcdef")
+    assert parse(*flags, tmp_path=tmp_path).hub_token == "hf_0123456789abcdef"
+    monkeypatch.setenv(variable, "0")
+    with pytest.raises(SystemExit, match="2"):
+        parse(*flags, tmp_path=tmp_path)
+    message = capsys.readouterr().err
+    assert "--hub_token is on the launcher's command line" in message and "set HF_TOKEN" in message
+    assert "0123456789" not in message
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "all", "comet_ml", "clearml"])
+def test_a_token_goes_to_no_tracker_that_sends_command_lines(tracker, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse("--push_to_hub", "--hub_token", "hf_x", "--report_to", tracker, tmp_path=tmp_path)
+    assert f"--hub_token could be sent to {tracker} with the command line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--hubtoken", "hf_0123456789abcdef"], ["--token=secretvalue"], ["--use_ema", "hf_0123456789abcdef"]]
+)
+def test_no_message_and_no_settings_printed_show_a_token(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(*flags, tmp_path=tmp_path)
+    printed = capsys.readouterr().err
+    assert "***" in printed and "secretvalue" not in printed and "0123456789" not in printed
+    settings = parse("--push_to_hub", "--hub_token", "hf_0123456789abcdef", tmp_path=tmp_path)
+    assert "0123456789" not in repr(settings)

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_tbcm.data.shards import TORN, ShardFolder, own_shards, read_slice
+from diffusers_tbcm.owned import MARKER
 
 
 FINGERPRINT = {"model": "a", "dtype": "float32"}
@@ -35,7 +36,7 @@ def never():
 def test_shards_hold_their_tensors_and_what_they_were_made_of(tmp_path):
     folder = tmp_path / "new" / "folder"
     assert fill(folder) == 5
-    assert sorted(path.name for path in folder.iterdir()) == ["0.safetensors", "3.safetensors"]
+    assert {path.name for path in folder.iterdir()} == {"0.safetensors", "3.safetensors", MARKER}
     assert load_file(folder / "3.safetensors")["numbers"].tolist() == [3, 4]
     with safe_open(folder / "0.safetensors", framework="pt") as file:
         assert {name: json.loads(text) for name, text in file.metadata().items()} == {"made_of": FINGERPRINT}
@@ -50,6 +51,20 @@ def test_nothing_to_make_loads_no_model_and_makes_no_folder(tmp_path):
     assert not (tmp_path / "folder").exists() and list(store(tmp_path / "folder").whole()) == []
 
 
+def test_a_folder_of_other_files_is_refused_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "0.safetensors").write_text("version https://git-lfs.github.com/spec/v1")  # torn, or somebody's
+    with pytest.raises(ValueError, match=r"holds files that are not this package's \(0.safetensors\): choose"):
+        fill(tmp_path, load=never)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.safetensors"]
+
+
+def test_a_folder_with_shards_and_other_files_goes_on(tmp_path):
+    fill(tmp_path, shards=[range(0, 3)])
+    (tmp_path / MARKER).unlink()  # as earlier versions left them
+    (tmp_path / "notes.txt").write_text("mine")
+    assert fill(tmp_path, shards=[range(3, 5)]) == 2 and (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_what_was_written_stays_where_the_next_shard_fails(tmp_path):
     def fail_at_three(model, shard, done):
         if shard.start == 3:
@@ -58,7 +73,7 @@ def test_what_was_written_stays_where_the_next_shard_fails(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         store(tmp_path).fill([range(0, 3), range(3, 5)], lambda: 0, fail_at_three, label="", quiet=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["0.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"0.safetensors", MARKER}
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -1])
@@ -71,6 +86,20 @@ def test_a_torn_shard_is_named_and_passed_over(tmp_path, keep, caplog):
     assert "0.safetensors' is torn, its numbers count as missing" in caplog.text
     with pytest.raises(TORN):
         read_slice(torn, "numbers", 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_neither_written_nor_read(tmp_path, value):
+    def broken(model, shard, done):
+        return str(shard.start), {"numbers": torch.tensor([0.0, value]), "keys": torch.arange(2)}
+
+    with pytest.raises(ValueError, match="numbers became NaN or infinity: the model's weights hold some"):
+        store(tmp_path).fill([range(0, 2)], lambda: 0, broken, label="", quiet=True)
+    assert not [*tmp_path.glob("*.safetensors")]
+    save_file({"numbers": torch.tensor([0.0, value])}, tmp_path / "0.safetensors")
+    assert float(read_slice(tmp_path / "0.safetensors", "numbers", 0)) == 0
+    with pytest.raises(ValueError, match=r"shard '.*0\.safetensors' holds NaN or infinity in its numbers: delete it"):
+        read_slice(tmp_path / "0.safetensors", "numbers", slice(0, 2))
 
 
 def test_shards_of_another_fingerprint_are_refused_and_what_differs_is_said(tmp_path):

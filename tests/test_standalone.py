@@ -32,7 +32,8 @@ plain = DiffusionPipeline.from_pretrained("student")  # asks for no trust
 assert type(plain).__name__ == "SanaSprintPipeline", type(plain)
 
 pipe = load("student")
-assert pipe.scheduler.config.guidance_scales == [4.0, 5.0]
+assert pipe.scheduler.config.guidance_scales == [1.5, 2.0]
+assert pipe.default_call_options["guidance_scale"] == 1.5 and pipe.default_call_options["max_sequence_length"] == 8
 pictures = {str(steps): generate(pipe, num_inference_steps=steps) for steps in (1, 2, 4)}
 pictures["image"] = generate(pipe, image=np.full((64, 64, 3), 0.5, dtype=np.float32), strength=0.5)
 
@@ -50,7 +51,7 @@ np.savez("pictures.npz", **{name: tensor.numpy() for name, tensor in pictures.it
 
 def test_a_checkpoint_draws_the_same_without_the_package(tmp_path, monkeypatch):
     pipeline = tiny_tbcm_pipeline()
-    pipeline.scheduler = TBCMScheduler(guidance_scales=[4.0, 5.0])
+    pipeline.scheduler = TBCMScheduler(guidance_scales=[1.5, 2.0], call_options={"max_sequence_length": 8})
     pipeline.save_pretrained(tmp_path / "student")
     teacher = tiny_sana_pipeline()
     teacher.save_pretrained(tmp_path / "teacher")

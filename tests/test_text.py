@@ -1,7 +1,12 @@
 import pytest
 import torch
+from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline, tiny_text_encoder, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import GemmaTokenizerFast
 
-from diffusers_tbcm.text import Text
+from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.text import Text, check_tokenizer
 
 
 def text(lengths, pooled=False):
@@ -47,3 +52,29 @@ def test_arguments_are_those_of_a_network():
     assert {*plain.arguments()} == {"encoder_hidden_states", "encoder_attention_mask"}
     assert pooled.arguments()["pooled_projections"] is pooled.pooled
     assert len(plain) == 1
+
+
+def test_a_tokenizer_has_to_read_prompts_and_to_be_the_text_encoders(tmp_path):
+    check_tokenizer(tiny_tokenizer(), tiny_text_encoder())
+    nothing = GemmaTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab={"<unk>": 0}, merges=[], unk_token="<unk>")))
+    with pytest.raises(ValueError, match=r"`tokenizer` reads every prompt alike: its files, such as tokenizer\.json"):
+        check_tokenizer(nothing, tiny_text_encoder())
+    for tokens, words in ((100, "`tokenizer` has 344 tokens and `text_encoder` embeds 100"), (2000, "embeds 2000")):
+        encoder = tiny_text_encoder()
+        encoder.resize_token_embeddings(tokens)
+        with pytest.raises(ValueError, match=words):
+            check_tokenizer(tiny_tokenizer(), encoder)
+    encoder.resize_token_embeddings(352)  # rounded up to a multiple of 32
+    check_tokenizer(tiny_tokenizer(), encoder)
+
+
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)])
+def test_a_pipeline_without_a_tokenizers_files_is_refused(tmp_path, left):
+    tiny_tbcm_pipeline().save_pretrained(tmp_path)
+    for path in (tmp_path / "tokenizer").iterdir():
+        if path.name not in left:
+            path.unlink()
+    with pytest.raises((ValueError, OSError), match=r"`tokenizer` reads every prompt alike|[Tt]okenizer"):
+        SanaTBCMPipeline.from_pretrained(tmp_path)
+    teacher = tiny_sana_pipeline()
+    assert SanaTBCMPipeline(**{**teacher.components, "scheduler": None, "tokenizer": None}).tokenizer is None

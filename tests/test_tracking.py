@@ -1,6 +1,7 @@
 """Metrics reach the file and the trackers, and neither can end a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -55,6 +56,38 @@ def test_a_resumed_run_drops_what_its_checkpoint_does_not_know(accelerator, tmp_
         file.write('{"step": 4, "lo')  # killed while writing
     MetricsLog(accelerator, path, first_step=2)({"loss": 30}, step=3)
     assert lines(path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 30}]
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b'{"step": 2, "lo\n',
+        b'{"loss": 1}\n',
+        b"[2]\n",
+        b"\n",
+        b'{"step": null}\n',
+        b"\x00\x00\xff\xfe\n",
+        b'{"step": "2"',
+        b"7\n",
+    ],
+)
+def test_torn_lines_go_wherever_they_are_and_the_run_goes_on(accelerator, tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1}\n' + torn + b'\n{"step": 2, "loss": 2}\n{"step": 3}\n')
+    MetricsLog(accelerator, path, first_step=2)({"loss": 30}, step=3)
+    assert lines(path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 30}]
+
+
+def test_a_file_that_cannot_be_cut_keeps_its_lines(accelerator, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(self, *args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    MetricsLog(accelerator, path, first_step=1)
+    assert "No space left on device" in caplog.text and len(lines(path)) == 2
 
 
 def test_a_lost_tracker_is_named_and_left_out(accelerator, tmp_path, caplog):

@@ -22,6 +22,7 @@ from diffusers_tbcm.evaluation.metrics import fit_gaussian, symmetric_root
 from diffusers_tbcm.evaluation.text_image import HEAD_FILE, HeadScorer
 from diffusers_tbcm.files import read_json, write_json
 from diffusers_tbcm.pipeline_folder import list_checkpoints
+from diffusers_tbcm.training.checkpoints import AVERAGES
 from examples.tbcm.mini_teacher.emoji_metrics import (
     DISTILLATION_PROMPTS_FILE,
     GUIDANCE_SCALE,
@@ -76,8 +77,6 @@ TEACHER_STEPS = 20
 DIVERSITY_PROMPTS, DIVERSITY_PICTURES = 50, 4
 LATENTS, UNTRAINED = "latents", "untrained"
 TEACHER_FILE, FLAGS_FILE, TRAINING_FILE = "study_teacher.json", "study_flags.json", "study_training.json"
-# What accelerate calls the averaged weights in a checkpoint: registered after the learning rate's schedule.
-EMA_FILE = "custom_checkpoint_1.pkl"
 
 
 @dataclass(frozen=True)
@@ -218,10 +217,11 @@ class Study:
 
         def averaged(checkpoint: Path) -> SanaTBCMPipeline:
             pipeline = SanaTBCMPipeline.from_pretrained(folder)
-            weights = torch.load(checkpoint / EMA_FILE, map_location="cpu", weights_only=True)["shadow_params"]
+            parameters = dict(pipeline.transformer.named_parameters())
             with torch.no_grad():
-                for parameter, weight in zip(pipeline.transformer.parameters(), weights, strict=True):
-                    parameter.copy_(weight)
+                for name, weight in load_file(checkpoint / AVERAGES).items():
+                    parameters.pop(name.removeprefix("student.")).copy_(weight)
+            assert not parameters
             return pipeline
 
         rows = []

@@ -3,13 +3,14 @@
 
     python app.py --model outputs/quickstart
 
-As a Space (SDK: gradio): this file, a requirements.txt that says `diffusers_tbcm[demo]`, and the variable MODEL_ID.
+As a Space (SDK: gradio): this file, the variable MODEL_ID, and a requirements.txt that says
+`diffusers_tbcm[demo] @ ADDRESS`, with the address of a wheel that you have made (`pip wheel --no-deps .`) and
+uploaded, or git+https:// and that of a repository: no index has the package yet.
 """
 
-import argparse
 import os
 import random
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, HelpFormatter, ending_in_words
 from diffusers_tbcm.evaluation.drawing import draw, load_pipeline
 
 
@@ -141,18 +143,20 @@ def launch_options() -> dict[str, Any]:
     return {"theme": theme, "css": CSS, "show_error": True, "footer_links": ["api", "gradio", "settings"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__, formatter_class=HelpFormatter)
     default = os.environ.get("MODEL_ID", DEFAULT_MODEL)
     parser.add_argument("--model", default=default, help="pipeline folder or Hub id; by default $MODEL_ID")
     parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
-    args = parser.parse_args()
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    args = parser.parse_args(argv)
     if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
-        sys.exit(
+        parser.error(
             f"{DEFAULT_MODEL} is not there yet: `make quickstart` distils it, in about 12 minutes on 2 CPU cores."
             " Or give --model, or MODEL_ID, another student's folder or Hub id."
         )
-    build_page(load_pipeline(args.model, lora=args.lora), args.model).launch(**launch_options())
+    with ending_in_words({}, debug=args.debug):
+        build_page(load_pipeline(args.model, lora=args.lora), args.model).launch(**launch_options())
 
 
 if __name__ == "__main__":

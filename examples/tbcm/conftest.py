@@ -67,6 +67,7 @@ def shared_flags(teacher, tmp_path):
         "no-complex_human_instruction": True,
         "learning_rate": 1e-3,
         "report_to": "none",
+        "debug": True,  # errors come as they are raised
     }
 
 

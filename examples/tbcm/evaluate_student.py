@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Draw with a student, and with its teacher, and measure the pictures.
+r"""Draw with a student, and with its teacher, and measure the pictures.
 
 1. prompts from a file or a data set; real pictures from a file of features, a folder, a data set or the teacher itself
-2. every prompt is drawn at every number of steps, by all processes; what is on disk already is not drawn again
+2. every prompt is drawn at every number of steps, as the student was distilled unless a flag says otherwise, by all
+   processes; what is on disk already is not drawn again
 3. distances, precision, recall, retrieval, text-image score, diversity and time, with 95% confidence intervals
 4. metrics.json, which the model card takes, and metrics.png in --output_dir
 
@@ -12,35 +13,38 @@
       --output_dir outputs/mjhq
 """
 
-import argparse
-import os
+import math
 import platform
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
-from transformers import HfArgumentParser
 
+from diffusers_tbcm.command_line import DEBUG_HELP, HelpFormatter, ending_in_words, show_information
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
-from diffusers_tbcm.evaluation.drawing import draw_pictures, load_pipeline, numbered_generators
-from diffusers_tbcm.evaluation.evaluator import Evaluator, TextImageScorer, seconds_per_image
+from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
+from diffusers_tbcm.evaluation.evaluator import Evaluator, TextImageScorer, check_numbers, compare_with_teacher
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
-from diffusers_tbcm.evaluation.picture_folder import PictureFolder, pipeline_digests
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
+from diffusers_tbcm.evaluation.runs import Drawn, draw_runs
 from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
-from diffusers_tbcm.export.model_card import render_model_card
+from diffusers_tbcm.export.model_card import render_model_card, save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
-from diffusers_tbcm.pipeline_folder import CARD, TRAINING_RECORD
+from diffusers_tbcm.owned import OwnedFolder
+from diffusers_tbcm.pipeline_folder import METRICS, TRAINING_RECORD, resolve_teacher
+from diffusers_tbcm.redaction import redact, redact_command
+from diffusers_tbcm.training.accelerators import check_processes
+from diffusers_tbcm.training.settings import SettingsParser
 from diffusers_tbcm.versions import dtype_argument
 
 
@@ -49,8 +53,7 @@ PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
 REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
 PLOT = "metrics.png"
-TIMED_CALLS = 3
-MIN_PICTURES = 20  # the kernel distance takes 2 in each of 10 subsets
+PATIENCE = timedelta(hours=6)  # of processes that wait while one checks the real pictures
 EXCLUSIVE = (  # flags that exclude each other; one of the first two has to be given
     ("prompts_file", "dataset_name"),
     ("reference_dir", "reference_file", "reference_teacher"),
@@ -58,8 +61,8 @@ EXCLUSIVE = (  # flags that exclude each other; one of the first two has to be g
 )
 
 
-def flag(default: Any, says: str) -> Any:
-    return field(default=default, metadata={"help": says})
+def flag(default: Any, says: str, **options: Any) -> Any:
+    return field(default=default, metadata={"help": says, **options})
 
 
 @dataclass(frozen=True)
@@ -97,22 +100,28 @@ class Settings:
     num_images_per_prompt: int = flag(1, "2 or more measure diversity too")
     bootstrap_resamples: int = 200
     batch_size: int = flag(8, "pictures at a time, in each process")
-    guidance_scale: float = 4.5
-    resolution: int | None = flag(None, "pixels a side; the transformer's own by default")
-    max_sequence_length: int = flag(300, "tokens of a prompt")
-    complex_human_instruction: bool = flag(
-        True, "put Sana's instruction before each prompt; --no- for a student that was distilled without it"
+    guidance_scale: float | None = flag(None, "of all models; the middle of the student's own by default")
+    resolution: int | None = flag(None, "pixels a side; the student's own by default")
+    max_sequence_length: int | None = flag(None, "tokens of a prompt; as the student was distilled by default")
+    complex_human_instruction: bool | None = flag(
+        None,
+        "put Sana's instruction before each prompt; as the student was distilled by default",
+        nargs="?",
+        const=True,
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
     update_card: bool = flag(False, "put the results into --model, a folder, and its card")
+    debug: bool = flag(False, DEBUG_HELP)
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags, and refuse what is wrong with them before anything is loaded."""
-    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SettingsParser(Settings, description=__doc__, formatter_class=HelpFormatter)
     # The parser's own names for it are all underscores or all hyphens; this is that of the training scripts.
-    parser.add_argument("--no-complex_human_instruction", dest="complex_human_instruction", action="store_false")
+    parser.add_argument(
+        "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="put it there"
+    )
     settings: Settings
     settings, unknown = parser.parse_args_into_dataclasses(
         None if argv is None else list(argv), look_for_args_file=False, return_remaining_strings=True
@@ -129,6 +138,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         value = getattr(settings, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}: it takes at least 1")
+    if settings.seed < 0:
+        parser.error(f"--seed is {settings.seed}: it takes at least 0")
+    if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
+        parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a number")
     for name in ("steps", "teacher_steps"):
         values = getattr(settings, name)
         if min(values) < 1 or len({*values}) < len(values):
@@ -141,9 +154,23 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         parser.error("--image_column is of --dataset_name, which is not given")
     if settings.reference_file is not None and not settings.reference_file.is_file():
         parser.error(f"--reference_file {str(settings.reference_file)!r} does not exist")
+    if settings.reference_dir is not None:
+        real, drawn = Path(settings.reference_dir).resolve(), settings.output_dir.resolve()
+        if drawn.is_relative_to(real):
+            parser.error("--output_dir is in --reference_dir, whose pictures are the real ones: choose another")
     if settings.update_card and not (Path(settings.model) / TRAINING_RECORD).is_file():
         parser.error(f"--update_card needs --model to be a folder that training wrote, with its {TRAINING_RECORD}")
     return settings
+
+
+def claim_folders(settings: Settings) -> None:
+    """Refuse, before anything is drawn, to write where something is that is not ours."""
+    output = OwnedFolder(settings.output_dir)
+    output.claim()
+    output.own(REFERENCE, PLOT)
+    output.check_free([METRICS])
+    if settings.update_card:
+        OwnedFolder(settings.model, "model").check_free([METRICS])
 
 
 # 1. Prompts and real pictures ----------------------------------------------------------------------------------------
@@ -170,12 +197,14 @@ class Task:
 
 def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     """Load it all; whatever can be wrong is found before anything is drawn."""
-    for name in (settings.model, settings.teacher):
-        try:
-            if name is not None:
-                DiffusionPipeline.load_config(name)
-        except OSError as error:
-            raise ValueError(f"model {name!r} is neither a pipeline folder nor a model on the Hub") from error
+    try:
+        DiffusionPipeline.load_config(settings.model)
+    except OSError as error:
+        raise ValueError(f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub") from error
+    if settings.teacher is not None:
+        resolve_teacher(settings.teacher)
+    if settings.update_card:
+        render_model_card(settings.model)
     prompts = load_evaluation_prompts(
         source,
         config=settings.dataset_config_name,
@@ -198,7 +227,7 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     elif settings.text_image_head is not None:
         scorer = HeadScorer(settings.text_image_head, device)
     task = Task(prompts, real, reference, extractor, scorer)
-    check_numbers(settings, task)
+    check_task(settings, task)
     return task
 
 
@@ -218,112 +247,71 @@ def real_pictures(settings: Settings) -> FolderPictures | DatasetPictures | None
     )
 
 
-def check_numbers(settings: Settings, task: Task) -> None:
+def check_task(settings: Settings, task: Task) -> None:
     """Refuse what could not be measured once it is drawn."""
     prompts, labels = task.prompts.prompts, task.prompts.labels
     if len(prompts) < 2:
         raise ValueError("there is 1 prompt: an interval takes at least 2")
     drawn = len(prompts) * settings.num_images_per_prompt
-    real_labels: Sequence[str]
+    real: tuple[int, Sequence[str]]
     if task.reference is not None:
-        real, real_labels = len(task.reference.features), task.reference.labels
+        real = len(task.reference.features), task.reference.labels
     elif settings.reference_teacher:
-        real, real_labels = drawn, labels
+        real = drawn, labels
     elif task.real is not None:
-        real, real_labels = len(task.real), task.real.labels
+        real = len(task.real), task.real.labels
     else:
         return
-    needed = max(MIN_PICTURES, 1 + (task.extractor.num_components or task.extractor.num_features))
-    for kind, number in (("drawn", drawn), ("real", real)):
-        if number < needed:
-            raise ValueError(
-                f"{number} {kind} pictures are too few: the covariance of --features {settings.features} takes"
-                f" {needed}"
-            )
-    unknown = sorted({*labels} - {*real_labels})
-    if real_labels and unknown:
-        raise ValueError(f"{len(unknown)} labels of prompts, such as {unknown[0]!r}, are those of no real picture")
+    check_numbers(task.extractor, labels=labels, drawn=drawn, real=real[0], real_labels=real[1])
 
 
 # 2. Pictures ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The pictures of a model at a number of steps, and the seconds that one takes."""
-
-    model: str
-    steps: int
-    pictures: PictureFolder
-    seconds: float
-
-
-def draw_models(settings: Settings, accelerator: Accelerator, prompts: Sequence[str]) -> list[Drawn]:
-    """Draw with the teacher, where there is one, and with the student; one pipeline is in memory at a time."""
+def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> list[Drawn]:
+    """Draw with the student and, where there is one, its teacher; one pipeline is in memory at a time."""
     dtype = getattr(torch, settings.dtype)
-    drawn: list[Drawn] = []
-    if settings.teacher is not None:
-        teacher = SanaPipeline.from_pretrained(settings.teacher, **dtype_argument(dtype)).to(accelerator.device)
-        runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
-        if settings.reference_teacher:
-            runs.append((REFERENCE_RUN, settings.teacher_steps[-1], settings.seed + 1))
-        drawn += draw_all(settings, accelerator, teacher, prompts, runs)
-        del teacher
     student = load_pipeline(settings.model, lora=settings.lora, dtype=dtype, device=accelerator.device)
-    runs = [("student", steps, settings.seed) for steps in settings.steps]
-    return drawn + draw_all(settings, accelerator, student, prompts, runs)
-
-
-def draw_all(
-    settings: Settings,
-    accelerator: Accelerator,
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    runs: Sequence[tuple[str, int, int]],
-) -> list[Drawn]:
-    """Draw the missing pictures of every run (model, steps, seed), shared by the processes."""
-    size = settings.resolution or pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    size = student.transformer.config.sample_size * student.vae_scale_factor
     options: dict[str, Any] = {
-        "guidance_scale": settings.guidance_scale,
         "height": size,
         "width": size,
-        "max_sequence_length": settings.max_sequence_length,
+        **student.default_call_options,
+        **call_options(
+            guidance_scale=settings.guidance_scale,
+            height=settings.resolution,
+            width=settings.resolution,
+            max_sequence_length=settings.max_sequence_length,
+            complex_human_instruction=settings.complex_human_instruction,
+        ),
         "use_resolution_binning": False,
     }
-    described = {**options, **pipeline_digests(pipeline), "instruction": settings.complex_human_instruction}
-    if not settings.complex_human_instruction:
-        options["complex_human_instruction"] = None
-    pipeline.set_progress_bar_config(disable=True)
-    drawn = []
-    for model, steps, seed in runs:
-        with accelerator.main_process_first():
-            folder = PictureFolder(
-                settings.output_dir / PICTURES / f"{model}-{steps}-steps",
-                prompts,
-                settings.num_images_per_prompt,
-                {**described, "num_inference_steps": steps, "seed": seed},
-            )
-        missing = folder.missing()
-        accelerator.wait_for_everyone()  # nobody draws before all have looked
-        with accelerator.split_between_processes(missing) as mine:
-            folder.draw(
-                pipeline,
-                mine,
-                num_inference_steps=steps,
-                seed=seed,
-                batch_size=settings.batch_size,
-                progress=accelerator.is_main_process,
-                **options,
-            )
-        accelerator.wait_for_everyone()
+    if task.real is not None and accelerator.is_main_process:
+        task.real.check((options["width"], options["height"]))
+    accelerator.wait_for_everyone()
 
-        def draw_one(steps: int = steps, seed: int = seed) -> list[Image.Image]:
-            generators = numbered_generators(seed)
-            return list(draw_pictures(pipeline, prompts[:1], generators, num_inference_steps=steps, **options))
+    def draw(pipeline: DiffusionPipeline, runs: Sequence[tuple[str, int, int]]) -> list[Drawn]:
+        return draw_runs(
+            accelerator,
+            pipeline,
+            runs,
+            task.prompts.prompts,
+            settings.output_dir / PICTURES,
+            pictures_per_prompt=settings.num_images_per_prompt,
+            batch_size=settings.batch_size,
+            options=options,
+        )
 
-        seconds = seconds_per_image(draw_one, TIMED_CALLS) if accelerator.is_main_process else 0.0
-        drawn.append(Drawn(model, steps, folder, seconds))
-    return drawn
+    drawn = draw(student, [("student", steps, settings.seed) for steps in settings.steps])
+    if settings.teacher is None:
+        return drawn
+    del student
+    folder = resolve_teacher(settings.teacher)
+    teacher = SanaPipeline.from_pretrained(folder, **dtype_argument(dtype)).to(accelerator.device)
+    runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
+    if settings.reference_teacher:
+        runs.append((REFERENCE_RUN, settings.teacher_steps[-1], settings.seed + 1))
+    return draw(teacher, runs) + drawn
 
 
 # 3. Measurements -----------------------------------------------------------------------------------------------------
@@ -352,27 +340,22 @@ def measure(
         if run.model != REFERENCE_RUN:
             row = evaluator(run.model, run.steps, run.pictures, task.prompts.prompts, task.prompts.labels)
             measurements.append(replace(row, metrics={**row.metrics, "s / image": run.seconds}))
-    teachers = [row for row in measurements if row.model == "teacher"]
-    if not teachers or settings.num_images_per_prompt == 1:
-        return measurements
-    of_teacher = teachers[-1].metrics["diversity"]
-    return [
-        replace(row, metrics={**row.metrics, "diversity / teacher's": row.metrics["diversity"] / of_teacher})
-        for row in measurements
-    ]
+    return compare_with_teacher(measurements)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse_settings(argv)
-    words = sys.argv[1:] if argv is None else argv
-    accelerator = Accelerator()
+def evaluate(settings: Settings, words: Sequence[str]) -> None:
+    """Take all four steps; the words are those of the command line, which the results record."""
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    check_processes(accelerator)
+    with accelerator.main_process_first():
+        claim_folders(settings)
 
     # 1. Prompts and real pictures
     source = settings.prompts_file or settings.dataset_name or ""
     task = prepare(settings, source, accelerator.device)
 
     # 2. Pictures
-    drawn = draw_models(settings, accelerator, task.prompts.prompts)
+    drawn = draw_models(settings, accelerator, task)
     if not accelerator.is_main_process:
         return
 
@@ -380,8 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference = make_reference(settings, task, drawn)
     measurements = measure(settings, task, drawn, reference)
 
-    # 4. Results; no absolute path, which would be of this machine
-    command = shlex.join(Path(word).name if os.path.isabs(word) else word for word in words)
+    # 4. Results; no path of this machine
     details = {
         "seed": settings.seed,
         "pictures": len(drawn[0].pictures),
@@ -396,15 +378,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_metrics(
             folder,
             measurements,
-            dataset=f"{len(task.prompts.prompts)} prompts of {Path(source).name if os.path.isabs(source) else source}",
-            command=f"python examples/tbcm/{Path(__file__).name} {command}",
+            dataset=f"{len(task.prompts.prompts)} prompts of {redact(source)}",
+            command=f"python examples/tbcm/{Path(__file__).name} {redact_command(words)}",
             details=details,
         )
     if settings.update_card:
-        render_model_card(settings.model).save(Path(settings.model) / CARD)
+        save_model_card(settings.model)
     plot_measurements(measurements, settings.output_dir / PLOT)
     print(measurement_table(measurements).to_string(index=False, na_rep=""))
     print(f"{settings.output_dir / PLOT}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse_settings(argv)
+    show_information()
+    with ending_in_words({item.name: f"--{item.name}" for item in fields(Settings)}, debug=settings.debug):
+        evaluate(settings, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

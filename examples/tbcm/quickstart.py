@@ -30,8 +30,9 @@ from diffusers_tbcm.evaluation.evaluator import seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.evaluation.reference import FeatureReference
-from diffusers_tbcm.export.model_card import render_model_card
+from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.owned import OwnedFolder
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
@@ -85,7 +86,16 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
         **changes,
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--num_cpu_threads_per_process", str(os.cpu_count())]  # accelerate's own choice is one thread
     # The embedded teacher reads a prompt the same without the instruction, and on a CPU the instruction costs 100 ms.
@@ -131,7 +141,8 @@ def main() -> None:
     command = training_command(args.output_dir, args.max_train_steps)
     if args.output_dir.exists():
         command += ["--resume_from_checkpoint", "latest"]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)  # the script has said why
     training_seconds = time.perf_counter() - start
 
     # 2. Measure
@@ -169,7 +180,8 @@ def main() -> None:
     # 3. Show
     columns = [draw(pipelines[model], list(GRID_PROMPTS), steps) for model, steps in GRID_COLUMNS]
     labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
-    image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(args.output_dir / "grid.png")
+    with OwnedFolder(args.output_dir).written("grid.png") as partial_file:
+        image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(partial_file, format="PNG")
     script = "examples/tbcm/quickstart.py"
     save_metrics(
         args.output_dir,
@@ -183,7 +195,7 @@ def main() -> None:
             "torch": str(torch.__version__),
         },
     )
-    render_model_card(args.output_dir).save(args.output_dir / "README.md")
+    save_model_card(args.output_dir)
 
     rows = [{"model": model, "steps": steps, **metrics} for (model, steps), metrics in figures.items()]
     print("\n" + pandas.DataFrame(rows).to_string(index=False, na_rep=""))

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_tbcm_pipeline, tiny_transformer
 
+from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.evaluation.features import MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.folders import save_student_pipeline
@@ -49,6 +50,7 @@ def arguments(student, tmp_path):
             "no-complex_human_instruction": True,
             "resolution": 32,
             "bootstrap_resamples": 20,
+            "debug": True,  # errors come as they are raised
             **changes,
         }
         flags = []
@@ -128,6 +130,54 @@ def test_a_changed_seed_or_model_is_refused(arguments, student, tmp_path):
         main(arguments(max_prompts=2, model=other))
 
 
+def test_drawing_is_as_the_student_was_distilled_and_as_the_flags_say(arguments, teacher, tmp_path):
+    pipeline = tiny_tbcm_pipeline()
+    trained = {"max_sequence_length": 8, "complex_human_instruction": None, "height": 32, "width": 32}
+    pipeline.scheduler = TBCMScheduler(guidance_scales=[1.5, 2.0, 2.5], call_options=trained)
+    pipeline.save_pretrained(tmp_path / "student")
+    told_nothing = dict.fromkeys(("max_sequence_length", "no-complex_human_instruction", "resolution"))
+    both = {"model": tmp_path / "student", "teacher": teacher, "teacher_steps": 1, "max_prompts": 2, **told_nothing}
+    drawn = {"guidance_scale": 2.0, "max_sequence_length": 8, "instruction": False, "height": 32, "width": 32}
+    told = {"guidance_scale": 4.0, "max_sequence_length": 9, "complex_human_instruction": True, "resolution": 64}
+    for flags, expected in (
+        ({}, drawn),
+        (told, {"guidance_scale": 4.0, "max_sequence_length": 9, "instruction": True, "height": 64, "width": 64}),
+    ):
+        main(arguments(**both | flags, output_dir=tmp_path / f"out{len(flags)}"))
+        for model in ("student", "teacher"):
+            file = tmp_path / f"out{len(flags)}" / "pictures" / f"{model}-1-steps" / "settings.json"
+            found = json.loads(file.read_text())
+            assert {name: found[name] for name in expected} == expected
+
+
+def test_fewer_prompts_than_subsets_of_the_kernel_distance_suffice(arguments, few_components, tmp_path):
+    reference = TEACHER_DIR / "reference_features.safetensors"
+    main(arguments(max_prompts=4, num_images_per_prompt=3, reference_file=reference))
+    found = load_metrics(tmp_path / "out").measurements[0]
+    low, high = found.intervals["MobileNet-KD"]
+    assert low < found.metrics["MobileNet-KD"] < high
+
+
+def test_a_real_picture_that_cannot_be_read_is_named_before_anything_is_drawn(arguments, few_components, tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    for index in range(12):
+        Image.new("RGB", (32, 32), (20 * index, 0, 0)).save(real / f"{index:02}.png")
+    torn = (real / "07.png").read_bytes()
+    (real / "07.png").write_bytes(torn[: len(torn) // 2])
+    with pytest.raises(ValueError, match=r"1 of 12 real pictures cannot be read: picture .*07.png"):
+        main(arguments(reference_dir=real))
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    with pytest.raises(ValueError, match="2 processes were started and accelerate has not joined them"):
+        main(arguments(max_prompts=2))
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_processes_draw_the_pictures_of_one(arguments, tmp_path):
     main(arguments(max_prompts=7, num_images_per_prompt=2, output_dir=tmp_path / "one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
@@ -170,7 +220,7 @@ def test_the_card_of_the_student_gets_the_results(arguments, teacher, tmp_path):
         ({"clip_model": "{tmp}/none"}, "CLIP model .* is neither a folder"),
         ({"max_prompts": 1}, "there is 1 prompt"),
         ({"model": "{tmp}/none"}, "is neither a pipeline folder nor a model on the Hub"),
-        ({"teacher": "{tmp}/none"}, "is neither a pipeline folder nor a model on the Hub"),
+        ({"teacher": "{tmp}/none"}, "teacher .* is neither a folder nor a model on the Hub"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_drawn(changes, message, arguments, tmp_path):
@@ -194,6 +244,9 @@ def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, 
         ({"steps": "1 0"}, "--steps is [1, 0]"),
         ({"steps": "2 2"}, "--steps is [2, 2]"),
         ({"batch_size": 0}, "--batch_size is 0"),
+        ({"seed": -1}, "--seed is -1: it takes at least 0"),
+        ({"guidance_scale": "nan"}, "--guidance_scale is nan"),
+        ({"reference_dir": "..", "output_dir": "out"}, "--output_dir is in --reference_dir"),
         ({"bootstrap_resamples": 1}, "--bootstrap_resamples is 1"),
         ({"reference_teacher": True}, "--reference_teacher needs --teacher"),
         ({"image_column": "image"}, "--image_column is of --dataset_name"),

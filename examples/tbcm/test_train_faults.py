@@ -1,21 +1,24 @@
 """Whatever goes wrong while the training script runs, no finished work is lost and the weights stay right."""
 
 import errno
+import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from runs import assert_same_state, metrics, run_until
-from safetensors.torch import load_file
-from tiny import student_weights
+from safetensors.torch import load_file, save_file
+from tiny import student_weights, write_tiny_pipeline
 
+from diffusers_tbcm.data.embeddings import PromptEncoder
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import main
 from diffusers_tbcm.training import distillation
-from diffusers_tbcm.training.checkpoints import MANIFEST
+from diffusers_tbcm.training.checkpoints import MANIFEST, load_run_state
 from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE
 
 
@@ -54,6 +57,25 @@ def test_sigint_writes_a_checkpoint_too(flags, tmp_path):
     code, output = run_until(arguments, tmp_path / "run", 1, signal.SIGINT)
     assert code == RESUMABLE_EXIT_CODE and "Traceback" not in output, output
     assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_stops_at_once_and_the_same_command_goes_on(flags, tmp_path, monkeypatch, number):
+    encode, arguments = PromptEncoder.encode, flags(precompute_embeddings=tmp_path / "embeddings")
+
+    def interrupt(self, prompt):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptEncoder, "encode", interrupt)
+        started = time.monotonic()
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+    assert ended.value.code == RESUMABLE_EXIT_CODE and time.monotonic() - started < 50
+    assert list((tmp_path / "embeddings").iterdir()) == [] and encode is PromptEncoder.encode
+    main(arguments)
+    assert student_weights(tmp_path / "run")
 
 
 def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(flags, tmp_path):
@@ -153,7 +175,7 @@ def test_a_loss_that_is_not_a_number_skips_its_step_and_names_its_prompts(flags,
     poison(monkeypatch, {2})
     main(flags(max_train_steps=3, checkpointing_steps=1, logging_steps=1, train_batch_size=2, use_ema=True))
     run = tmp_path / "run"
-    assert torch.load(run / "checkpoint-3" / "custom_checkpoint_1.pkl", weights_only=True)["optimization_step"] == 2
+    assert load_run_state(run / "checkpoint-3")["averaged_steps"] == {"student": 2}
     assert any("Step 2: gradient norm nan" in message and "numbers [" in message for message in caplog.messages)
     assert [line["skipped_steps"] for line in metrics(run)] == [0, 1, 1]
     first, second, third = (load_file(run / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3))
@@ -179,3 +201,47 @@ def test_a_torn_black_latent_is_made_again(flags, tmp_path):
     cache.write_bytes(whole[:-8])
     main(flags(max_train_steps=3, resume_from_checkpoint="latest"))
     assert cache.read_bytes() == whole
+
+
+def test_another_run_of_the_script_is_refused_and_the_finished_student_left_alone(flags, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other.txt"
+    other.write_text("quite another prompt\n")
+    main(flags())
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for changes, message in (
+        ({"prompts_file": other}, "another prompts"),
+        ({"route_steps": 5}, "`route_steps` 3, now 5"),
+        ({"rank": 2}, "`rank` null, now 2"),
+        ({"guidance_scales": [2.0]}, "`guidance_scales`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(flags(resume_from_checkpoint="latest", max_train_steps=3, **changes))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_the_card_says_what_was_changed_on_the_way(flags, tmp_path):
+    main(flags())
+    main(
+        flags(
+            max_train_steps=3, resume_from_checkpoint="latest", learning_rate=1e-4, resume_with_changed="learning_rate"
+        )
+    )
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "learning_rate 0.001 until step 2, then 0.0001" in card and "lr 0.0001" in card
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == [1e-3, 1e-4]
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [("transformer", "its weights are not all finite"), ("text_encoder", "text encoder's embeddings are not finite")],
+)
+def test_a_teacher_that_is_not_finite_is_refused(flags, tmp_path, component, message):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    (file,) = (teacher / component).glob("*.safetensors")
+    weights = load_file(file)
+    for weight in weights.values():
+        weight.view(-1)[0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        main(flags(pretrained_model_name_or_path=teacher))
+    assert not (tmp_path / "run" / "model_index.json").exists()

@@ -38,14 +38,22 @@ NEEDS_PUSH = pytest.mark.skipif(
 
 
 def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teacher, tmp_path):
-    arguments = flags(report_to="tensorboard", validation_prompts=["a dog", "a cat"], validation_steps=2, use_ema=True)
+    arguments = flags(
+        report_to="tensorboard",
+        validation_prompts=["a dog", "a cat"],
+        validation_steps=2,
+        use_ema=True,
+        guidance_scales=[1.5, 2.0, 2.5],
+    )
+    trained = {"guidance_scale": 2.0, "max_sequence_length": 16, "complex_human_instruction": None}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
     finished = subprocess.run([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert finished.returncode == 0, finished.stdout
     run = tmp_path / "run"
     assert type(DiffusionPipeline.from_pretrained(run)).__name__ == "SanaSprintPipeline"
-    image = SanaTBCMPipeline.from_pretrained(run)("a dog", num_inference_steps=1, max_sequence_length=16).images[0]
-    assert image.size == (64, 64)
+    pipeline = SanaTBCMPipeline.from_pretrained(run)
+    image = pipeline("a dog", num_inference_steps=1).images[0]
+    assert image.size == (64, 64) and pipeline.default_call_options == trained
     before = make_student(SanaTransformer2DModel.from_pretrained(teacher, subfolder="transformer")).state_dict()
     after = student_weights(run)
     assert after.keys() == before.keys()
@@ -57,9 +65,7 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
     assert [example["text"] for example in card.data.widget] == ["a dog"] * 3 + ["a cat"] * 3
     with Image.open(run / card.data.widget[0]["output"]["url"]) as picture:  # drawn with the weights that were saved
         generator = draw_generator(0, 0)
-        drawn = SanaTBCMPipeline.from_pretrained(run)(
-            "a dog", num_inference_steps=1, max_sequence_length=16, complex_human_instruction=None, generator=generator
-        ).images[0]
+        drawn = pipeline("a dog", num_inference_steps=1, generator=generator).images[0]  # as it was distilled
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(drawn)).max() <= 1  # in a batch of two, and alone
 
 
@@ -242,13 +248,11 @@ def test_metrics_go_to_a_file_whatever_the_tracker(flags, tmp_path):
     assert {"loss", "error", "tangent_norm", "grad_norm", "filtered_share", "skipped_steps", "lr"} <= lines[0].keys()
 
 
-def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_path, caplog):
-    main(flags(brightness_threshold=1e9, brightness_hard=True))
-    before = make_student(SanaTransformer2DModel.from_pretrained(teacher, subfolder="transformer")).state_dict()
-    after = student_weights(tmp_path / "run")
-    kept = [name for name in before if "guidance_embedder.linear_1" not in name]  # random where a student is made
-    assert all(torch.equal(after[name], before[name]) for name in kept)
+def test_a_filter_that_drops_everything_says_so_and_exports_nothing(flags, tmp_path, caplog):
+    with pytest.raises(RuntimeError, match=r"nothing is exported: .* are still those .*2 prompts were dropped"):
+        main(flags(brightness_threshold=1e9, brightness_hard=True))
     assert sum("dropped every prompt" in message for message in caplog.messages) == 2
+    assert not (tmp_path / "run" / "model_index.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -257,6 +261,14 @@ def test_a_step_without_rows_changes_nothing_and_says_so(flags, teacher, tmp_pat
         ({"route_steps": 1}, "--route_steps is 1"),
         ({"guidance_scales": [4.5, 0]}, r"--guidance_scales is \[4.5, 0.0\]"),
         ({"max_train_steps": 0}, "--max_train_steps is 0"),
+        ({"learning_rate": "inf"}, "--learning_rate is inf: it has to be finite"),
+        ({"guidance_scales": [4.5, "nan"]}, r"--guidance_scales is \[4.5, nan\]: it has to be finite"),
+        ({"flow_shift": "inf"}, "--flow_shift is inf: it has to be finite"),
+        ({"logit_mean": "nan"}, "--logit_mean is nan: it has to be finite"),
+        ({"seed": 2**32}, "--seed is 4294967296: the largest is 4294967295"),
+        ({"lr_warmup_steps": -1}, "--lr_warmup_steps is -1"),
+        ({"weight_decay": -0.1}, "--weight_decay is -0.1"),
+        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler: invalid choice"),
         ({"prompts_file": None}, "either --prompts_file or --dataset_name"),
         ({"tangent_final_ratio": 1.5}, "`final_ratio` is 1.5"),
         ({"brightness_threshold": -1}, "--brightness_threshold is -1"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distil a Sana pipeline with discrete consistency (LCM, arXiv 2310.04378), for comparison with TBCM.
+r"""Distil a Sana pipeline with discrete consistency (LCM, arXiv 2310.04378), for comparison with TBCM.
 
     accelerate launch examples/tbcm/train_lcm.py \
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \
@@ -44,7 +44,7 @@ class LCMSettings(PictureSettings):
 
     num_ddim_timesteps: int = setting(50, "steps of the teacher's ODE solver")
     flow_shift: float = setting(2.5, "of the grid")
-    loss_type: str = setting("huber", choices=LOSS_TYPES)
+    loss_type: str = setting("huber", "of the two predictions' distance", choices=LOSS_TYPES)
     huber_c: float = setting(HUBER_CONSTANT, "of the pseudo-Huber loss")
 
     def __post_init__(self) -> None:

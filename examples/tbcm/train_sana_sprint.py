@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distil a Sana pipeline with Sana-Sprint (arXiv 2503.09641), sCM and LADD, for comparison with TBCM.
+r"""Distil a Sana pipeline with Sana-Sprint (arXiv 2503.09641), sCM and LADD, for comparison with TBCM.
 
     accelerate launch examples/tbcm/train_sana_sprint.py \
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distil a Sana text-to-image pipeline with sCM (arXiv 2410.11081) on captioned pictures, for comparison with TBCM.
+r"""Distil a Sana text-to-image pipeline with sCM (arXiv 2410.11081) on captioned pictures, for comparison with TBCM.
 
     accelerate launch examples/tbcm/train_scm.py \
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \

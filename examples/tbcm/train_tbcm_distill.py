@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distil a Sana text-to-image pipeline into a 1-4 step one, without images (TBCM, arXiv 2511.20410, Algorithm 1).
+r"""Distil a Sana text-to-image pipeline into a 1-4 step one, without images (TBCM, arXiv 2511.20410, Algorithm 1).
 
     accelerate launch examples/tbcm/train_tbcm_distill.py \
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \
@@ -58,7 +58,7 @@ class TBCMSettings(DistillationSettings):
     max_prompts: int | None = setting(None, "read no more prompts than this")
 
     route_steps: int = setting(16, "teacher steps N of a trajectory")
-    sampling_scheme: str = setting("reference", choices=SAMPLING_SCHEMES)
+    sampling_scheme: str = setting("reference", "where on the trajectory the rows lie", choices=SAMPLING_SCHEMES)
     flow_shift: float = setting(2.5, "of the reference route")
     logit_mean: float = setting(0.2, "of the logit_normal scheme")
     logit_std: float = setting(1.6, "of the logit_normal scheme")
@@ -67,7 +67,7 @@ class TBCMSettings(DistillationSettings):
 
     tangent_warmup_steps: int = setting(4000, "of the ratio r from 0 to 1")
     tangent_cooldown_start_step: int = setting(15000, "-1: no cooldown")
-    tangent_cooldown_steps: int = setting(2000)
+    tangent_cooldown_steps: int = setting(2000, "of r from 1 to tangent_final_ratio")
     tangent_final_ratio: float = setting(0.75, "r after the cooldown")
     tangent_resolution_invariant: bool = setting(False, "norm over the root of its size")
     endpoint_warmup_steps: int = setting(
@@ -118,9 +118,11 @@ def record_trajectories(
     """Steps 1 to 4, as a function of the draws to make rows of."""
     black = None
     if settings.brightness_threshold > 0:
-        cache = run.output_dir / f"black_latent_{distillation.resolution}.safetensors"
+        cache = run.own(f"black_latent_{distillation.resolution}.safetensors")
         with run.accelerator.main_process_first():
-            black = cached_black_latent(distillation.folder, distillation.resolution, cache).to(run.device)
+            black = cached_black_latent(
+                distillation.folder, distillation.resolution, cache, variant=settings.variant
+            ).to(run.device)
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
         """Record the trajectories of some draws, and say which of them the brightness filter keeps."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from .command_line import DEBUG_HELP, CommandParser, HelpFormatter, ending_in_words
 from .files import PICTURE_SUFFIXES
 
 
@@ -23,6 +26,10 @@ if TYPE_CHECKING:  # what is heavy is imported by the command that needs it
     from .evaluation.drawing import Drawing
 
 PROG = "diffusers-tbcm"
+FLAGS = {
+    name: f"--{name}" for name in ("device", "dtype", "guidance_scale", "height", "license", "tag", "token", "width")
+}
+FLAGS["num_inference_steps"] = "--steps"
 TRAINING_SCRIPTS = ("tbcm_distill", "scm", "sana_sprint", "lcm")  # train_*.py of examples/tbcm
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**64 - 1  # torch's
@@ -43,7 +50,7 @@ class Generation:
         prompts: what to draw, each with every number of steps and every seed.
         steps: numbers of inference steps.
         seeds: one a picture.
-        options: further arguments of the pipeline's call.
+        options: arguments of `drawing.call_options`.
         out: a picture's file, or a folder.
         to_folder: whether `out` is a folder.
         grid: put all pictures into one.
@@ -69,30 +76,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments; the program's own by default.
 
     Raises:
-        SystemExit: with code 2 for arguments that do not fit, 1 where the command cannot be carried out.
+        SystemExit: with code 2 for arguments that do not fit, or that the command cannot be carried out with.
     """
-    command, run = parse_args(argv)
-    try:
+    command, debug, run = parse_args(argv)
+    with ending_in_words(FLAGS, debug=debug, program=f"{PROG} {command}"):
         run()
-    except ValueError as error:  # ours, which say what to do
-        sys.exit(f"{PROG} {command}: error: {error}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Callable[[], None]]:
+def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[], None]]:
     """Read the arguments and check what can be checked before anything is loaded.
 
     Args:
         argv: the arguments; the program's own by default.
 
     Returns:
-        The command's name, and what runs it.
+        The command's name, whether its errors are to end in a traceback, and what runs it.
 
     Raises:
         SystemExit: for arguments that do not fit, with the reason on stderr.
     """
-    parser = argparse.ArgumentParser(PROG, description=__doc__)
+    parser = CommandParser(PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="draw pictures")
+    generate = commands.add_parser("generate", help="draw pictures", formatter_class=HelpFormatter)
     add_generate_flags(generate)
 
     train = commands.add_parser("train", help="distil a student: `accelerate launch` of a training script")
@@ -113,15 +118,18 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Callable[[], Non
     card.add_argument("--license", help="the student's, such as apache-2.0; the recorded one by default")
     card.add_argument("--model_id", help="what the examples load; the recorded one by default")
 
+    for part in (generate, push, card):
+        part.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+
     values = vars(parser.parse_args(argv))
-    command = values.pop("command")
+    command, debug = values.pop("command"), values.pop("debug", False)
     if command == "train":
-        return command, partial(run_train, **values)
+        return command, debug, partial(run_train, **values)
     if command == "generate":
-        return command, partial(run_generate, read_generation(generate, **values))
+        return command, debug, partial(run_generate, read_generation(generate, **values))
     if not values["folder"].is_dir():
         (push if command == "push" else card).error(f"folder {str(values['folder'])!r} does not exist")
-    return command, partial(run_push if command == "push" else run_card, **values)
+    return command, debug, partial(run_push if command == "push" else run_card, **values)
 
 
 def add_generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -133,14 +141,14 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompts_file", type=Path, help="text with one prompt a line, or csv, jsonl or parquet")
     parser.add_argument("--steps", type=int, nargs="+", default=[2], help="numbers of inference steps")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each")
-    parser.add_argument("--guidance_scale", type=float, default=4.5)
+    parser.add_argument("--guidance_scale", type=float, help="the middle of the student's own by default")
     parser.add_argument("--height", type=int, help="pixels; the size of training by default")
     parser.add_argument("--width", type=int)
+    parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt; as in training by default")
     parser.add_argument(
         "--complex_human_instruction",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="put Sana's instruction before each prompt; --no- for a student that was distilled without it",
+        help="put Sana's instruction before each prompt, or not; as in training by default",
     )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--device", help="a GPU where there is one, else the CPU by default")
@@ -155,10 +163,11 @@ def read_generation(
     prompts_file: Path | None,
     steps: list[int],
     seed: list[int],
-    guidance_scale: float,
+    guidance_scale: float | None,
     height: int | None,
     width: int | None,
-    complex_human_instruction: bool,
+    max_sequence_length: int | None,
+    complex_human_instruction: bool | None,
     out: Path,
     grid: bool,
     **loading: Any,
@@ -167,8 +176,8 @@ def read_generation(
 
     Args:
         parser: the command's.
-        prompt, prompts_file, steps, seed, guidance_scale, height, width, complex_human_instruction, out, grid: its
-            arguments.
+        prompt, prompts_file, steps, seed, guidance_scale, height, width, max_sequence_length,
+            complex_human_instruction, out, grid: its arguments.
         loading: those of its arguments that say which model is loaded, and how.
 
     Returns:
@@ -177,10 +186,10 @@ def read_generation(
     Raises:
         SystemExit: with the reason on stderr.
     """
-    for name, values in (("steps", steps), ("height", [height]), ("width", [width])):
-        for value in values:
-            if value is not None and value < 1:
-                parser.error(f"--{name} is {value}: it takes at least 1")
+    sizes = [("height", height), ("width", width), ("max_sequence_length", max_sequence_length)]
+    for name, value in [*(("steps", number) for number in steps), *sizes]:
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}: it takes at least 1")
     for number in seed:
         if not 0 <= number <= MAX_SEED:
             parser.error(f"--seed is {number}: it takes 0 to {MAX_SEED}")
@@ -208,23 +217,47 @@ def read_generation(
     pictures = len(prompt) * len(steps) * len(seed)
     if not to_folder and pictures > 1 and not grid:
         parser.error(f"--out {str(out)!r} is one file for {pictures} pictures: name a folder, or add --grid")
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    if not complex_human_instruction:
-        options["complex_human_instruction"] = None
+    options = {
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "max_sequence_length": max_sequence_length,
+        "complex_human_instruction": complex_human_instruction,
+    }
     return Generation(
         prompts=prompt, steps=steps, seeds=seed, options=options, out=out, to_folder=to_folder, grid=grid, **loading
     )
 
 
 def run_train(script: str, flags: Sequence[str]) -> None:
-    """Become `accelerate launch` of a training script, as `accelerate config` has set it up.
+    """Do as `accelerate launch` of a training script, as `accelerate config` has set it up, and end as the script.
+
+    A token moves into the environment, as process lists show command lines: this program starts itself again.
 
     Args:
         script: one of `TRAINING_SCRIPTS`.
         flags: the script's.
+
+    Raises:
+        SystemExit: with the exit code of the script; the launcher's own traceback would hide what the script has said.
     """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    flags, token = _without_token(flags)
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+        os.execv(sys.executable, [sys.executable, "-m", __package__, "train", script, *flags])
     module = f"{__package__}.scripts.train_{script}"
-    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "-m", module, *flags])
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)  # it reaches the script too, which is waited for
+    try:
+        launch_command(launch_command_parser().parse_args(["-m", module, *flags]))
+    except subprocess.CalledProcessError as error:  # one process
+        sys.exit(error.returncode)
+    except ChildFailedError as error:  # several
+        sys.exit(error.get_first_failure()[1].exitcode)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_generate(asked: Generation) -> None:
@@ -232,7 +265,7 @@ def run_generate(asked: Generation) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from .evaluation.drawing import draw, load_pipeline
+    from .evaluation.drawing import call_options, draw, load_pipeline
 
     pipeline = load_pipeline(asked.model, lora=asked.lora, dtype=getattr(torch, asked.dtype), device=asked.device)
     (asked.out if asked.to_folder else asked.out.parent).mkdir(parents=True, exist_ok=True)
@@ -240,7 +273,8 @@ def run_generate(asked: Generation) -> None:
     in_grid = []
     seconds: dict[int, list[float]] = {steps: [] for steps in asked.steps}
     total = len(asked.prompts) * len(asked.steps) * len(asked.seeds)
-    drawings = draw(pipeline, asked.prompts, steps=asked.steps, seeds=asked.seeds, **asked.options)
+    options = call_options(**asked.options)
+    drawings = draw(pipeline, asked.prompts, steps=asked.steps, seeds=asked.seeds, **options)
     for drawing in tqdm(drawings, total=total, unit="picture"):
         seconds[drawing.num_inference_steps].append(drawing.seconds)
         if asked.grid:
@@ -306,30 +340,41 @@ def run_push(
     """Push a folder to the Hub; the arguments are those of `export.hub.push_pipeline_to_hub`."""
     from .export.hub import push_pipeline_to_hub
 
-    try:
-        address = push_pipeline_to_hub(
-            folder,
-            repo_id,
-            token=token,
-            private=private,
-            license=license,
-            tag=tag,
-            include_training_state=include_training_state,
-        )
-    except RuntimeError as error:  # the Hub's, in words
-        raise ValueError(error) from error
+    address = push_pipeline_to_hub(
+        folder,
+        repo_id,
+        token=token,
+        private=private,
+        license=license,
+        tag=tag,
+        include_training_state=include_training_state,
+    )
     print(address)
 
 
 def run_card(folder: Path, *, license: str | None, model_id: str | None) -> None:
-    """Write a folder's card; the arguments are those of `export.model_card.render_model_card`."""
-    from .export.model_card import render_model_card
-    from .pipeline_folder import CARD, TRAINING_RECORD
+    """Write a folder's card; the arguments are those of `export.model_card.save_model_card`."""
+    from .export.model_card import save_model_card
+    from .pipeline_folder import TRAINING_RECORD
 
     if not (folder / TRAINING_RECORD).is_file():
         raise ValueError(f"folder {str(folder)!r} has no {TRAINING_RECORD}, which training writes for the card")
-    render_model_card(folder, license=license, model_id=model_id).save(folder / CARD)
-    print(folder / CARD)
+    print(save_model_card(folder, license=license, model_id=model_id))
+
+
+def _without_token(flags: Sequence[str]) -> tuple[list[str], str | None]:
+    """A training script's flags without `--hub_token`, spelt in any way that argparse understands, and its value."""
+    left, token, words = [], None, iter(flags)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name.startswith("hub_t") and "hub_token".startswith(name):
+            token = value if equals else next(words, None)
+            if token is None:  # its parser says what is missing
+                left.append(word)
+        else:
+            left.append(word)
+    return left, token
 
 
 def _steps(number: int) -> str:

@@ -4,13 +4,14 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from .backbones import Backbone, find_backbone
 from .draws import per_prompt_generators
 from .files import written_beside
+from .pipeline_folder import digest_component
 from .transfer import to_device
 from .trigflow import SIGMA_DATA
 
@@ -31,26 +32,42 @@ def black_latent(vae: nn.Module, height: int, width: int, *, backbone: Backbone)
     return backbone.encode_pixels(vae, torch.full((1, 3, height, width), -1.0))
 
 
-def cached_black_latent(teacher_folder: str | PathLike[str], pixels: int, cache: str | PathLike[str]) -> torch.Tensor:
-    """Load the black latent, encoded once: the one use that training makes of the VAE. A torn cache is made again.
+def cached_black_latent(
+    teacher_folder: str | PathLike[str], pixels: int, cache: str | PathLike[str], *, variant: str | None = None
+) -> torch.Tensor:
+    """Load the black latent, encoded once: the one use that training makes of the VAE.
+
+    A cache that is torn, or of another autoencoder or size, is made again.
 
     Args:
         teacher_folder: the pipeline folder whose autoencoder encodes.
         pixels: the image's sides.
         cache: the safetensors file to read or write.
+        variant: the half-precision weights to load of the autoencoder; None for the ordinary ones.
 
     Returns:
         As `black_latent`, on the CPU.
+
+    Raises:
+        ValueError: where the autoencoder gives NaN or infinity for black.
     """
-    cache = Path(cache)
+    cache, folder = Path(cache), Path(teacher_folder)
+    made_of = {"vae": digest_component(folder, "vae", variant), "pixels": str(pixels)}
     try:
-        return load_file(cache)["black_latent"]
+        with safe_open(cache, framework="pt") as file:
+            if file.metadata() == made_of:
+                latent = file.get_tensor("black_latent")
+                if latent.isfinite().all():
+                    return latent
     except (FileNotFoundError, SafetensorError):
-        backbone = find_backbone(Path(teacher_folder))
-        vae = backbone.load_vae(Path(teacher_folder)).float()
-        with written_beside(cache) as partial:
-            save_file({"black_latent": black_latent(vae, pixels, pixels, backbone=backbone).contiguous()}, partial)
-        return load_file(cache)["black_latent"]
+        pass
+    backbone = find_backbone(folder)
+    latent = black_latent(backbone.load_vae(folder, variant), pixels, pixels, backbone=backbone).contiguous()
+    if not latent.isfinite().all():
+        raise ValueError("the vae gives NaN or infinity for a black picture: its weights are not usable")
+    with written_beside(cache) as partial:
+        save_file({"black_latent": latent}, partial, metadata=made_of)
+    return latent
 
 
 def keep_mask(

@@ -10,12 +10,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 
+
+PARTIAL_SUFFIX = ".tbcm-partial"  # nobody else's: such a file may be deleted wherever it is found
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors wrap the system's error
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 def beside(path: Path) -> Path:
-    """Say where something is written before it is renamed: in the same folder, so that renaming cannot fail halfway.
+    """Say where something is written before it is renamed: in the same folder, under a name that is certainly ours.
 
     Args:
         path: its place.
@@ -23,7 +27,7 @@ def beside(path: Path) -> Path:
     Returns:
         The path of the unfinished one.
     """
-    return path.with_name(f"{path.name}.partial")
+    return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
 
 
 def remove(path: Path) -> None:

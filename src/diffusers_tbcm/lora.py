@@ -6,6 +6,7 @@ travels as a bias.
 """
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import SanaPipeline, SanaTransformer2DModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -79,7 +81,10 @@ def merge_lora(student: SanaTransformer2DModel) -> SanaTransformer2DModel:
 
 
 def save_lora(
-    student: SanaTransformer2DModel, folder: str | PathLike[str], guidance_scale: float | None = 4.5
+    student: SanaTransformer2DModel,
+    folder: str | PathLike[str],
+    guidance_scale: float | None = 4.5,
+    scheduler_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save the adapters and the guidance embedder for `load_lora_weights` of a pipeline of the teacher.
 
@@ -92,6 +97,8 @@ def save_lora(
         folder: where to write; created where it does not exist.
         guidance_scale: the one that the stock pipeline will draw with; None leaves the bias out, as a teacher with a
             guidance embedder has no use for it.
+        scheduler_config: entries for the config of the pipeline's scheduler, JSON values by name; they travel in the
+            header of the guidance embedder's file.
 
     Returns:
         `folder`.
@@ -100,7 +107,8 @@ def save_lora(
     folder.mkdir(parents=True, exist_ok=True)
     weights = student.get_submodule(GUIDANCE_EMBEDDER).state_dict()
     config = {name: torch.tensor(student.config[name], dtype=torch.float64) for name in CONFIG_ENTRIES}
-    save_file({**weights, **config}, folder / GUIDANCE_EMBEDDER_FILE)
+    header = {} if scheduler_config is None else {LORA_ADAPTER_METADATA_KEY: json.dumps(scheduler_config)}
+    save_file({**weights, **config}, folder / GUIDANCE_EMBEDDER_FILE, metadata={"format": "pt", **header})
     lora = student.peft_config["default"]
     layers = get_peft_model_state_dict(student)
     # Not all of the config: other versions of peft refuse the entries that they do not know.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from functools import partial
+from hashlib import blake2b
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .backbones import find_backbone
+from .components import WEIGHT_NAMES, check_file, model_files, scheduler_files, stored_precision, tokenizer_files
 from .files import read_json
 
 
@@ -20,6 +26,9 @@ CARD = "README.md"
 TRAINING_RECORD = "training.json"  # what the card says about the training
 TRAINING_CONFIG = "training_config.json"  # every flag, the versions, the revision
 METRICS = "metrics.json"
+METRICS_LOG = "metrics.jsonl"  # of a run: every logged step
+VALIDATION = "validation"
+LORA = "lora"  # the adapters' folder, in the run's
 SAMPLES = "images"
 SAMPLE_GRID = "grid.png"  # shown on top of the card where it is there
 LEGAL_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")  # the teacher's terms hold for its student
@@ -28,21 +37,27 @@ TRANSFORMER = "transformer"
 SCHEDULER = "scheduler"
 TOKENIZER = "tokenizer"  # components of this name hold no weights
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # second copies of weights, by diffusers' name
+PART_BYTES = 1 << 24  # of a file, digested by a thread
 SKIPPED_FILES = ("*.bin", *(f"*.{variant}*" for variant in VARIANTS))  # pickles are none of ours
 
 
-def resolve_teacher(teacher: str | PathLike[str]) -> Path:
+def resolve_teacher(teacher: str | PathLike[str], variant: str | None = None) -> Path:
     """Give the local folder of a teacher's pipeline, downloaded first where `teacher` is a Hub id.
 
     Args:
         teacher: pipeline folder or Hub id.
+        variant: the half-precision weights to use of the components that have them, one of `VARIANTS`; None for the
+            ordinary ones.
 
     Returns:
         The folder, its components checked to be there and to hold safetensors weights.
 
     Raises:
-        ValueError: where it is neither a folder nor a Hub id, is of no known family, or lacks a component.
+        ValueError: where it is neither a folder nor a Hub id, is of no known family, or lacks a component or the
+            weights asked for.
     """
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"`variant` is {variant!r}: choose from {', '.join(VARIANTS)}")
     folder = Path(teacher)
     on_hub = not folder.is_dir()
     if on_hub:
@@ -51,24 +66,144 @@ def resolve_teacher(teacher: str | PathLike[str]) -> Path:
         raise ValueError(f"teacher {str(teacher)!r} is no pipeline folder: it has no {MODEL_INDEX}")
     components = [TRANSFORMER, *find_backbone(folder).COPIED_COMPONENTS]
     if on_hub:
-        folder = _download(teacher, [f"{component}/*" for component in [*components, SCHEDULER]])
+        folder = _download_components(teacher, folder, [*components, SCHEDULER], variant)
     classes = read_json(folder / MODEL_INDEX)
     for component in components:
         if component not in classes or not (folder / component).is_dir():
             raise ValueError(f"teacher {str(teacher)!r} lacks its {component}")
-    for component in holding_weights(components):
-        weights = [path.name for path in (folder / component).glob("*.safetensors")]
-        if all(any(fnmatch(name, pattern) for pattern in SKIPPED_FILES) for name in weights):
-            raise ValueError(f"teacher {str(teacher)!r} has no full-precision safetensors weights of its {component}")
+    _check_weights(teacher, folder, holding_weights(components), variant)
+    _check_copied(teacher, folder, classes, variant)
     return folder
 
 
-def _download(teacher: str | PathLike[str], patterns: list[str]) -> Path:
-    """The folder of a snapshot with these files, and no copies of lower precision."""
+def _check_weights(teacher: str | PathLike[str], folder: Path, components: Sequence[str], variant: str | None) -> None:
+    """Make sure that the weights asked for are there; of components without the variant, the ordinary ones."""
+    found = {component: stored_precision(folder / component, variant) for component in components}
+    if variant is not None and not any(found.values()):
+        raise ValueError(f"teacher {str(teacher)!r} has no weights of `variant` {variant}")
+    for component, precision in found.items():
+        weights = [path.name for path in (folder / component).glob("*.safetensors")]
+        if not precision and all(any(fnmatch(name, pattern) for pattern in SKIPPED_FILES) for name in weights):
+            others = [name for name in VARIANTS if stored_precision(folder / component, name)]
+            hint = f", but those of a variant: give `variant` {others[0]}" if others else ""
+            raise ValueError(
+                f"teacher {str(teacher)!r} has no full-precision safetensors weights of its {component}{hint}"
+            )
+
+
+def _check_copied(teacher: str | PathLike[str], folder: Path, classes: Mapping[str, Any], variant: str | None) -> None:
+    """Make sure, before anything is trained, that what a student takes over from its teacher is whole and its own."""
+    home = home_of(folder)
     try:
-        return Path(snapshot_download(str(teacher), allow_patterns=patterns, ignore_patterns=list(SKIPPED_FILES)))
+        anywhere = Path(folder.resolve().anchor)
+        component_files(folder, TRANSFORMER, classes, home=anywhere, variant=variant)  # loaded, and not copied
+        for component in find_backbone(folder).COPIED_COMPONENTS:
+            component_files(folder, component, classes, home=home, variant=variant)
+        for name in LEGAL_FILES:
+            if (folder / name).exists():
+                check_file(folder / name, home)
+    except ValueError as error:
+        raise ValueError(f"teacher {str(teacher)!r} cannot be used: {error}") from error
+
+
+def _download_components(
+    teacher: str | PathLike[str], folder: Path, components: Sequence[str], variant: str | None
+) -> Path:
+    """The folder of a snapshot with these components, their weights in one precision only."""
+    if variant is not None:
+        patterns = [f"{component}/*.{variant}[.-]*" for component in holding_weights(components)]
+        folder = _download(teacher, patterns, ignored=SKIPPED_FILES[:1])
+    halved = [component for component in components if stored_precision(folder / component, variant)]
+    return _download(teacher, [f"{name}/*.json" if name in halved else f"{name}/*" for name in components])
+
+
+def _download(teacher: str | PathLike[str], patterns: Sequence[str], ignored: Sequence[str] = SKIPPED_FILES) -> Path:
+    """The folder of a snapshot with these files."""
+    try:
+        return Path(snapshot_download(str(teacher), allow_patterns=[*patterns], ignore_patterns=[*ignored]))
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise ValueError(f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub") from error
+
+
+def component_files(
+    folder: Path,
+    name: str,
+    model_index: Mapping[str, Any],
+    home: Path | None = None,
+    variants: Sequence[str] = (),
+    variant: str | None = None,
+) -> list[Path]:
+    """List the files of a pipeline's component, checked to be whole.
+
+    Args:
+        folder: the pipeline's.
+        name: of the component.
+        model_index: the content of its model_index.json.
+        home: where links may lead, as `check_file` takes it.
+        variants: as `model_files` takes them.
+        variant: as `resolve_teacher` takes it.
+
+    Returns:
+        The files; nothing else that the component's folder holds.
+
+    Raises:
+        ValueError: where one is missing, torn or none of the folder's own, or the component is no library's own.
+    """
+    entry = model_index.get(name)
+    if not isinstance(entry, list) or len(entry) != 2 or None in entry:
+        raise ValueError(f"{MODEL_INDEX} names no {name}, which the pipeline needs")
+    if entry[0] not in WEIGHT_NAMES:
+        raise ValueError(f"{MODEL_INDEX} has {name} {entry}: its code would be {entry[0]}, and not a library's")
+    if not (folder / name).is_dir():
+        raise ValueError(f"its {name} is missing")
+    if name == SCHEDULER:
+        return scheduler_files(folder / name, home)
+    if name.startswith(TOKENIZER):
+        return tokenizer_files(folder / name, home)
+    return model_files(folder / name, entry[0], home, variants, stored_precision(folder / name, variant))
+
+
+def digest_component(teacher_folder: str | PathLike[str], name: str, variant: str | None = None) -> str:
+    """Digest all that a component is loaded from; a gigabyte takes a thread about a second.
+
+    Args:
+        teacher_folder: a pipeline's folder.
+        name: of the component.
+        variant: the half-precision weights that are loaded where there are some; None for the ordinary ones.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    folder = Path(teacher_folder)
+    files = component_files(
+        folder, name, read_json(folder / MODEL_INDEX), home=Path(folder.resolve().anchor), variant=variant
+    )
+    digest = blake2b(digest_size=8)
+    for path in sorted(files):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix == ".safetensors":  # what wrote it, its metadata, changes nothing
+                tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                tensors.pop("__metadata__", None)
+                digest.update(json.dumps(tensors, sort_keys=True).encode())
+            start = file.tell()
+        with ThreadPoolExecutor() as pool:
+            for part in pool.map(partial(_digest_part, path), range(start, path.stat().st_size, PART_BYTES)):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _digest_part(path: Path, start: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return blake2b(file.read(PART_BYTES), digest_size=8).digest()
+
+
+def home_of(folder: Path) -> Path:
+    """Say where the links in a teacher's folder may lead: into the folder, or the repository's in the Hub's cache."""
+    folder = folder.resolve()
+    repository = folder.parent.parent
+    return repository if folder.parent.name == "snapshots" and (repository / "blobs").is_dir() else folder
 
 
 def holding_weights(components: Iterable[str]) -> list[str]:

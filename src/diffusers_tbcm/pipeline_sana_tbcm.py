@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,12 +24,14 @@ from .images import fit_image, load_image, pixels_to_pil, resolution_bins
 from .lora import GUIDANCE_EMBEDDER_FILE, drop_guidance_bias, load_guidance_embedder
 from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler
 from .standalone import standalone_pipeline_source
+from .text import check_tokenizer
 from .versions import tokenizer_class
 
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_NUM_INFERENCE_STEPS = 2
+STOCK_CALL_OPTIONS = {"guidance_scale": 4.5, "max_sequence_length": 300, "complex_human_instruction": INSTRUCTION}
 OFFLOADING_HOOKS = frozenset(("_diffusers_hook", "_hf_hook"))  # as diffusers and accelerate name them on a layer
 
 
@@ -59,7 +61,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             The sampler; a plain [`SCMScheduler`] is replaced by the [`TBCMScheduler`] of its config.
 
     Raises:
-        `ValueError`: for a scheduler of another kind.
+        `ValueError`: for a scheduler of another kind, and for a tokenizer that is empty or not the text encoder's.
     """
 
     scheduler: TBCMScheduler
@@ -80,6 +82,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             )
         if scheduler is not None and not isinstance(scheduler, TBCMScheduler):
             scheduler = TBCMScheduler.from_config(scheduler.config)
+        if tokenizer is not None and text_encoder is not None:
+            check_tokenizer(tokenizer, text_encoder)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self._init_image: torch.Tensor | None = None
         self._guidance_warned = False
@@ -178,7 +182,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         Load LoRA layers and, where one lies beside them, the guidance embedder of a student distilled as LoRA.
 
         With the latter the pipeline may hold the plain teacher: it goes on with a transformer of its own, made of the
-        teacher's weights, and another pipeline with the same teacher stays as it is.
+        teacher's weights, and with a scheduler that carries what the student was distilled with. Another pipeline with
+        the same teacher stays as it is.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
@@ -194,11 +199,13 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             folder = os.path.dirname(os.path.abspath(source)) if os.path.isfile(source) else source
             where = {**kwargs, "weight_name": GUIDANCE_EMBEDDER_FILE, "use_safetensors": True}
             try:
-                guidance_embedder = self.lora_state_dict(folder, **where)
+                guidance_embedder, recorded = self.lora_state_dict(folder, **where, return_lora_metadata=True)
             except OSError:
                 pass  # a LoRA without one, such as a style for a student
             else:
                 self.register_modules(transformer=load_guidance_embedder(self.transformer, guidance_embedder))
+                if recorded is not None:  # what the student was distilled with
+                    self.scheduler = TBCMScheduler.from_config(self.scheduler.config, **recorded)
         super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
 
     def encode_prompt(
@@ -209,8 +216,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         clean_caption: bool = False,
-        max_sequence_length: int = 300,
-        complex_human_instruction: list[str] | None = None,
+        max_sequence_length: int | None = None,
+        complex_human_instruction: list[str] | Literal["as trained"] | None = "as trained",
         lora_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -233,10 +240,11 @@ class SanaTBCMPipeline(SanaSprintPipeline):
                 Their mask, 1 for tokens and 0 for padding.
             clean_caption (`bool`, defaults to `False`):
                 Whether to strip markup and other noise from the prompts.
-            max_sequence_length (`int`, defaults to `300`):
-                Number of tokens to pad or cut each prompt to.
+            max_sequence_length (`int`, *optional*):
+                Number of tokens to pad or cut each prompt to. Default: as in `default_call_options`.
             complex_human_instruction (`list[str]`, *optional*):
-                Lines to put before each prompt.
+                Lines to put before each prompt. Default: those that the checkpoint carries, and none where it carries
+                none.
             lora_scale (`float`, *optional*):
                 Scale of the text encoder's LoRA layers.
 
@@ -244,6 +252,10 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             `tuple` of `torch.Tensor`: embeddings of shape `(prompts * num_images_per_prompt, tokens, hidden)` and
             their mask of shape `(prompts * num_images_per_prompt, tokens)`.
         """
+        if max_sequence_length is None:
+            max_sequence_length = self.default_call_options["max_sequence_length"]
+        if complex_human_instruction == "as trained":
+            complex_human_instruction = self._recorded_options.get("complex_human_instruction")
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
             distinct = list(dict.fromkeys(prompts))
@@ -411,7 +423,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         timesteps: Sequence[float] | torch.Tensor | None = None,
         max_timesteps: float | None = None,
         intermediate_timesteps: float | None = None,
-        guidance_scale: float = 4.5,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -427,8 +439,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' default)
-        max_sequence_length: int = 300,
-        complex_human_instruction: list[str] = INSTRUCTION,
+        max_sequence_length: int | None = None,
+        complex_human_instruction: list[str] | Literal["as trained"] | None = "as trained",
         image: PipelineImageInput | None = None,
         strength: float = 0.6,
     ) -> SanaPipelineOutput | tuple:
@@ -447,13 +459,14 @@ class SanaTBCMPipeline(SanaSprintPipeline):
                 First angle in radians, of even steps down to 0.
             intermediate_timesteps (`float`, *optional*):
                 The angle in the middle, for two steps only.
-            guidance_scale (`float`, defaults to 4.5):
+            guidance_scale (`float`, *optional*):
                 The classifier-free guidance scale to imitate; the student knows those that it was distilled at, and
-                where its scheduler's config names them, one beyond them is warned of once.
+                where its scheduler's config names them, one beyond them is warned of once. Defaults to the middle one
+                of them, and to 4.5 where it names none.
             num_images_per_prompt (`int`, defaults to 1):
                 Number of images per prompt.
             height (`int`, *optional*), width (`int`, *optional*):
-                Size of the images in pixels. Default: the size that the transformer was trained at.
+                Size of the images in pixels. Default: the size that the student was trained at.
             eta (`float`, defaults to 0.0):
                 Without effect; it keeps its place in the order of the stock arguments.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -472,7 +485,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
                 Whether to strip markup and other noise from the prompts; needs `beautifulsoup4` and `ftfy`.
             use_resolution_binning (`bool`, *optional*):
                 Whether to generate at the size of like aspect that training used, and to resize to `height` x `width`.
-                Defaults to `True` for 1024-pixel Sana, the only one that the stock pipeline bins, else to `False`.
+                Defaults to `True` for 1024-pixel Sana, the only one that the stock pipeline bins, and to `False` for
+                others and for its students that were trained at another size.
             attention_kwargs (`dict`, *optional*):
                 Passed to the attention processors; `scale` weighs LoRA layers.
             callback_on_step_end (`Callable`, *optional*):
@@ -480,10 +494,12 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 The tensors to hand to the callback: `"latents"`, `"prompt_embeds"`, and `"denoised"`, the clean
                 latents that the step has predicted, which `decode_latents` turns into pictures.
-            max_sequence_length (`int`, defaults to 300):
-                Number of tokens to pad or cut each prompt to.
+            max_sequence_length (`int`, *optional*):
+                Number of tokens to pad or cut each prompt to. Defaults to that of the student's training, and to 300
+                where its scheduler's config names none.
             complex_human_instruction (`list[str]`, *optional*):
-                Lines to put before each prompt. Defaults to those that Sana was trained with.
+                Lines to put before each prompt; None or an empty list for none. Defaults to those of the student's
+                training, and to Sana's own where its scheduler's config names none.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a `list` of one kind, *optional*):
                 What to start from instead of noise: one image, or one for each prompt. Arrays and tensors hold floats
                 in [0, 1]. It is resized to `height` x `width`, and has to have their proportions.
@@ -528,15 +544,23 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         if num_inference_steps is None:
             num_inference_steps = DEFAULT_NUM_INFERENCE_STEPS if timesteps is None else len(timesteps) - 1
 
+        defaults = self.default_call_options
+        if guidance_scale is None:
+            guidance_scale = defaults["guidance_scale"]
+        if max_sequence_length is None:
+            max_sequence_length = defaults["max_sequence_length"]
+        if complex_human_instruction == "as trained":
+            complex_human_instruction = defaults["complex_human_instruction"]
+
         sample_size = self.transformer.config.sample_size
         native_size = sample_size * self.vae_scale_factor
-        height = native_size if height is None else height
-        width = native_size if width is None else width
+        height = defaults.get("height", native_size) if height is None else height
+        width = defaults.get("width", native_size) if width is None else width
 
         # The stock pipeline bins where sample_size is 32, to the 1024-pixel sizes whatever the autoencoder.
         stock_binning = sample_size == 32 and native_size == 1024
-        if use_resolution_binning is None:
-            use_resolution_binning = stock_binning
+        if use_resolution_binning is None:  # among the sizes of the network's own training
+            use_resolution_binning = stock_binning and defaults.get("height", native_size) == native_size
         own_binning = use_resolution_binning and not stock_binning
         resize = own_binning and output_type != "latent"
 
@@ -589,6 +613,16 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         elif resize:
             images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
         return SanaPipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def default_call_options(self) -> dict[str, Any]:
+        """The arguments that a call takes where it is not told: those of the student's training, else stock ones."""
+        return {**STOCK_CALL_OPTIONS, **self._recorded_options}
+
+    @property
+    def _recorded_options(self) -> dict[str, Any]:
+        """What the checkpoint carries of `default_call_options`; there may be no scheduler, or a stock one."""
+        return getattr(self.scheduler, "default_call_options", {})
 
     @property
     def _execution_device(self) -> torch.device:

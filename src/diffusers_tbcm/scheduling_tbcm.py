@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ TIMESTEPS_BY_STEPS = {
     "2": [MAX_TIMESTEP, 1.0, 0.0],
     "4": [MAX_TIMESTEP, 3 * math.pi / 8, math.pi / 4, math.pi / 8, 0.0],
 }
-OWN_CONFIG_ENTRIES = ("timesteps_by_steps", "guidance_scales")  # what an SCMScheduler does not know
+OWN_CONFIG_ENTRIES = ("timesteps_by_steps", "guidance_scales", "call_options")  # what an SCMScheduler does not know
+CALL_OPTIONS = ("guidance_scale", "height", "width", "max_sequence_length", "complex_human_instruction")
 
 
 class TBCMScheduler(SCMScheduler):
@@ -46,11 +48,15 @@ class TBCMScheduler(SCMScheduler):
             Defaults to `TIMESTEPS_BY_STEPS`; saved in the config, so that a checkpoint carries its own.
         guidance_scales (`list[float]`, *optional*):
             The guidance scales that the student was distilled at. Sampling does not depend on them: a checkpoint
-            carries them so that its pipeline can warn of a scale beyond them.
+            carries them so that its pipeline draws at the middle one by default and warns of a scale beyond them.
+        call_options (`dict[str, Any]`, *optional*):
+            What else the student was distilled with, as arguments of its pipeline's call, such as
+            `max_sequence_length`. A checkpoint carries them as its pipeline's defaults.
 
     Raises:
         `ValueError`: for another `prediction_type`, a `sigma_data` that is not positive, timesteps that
-            `set_timesteps` would refuse, or guidance scales that are not positive.
+            `set_timesteps` would refuse, guidance scales that are not positive, or a name in `call_options` that is
+            none of `CALL_OPTIONS`.
     """
 
     @register_to_config
@@ -61,6 +67,7 @@ class TBCMScheduler(SCMScheduler):
         sigma_data: float = 0.5,
         timesteps_by_steps: dict[str, list[float]] | None = None,
         guidance_scales: list[float] | None = None,
+        call_options: dict[str, Any] | None = None,
     ):
         if prediction_type != "trigflow":
             raise ValueError(f"`prediction_type` is {prediction_type!r}, but TBCM students predict 'trigflow' only.")
@@ -77,9 +84,25 @@ class TBCMScheduler(SCMScheduler):
                 )
         if guidance_scales is not None and not (guidance_scales and min(guidance_scales) > 0):
             raise ValueError(f"`guidance_scales` is {guidance_scales}, but has to hold positive scales, or be None.")
+        unknown = sorted({*(call_options or {})} - {*CALL_OPTIONS})
+        if unknown:
+            raise ValueError(f"`call_options` has {unknown[0]!r}, but may have {', '.join(CALL_OPTIONS)} only.")
 
         super().__init__(num_train_timesteps, prediction_type, sigma_data)
         self.register_to_config(timesteps_by_steps=timesteps_by_steps)
+
+    @property
+    def default_call_options(self) -> dict[str, Any]:
+        """
+        What the student was distilled with, as arguments of its pipeline's call.
+
+        Returns:
+            `dict[str, Any]`: the config's `call_options` and, where it knows them, the middle one of the
+            `guidance_scales` as `guidance_scale`.
+        """
+        scales = self.config["guidance_scales"]
+        middle = {} if scales is None else {"guidance_scale": median_low(scales)}
+        return {**middle, **(self.config["call_options"] or {})}
 
     def to_stock(self) -> SCMScheduler:
         """

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .transfer import to_device
+
+
+LEAST_VOCABULARY = 0.9  # of the text encoder's: some round theirs up, none by so much
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
+    """Refuse a tokenizer that reads no prompt, or not the tokens that a text encoder embeds.
+
+    Args:
+        tokenizer: of transformers, which makes an empty one where its files are missing.
+        text_encoder: of transformers.
+
+    Raises:
+        ValueError: where all prompts are alike to the tokenizer, or its vocabulary is another one's.
+    """
+    if tokenizer("cat").input_ids == tokenizer("dog").input_ids:
+        raise ValueError("`tokenizer` reads every prompt alike: its files, such as tokenizer.json, are missing.")
+    tokens, embedded = len(tokenizer), text_encoder.get_input_embeddings().weight.shape[0]
+    if not LEAST_VOCABULARY * embedded <= tokens <= embedded:
+        raise ValueError(
+            f"`tokenizer` has {tokens} tokens and `text_encoder` embeds {embedded}: they are not of one model."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,31 @@
-"""Small tensors between host and device without waiting for the work that is queued on a GPU."""
+"""Tensors on their way: between host and device without waiting for a GPU's queue, and into memory only if finite."""
+
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def check_weights(model: ModelT, name: str) -> ModelT:
+    """Refuse a teacher's model that would give NaN whatever it is given.
+
+    Args:
+        model: as it was loaded.
+        name: what it is called in the message.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: where a weight is NaN or infinite; the message names it.
+    """
+    for key, weight in model.state_dict().items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"the teacher cannot be used: its weights are not all finite, {key} of its {name}")
+    return model
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:

@@ -4,6 +4,10 @@ import torch
 from diffusers import __version__ as diffusers_version
 
 
+# How to install an extra, while no index has this package: what one has under its name would be somebody else's.
+INSTALL = "`pip install '.[{extra}]'` at the top of the repository, or `pip install 'diffusers_tbcm-...whl[{extra}]'`"
+
+
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Name the precision to load a diffusers model or pipeline in.
 

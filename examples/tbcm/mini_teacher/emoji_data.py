@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diffusers_tbcm.images import to_rgb
+
 
 RESOLUTION = 64
 # The concepts the teacher learns, by emoji.json's subcategory; every other picture helps the autoencoder only.
@@ -80,8 +82,7 @@ def load_images(pictures: list[Emoji]) -> torch.Tensor:
     """Pictures on white as uint8, (N, 3, RESOLUTION, RESOLUTION)."""
     images = []
     for picture in tqdm(pictures, desc="Reading pictures"):
-        image = Image.open(picture.file).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = to_rgb(Image.open(picture.file))
         images.append(np.array(image.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 

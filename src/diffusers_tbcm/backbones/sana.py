@@ -9,8 +9,10 @@ from diffusers import AutoencoderDC, SanaPipeline, SanaSprintPipeline, SanaTrans
 from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepGuidanceEmbeddings
 from torch import nn
 
+from ..components import stored_precision
 from ..files import read_json
-from ..text import Text
+from ..text import Text, check_tokenizer
+from ..transfer import check_weights
 from ..versions import dtype_argument
 from .sana_attention import deal_out
 from .sana_attention import keep_text as keep_text
@@ -37,20 +39,55 @@ GUIDANCE_EMBEDDER = "time_embed.guidance_embedder"
 TEACHER_TIME_LAYER = "time_embed.emb.timestep_embedder.linear_2"
 
 
-def load_transformer(folder: Path) -> SanaTransformer2DModel:
-    """Load the network of a pipeline folder, in float32."""
-    return SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").float()
+def load_transformer(folder: Path, variant: str | None = None) -> SanaTransformer2DModel:
+    """Load the network of a pipeline folder, in float32.
+
+    Args:
+        folder: the pipeline's.
+        variant: the half-precision weights to load where there are some; None for the ordinary ones.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: where a weight is not finite.
+    """
+    precision = stored_precision(folder / "transformer", variant) or None
+    transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", variant=precision)
+    return check_weights(transformer.float(), "transformer")
 
 
-def load_vae(folder: Path) -> AutoencoderDC:
-    """Load the autoencoder of a pipeline folder."""
-    return AutoencoderDC.from_pretrained(folder, subfolder="vae")
+def load_vae(folder: Path, variant: str | None = None) -> AutoencoderDC:
+    """Load the autoencoder of a pipeline folder, in float32; arguments and errors are those of `load_transformer`."""
+    precision = stored_precision(folder / "vae", variant) or None
+    vae = AutoencoderDC.from_pretrained(folder, subfolder="vae", variant=precision)
+    return check_weights(vae.float(), "vae")
 
 
-def load_text_pipeline(folder: Path, dtype: torch.dtype) -> SanaPipeline:
-    """Load what embeds prompts, frozen, and nothing else of a pipeline folder."""
-    pipeline = SanaPipeline.from_pretrained(folder, vae=None, transformer=None, **dtype_argument(dtype))
-    pipeline.text_encoder.requires_grad_(False)
+def load_text_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None) -> SanaPipeline:
+    """Load what embeds prompts, frozen, and nothing else of a pipeline folder.
+
+    Args:
+        folder: the pipeline's.
+        dtype: of the text encoder.
+        variant: the half-precision weights to load where there are some; None for the ordinary ones.
+
+    Returns:
+        A pipeline of tokenizer and text encoder.
+
+    Raises:
+        ValueError: where a weight is not finite, or the tokenizer is none or not the text encoder's.
+    """
+    precision = stored_precision(folder / "text_encoder", variant) or None
+    try:
+        pipeline = SanaPipeline.from_pretrained(
+            folder, vae=None, transformer=None, variant=precision, **dtype_argument(dtype)
+        )
+    except Exception as error:  # of the libraries that read a tokenizer, one each
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"tokenizer and text encoder of {str(folder)!r} cannot be loaded: {reason}") from error
+    check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
+    check_weights(pipeline.text_encoder, "text_encoder").requires_grad_(False)
     return pipeline
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # `datasets` is an extra, and heavy
     from datasets import Dataset, IterableDataset
 
-DATA_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # suffix: `datasets` builder
+DATA_FILES: dict[str, tuple[str, dict[str, str]]] = {  # by suffix: the builder of `datasets` and its options
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
 READ_BATCH = 1000  # values taken together from a data set on disk; a stream gives one at a time
 MJHQ_30K = "playgroundai/MJHQ-30K"  # 3,000 pictures of each of 10 categories; prompts in a file of their own
 
@@ -26,10 +36,11 @@ def load_data(
     """Load a data set that has certain columns.
 
     Args:
-        source: a csv, json, jsonl or parquet file, or what `datasets.load_dataset` takes: a folder or a Hub id.
+        source: a file of one of the kinds in `DATA_FILES`, or what `datasets.load_dataset` takes: a folder or a Hub
+            id.
         columns: names that it has to have.
         config: the data set's configuration.
-        split: the data set's split; a file is one split, `"train"`.
+        split: the data set's split; a file has none.
         streaming: read it as it comes instead of downloading and converting all of it first; its pictures are then
             not decoded.
 
@@ -37,18 +48,23 @@ def load_data(
         The data set, with all its columns.
 
     Raises:
-        ValueError: where a column is missing; the message says which there are.
+        ValueError: where it cannot be read, or a column is missing; the message says which there are.
     """
     from datasets import load_dataset
 
     path = Path(source)
-    if path.is_file():
-        data = load_dataset(DATA_FILES[path.suffix], data_files=str(source), split=split, streaming=streaming)
-    else:
-        data = load_dataset(str(source), config, split=split, streaming=streaming)
-    if streaming and data.features is not None:
-        data = data.decode(False)  # a remote stream decodes every image in threads, whatever is selected later
-    found = data.column_names or list(next(iter(data), {}))  # unknown to a stream of csv or json until it is read
+    with _readable(repr(str(source))):
+        if path.is_file():
+            builder, options = DATA_FILES[path.suffix.lower()]
+            files = glob.escape(str(source))  # `datasets` takes a pattern
+            data = load_dataset(builder, data_files=files, split="train", streaming=streaming, **options)
+        else:
+            data = load_dataset(str(source), config, split=split, streaming=streaming)
+        if streaming and data.features is not None:
+            data = data.decode(False)  # a remote stream decodes every image in threads, whatever is selected later
+        found = data.column_names or list(next(iter(data), {}))  # unknown to a stream of csv or json until it is read
+    if not found:
+        raise ValueError(f"{str(source)!r} has no rows")
     for column in columns:
         if column not in found:
             raise ValueError(f"{str(source)!r} has no column {column!r}: it has {', '.join(found)}")
@@ -64,9 +80,34 @@ def column_values(data: Dataset | IterableDataset, column: str) -> Iterator[Any]
 
     Yields:
         The values; of classes, their names.
+
+    Raises:
+        ValueError: where a stream breaks off.
     """
-    names = getattr((data.features or {}).get(column), "names", None)  # of a ClassLabel
+    feature = (data.features or {}).get(column)
+    names = getattr(feature, "names", None)  # of a ClassLabel
     streaming = not hasattr(data, "__len__")
-    for batch in data.select_columns([column]).iter(batch_size=1 if streaming else READ_BATCH):
-        for value in batch[column]:
-            yield value if names is None or value is None else names[value]
+    with _readable(f"column {column!r}"):
+        for batch in data.select_columns([column]).iter(batch_size=1 if streaming else READ_BATCH):
+            for value in batch[column]:
+                if value is not None and names is not None:
+                    yield names[value]
+                elif streaming and type(feature).__name__ == "Json" and isinstance(value, str):
+                    yield json.loads(value)  # values of several types, as `decode(False)` leaves them
+                else:
+                    yield value
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn whatever `datasets` and the readers below it raise into one line, which gives the first cause."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).splitlines() or [""])[0] or type(cause).__name__
+        if "corresponds to no data" in reason:  # of the split, in the words of `datasets`
+            reason = "it has no rows"
+        raise ValueError(f"{what} cannot be read: {reason}") from error

@@ -16,8 +16,9 @@ import torch
 from diffusers import SanaPipeline
 
 from ..backbones import backbone_of
+from ..pipeline_folder import digest_component
 from ..text import Text
-from .shards import TORN, ShardFolder, digest_files, dtype_name, own_shards, read_slice
+from .shards import TORN, ShardFolder, dtype_name, own_shards, read_slice
 
 
 UNCONDITIONAL = ""  # classifier-free guidance's prompt
@@ -84,6 +85,9 @@ class PromptEncoder:
 
         Returns:
             Its embedding (tokens, D), on the CPU, in the text encoder's dtype.
+
+        Raises:
+            ValueError: where it is not finite.
         """
         self.text_encoder.to(self.device)
         embeds = self.backbone.encode_prompt(
@@ -92,8 +96,13 @@ class PromptEncoder:
             max_sequence_length=self.max_sequence_length,
             instruction=None if prompt == UNCONDITIONAL else self.complex_human_instruction,
             device=self.device,
-        )
-        return embeds.cpu()
+        ).cpu()
+        if not embeds.isfinite().all():
+            raise ValueError(
+                f"the text encoder's embeddings are not finite in {dtype_name(embeds.dtype)}, those of {prompt!r}: use"
+                " `mixed_precision` bf16 or no"
+            )
+        return embeds
 
 
 class EmbeddingCache:
@@ -227,24 +236,24 @@ def encoder_fingerprint(
     complex_human_instruction: list[str] | None,
     max_sequence_length: int,
     dtype: torch.dtype,
+    variant: str | None = None,
 ) -> dict[str, str]:
     """Say what an embedding depends on beside its prompt, without loading the encoder.
-
-    Weights are told apart by the layout of their files and the first bytes of every tensor, all else by whole files.
 
     Args:
         teacher_folder: a Sana pipeline's folder.
         complex_human_instruction: lines put before every prompt but the empty one; None for none.
         max_sequence_length: tokens kept of a prompt.
         dtype: the precision the text encoder runs in.
+        variant: the half-precision weights that it is loaded from; None for the ordinary ones.
 
     Returns:
         A short text for each: two fingerprints are equal where they would embed every prompt alike.
     """
     instruction = "\n".join(complex_human_instruction or [])
     return {
-        "text_encoder": digest_files(Path(teacher_folder) / "text_encoder"),
-        "tokenizer": digest_files(Path(teacher_folder) / "tokenizer"),
+        "text_encoder": digest_component(teacher_folder, "text_encoder", variant),
+        "tokenizer": digest_component(teacher_folder, "tokenizer"),
         "complex_human_instruction": blake2b(instruction.encode(), digest_size=8).hexdigest()
         if instruction
         else "none",

@@ -5,9 +5,7 @@ number. Each has their `latents` times the autoencoder's scaling factor, (n, cha
 were made of as its metadata.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ import torch
 
 from ..backbones import Backbone
 from ..images import to_pixels
+from ..pipeline_folder import digest_component
 from .pictures import CaptionedImages
-from .shards import TORN, ShardFolder, digest_files, dtype_name, own_shards, read_slice
+from .shards import TORN, ShardFolder, dtype_name, own_shards, read_slice
 
 
 class LatentCache:
@@ -135,24 +134,25 @@ def latents_fingerprint(
     *,
     resolution: int,
     dtype: torch.dtype,
+    variant: str | None = None,
     shard_size: int = 256,
 ) -> dict[str, str]:
     """Say what cached latents depend on, without loading the autoencoder or decoding a picture.
 
     Args:
-        images: the pictures; data sets are told apart by all their captions, in order.
+        images: the pictures, told apart by their files, in order.
         teacher_folder: a Sana pipeline's folder.
         resolution: the pictures' sides in pixels.
         dtype: the precision the autoencoder runs in, and the latents are kept in.
+        variant: the half-precision weights that the autoencoder is loaded from; None for the ordinary ones.
         shard_size: pictures a shard, the most that an interruption costs each process.
 
     Returns:
         A short text for each.
     """
-    captions = blake2b(json.dumps(images.captions).encode(), digest_size=8).hexdigest()
     return {
-        "vae": digest_files(Path(teacher_folder) / "vae"),
-        "captions": captions,
+        "vae": digest_component(teacher_folder, "vae", variant),
+        "pictures": images.digest(),
         "resolution": str(resolution),
         "dtype": dtype_name(dtype),
         "shard_size": str(shard_size),

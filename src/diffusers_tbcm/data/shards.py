@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,14 +18,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import written_beside
-from ..pipeline_folder import SKIPPED_FILES
+from ..owned import OwnedFolder
 
 
 logger = logging.get_logger(__name__)
 
 SUFFIX = ".safetensors"
 TORN = (OSError, SafetensorError)  # what reading a shard raises that is gone or cut short
-WEIGHT_SAMPLE = 4096  # bytes of every weight tensor that a component is recognised by
 ModelT = TypeVar("ModelT")
 ShardT = TypeVar("ShardT", bound=Sized)
 
@@ -95,15 +92,25 @@ class ShardFolder:
 
         Returns:
             How many items were made.
+
+        Raises:
+            ValueError: where the folder holds files that are no shards, or the model gives NaN or infinity; that shard
+                is not written.
         """
         if not shards:
             return 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if next(self.whole(), None) is None:  # a folder with shards is theirs, whoever began it
+            OwnedFolder(self.folder, "folder").claim()
         model = load()
         total = sum(map(len, shards))
         with tqdm(total=total, desc=label, unit=self.items.removesuffix("s"), disable=quiet) as progress:
             for shard in shards:
                 name, tensors = make(model, shard, progress.update)
+                if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                    raise ValueError(
+                        f"{self.items} became NaN or infinity: the model's weights hold some, or its precision is too"
+                        " low for it"
+                    )
                 with written_beside(self.path(name)) as partial:
                     save_file(dict(tensors), partial, metadata={self.entry: json.dumps(dict(self.fingerprint))})
         return total
@@ -145,9 +152,13 @@ def read_slice(path: Path, tensor: str, place: int | slice) -> torch.Tensor:
 
     Raises:
         OSError, SafetensorError: those of `TORN`, where the shard is gone or torn.
+        ValueError: where the part is not finite.
     """
     with safe_open(path, framework="pt") as file:
-        return file.get_slice(tensor)[place]
+        part = file.get_slice(tensor)[place]
+    if not part.isfinite().all():
+        raise ValueError(f"shard {str(path)!r} holds NaN or infinity in its {tensor}: delete it, to have it made anew")
+    return part
 
 
 def own_shards(total: int, shard_size: int, *, process_index: int, num_processes: int) -> list[range]:
@@ -164,34 +175,6 @@ def own_shards(total: int, shard_size: int, *, process_index: int, num_processes
     """
     starts = range(process_index * shard_size, total, num_processes * shard_size)
     return [range(start, min(start + shard_size, total)) for start in starts]
-
-
-def digest_files(folder: Path) -> str:
-    """Digest a component's folder: the first bytes of every weight tensor and all of every other file.
-
-    Args:
-        folder: of a pipeline's component.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = blake2b(digest_size=8)
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or any(fnmatch(path.name, pattern) for pattern in SKIPPED_FILES):
-            continue
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if path.suffix != ".safetensors":
-            digest.update(path.read_bytes())
-            continue
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            tensors = json.loads(header)
-            tensors.pop("__metadata__", None)
-            digest.update(json.dumps(tensors, sort_keys=True).encode())
-            for start, stop in sorted(tensor["data_offsets"] for tensor in tensors.values()):
-                file.seek(8 + len(header) + start)
-                digest.update(file.read(min(stop - start, WEIGHT_SAMPLE)))
-    return digest.hexdigest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, SCMScheduler
 from PIL import Image
 
+from ..backbones.sana import INSTRUCTION
 from ..draws import draw_generator
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
@@ -77,6 +78,22 @@ def load_pipeline(
             raise ValueError(f"lora {str(lora)!r} is neither LoRA weights nor a model on the Hub") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def call_options(*, complex_human_instruction: bool | None = None, **options: Any) -> dict[str, Any]:
+    """Say how to draw as a command line does: what it leaves out is the student's own.
+
+    Args:
+        complex_human_instruction: whether to put Sana's instruction before each prompt.
+        options: other arguments of the pipeline's call.
+
+    Returns:
+        Those arguments of the pipeline's call that are not None; the instruction as the call takes it.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if complex_human_instruction is not None:
+        given["complex_human_instruction"] = INSTRUCTION if complex_human_instruction else None
+    return given
 
 
 def draw_pictures(

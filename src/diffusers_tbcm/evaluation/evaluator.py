@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Protocol
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from ..export.record import Measurement
 from .features import FeatureExtractor, MobileNetFeatures, pictures_to_tensor
 from .metrics import (
+    KERNEL_SUBSETS,
+    NEIGHBOURS,
     RESAMPLES,
     Estimate,
     bootstrap,
@@ -39,6 +41,37 @@ __all__ = [
 ]
 
 RETRIEVED = (1, 5)  # top-k retrieval is given for these k
+
+
+def check_numbers(
+    extractor: FeatureExtractor,
+    *,
+    labels: Sequence[str],
+    drawn: int,
+    real: int,
+    real_labels: Sequence[str],
+) -> None:
+    """Refuse what an `Evaluator` could not compare with real images, before it is drawn.
+
+    Args:
+        extractor: makes the features.
+        labels: the prompted concepts; none where there are none.
+        drawn: how many pictures a model draws.
+        real: how many images they are compared with.
+        real_labels: the concepts that those show; none where they are not known.
+
+    Raises:
+        ValueError: where the pictures of one side are too few, or a concept is that of no real image.
+    """
+    needed = 1 + max(extractor.num_components or extractor.num_features, NEIGHBOURS, *RETRIEVED)
+    for kind, number in (("drawn", drawn), ("real", real)):
+        if number < needed:
+            raise ValueError(
+                f"{number} {kind} pictures are too few: the covariance of {extractor.frechet_name} takes {needed}"
+            )
+    unknown = sorted({*labels} - {*real_labels})
+    if real_labels and unknown:
+        raise ValueError(f"{len(unknown)} labels of prompts, such as {unknown[0]!r}, are those of no real picture")
 
 
 class TextImageScorer(Protocol):
@@ -122,7 +155,12 @@ class Evaluator:
             self.extractor.frechet_name: self._bootstrap(
                 lambda index: frechet_distance(*reference.gaussian, projected[index].flatten(0, 1)), prompts
             ),
-            self.extractor.kernel_name: kernel_distance(real, features, pictures_per_prompt=projected.shape[1]),
+            self.extractor.kernel_name: kernel_distance(
+                real,
+                features,
+                pictures_per_prompt=projected.shape[1],
+                subsets=min(KERNEL_SUBSETS, prompts),
+            ),
             "precision": self._mean(within_balls(features, real).any(dim=1), prompts),
             "recall": self._bootstrap(
                 lambda index: float(covered[:, index.unique()].flatten(1).any(dim=1).double().mean()), prompts
@@ -140,6 +178,25 @@ class Evaluator:
 
     def _bootstrap(self, statistic: Callable[[Tensor], float], prompts: int) -> Estimate:
         return bootstrap(statistic, prompts, resamples=self.resamples)
+
+
+def compare_with_teacher(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Add to measurements their diversity as a share of the teacher's, which mode collapse makes small.
+
+    Args:
+        measurements: of students and of teachers, the last of which is the one compared with.
+
+    Returns:
+        The measurements; as they were where there is no teacher, or no diversity of it.
+    """
+    teachers = [row for row in measurements if row.model == "teacher"]
+    if not teachers or not teachers[-1].metrics.get("diversity"):
+        return list(measurements)
+    of_teacher = teachers[-1].metrics["diversity"]
+    return [
+        replace(row, metrics={**row.metrics, "diversity / teacher's": row.metrics["diversity"] / of_teacher})
+        for row in measurements
+    ]
 
 
 def _repeat(items: Sequence[str], times: int) -> list[str]:

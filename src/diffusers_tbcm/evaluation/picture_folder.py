@@ -10,16 +10,22 @@ from pathlib import Path
 from typing import Any, overload
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..draws import draw_generator
 from ..files import read_json, write_json, written_beside
+from ..images import to_rgb
+from ..text import check_tokenizer
 from .drawing import draw_pictures
 
 
+logger = logging.get_logger(__name__)
+
 SETTINGS = "settings.json"
+FILE_NAMES = "[0-9]" * 6 + "-[0-9][0-9].png"
 WEIGHT_SAMPLE = 256  # values of every tensor that tell weights apart: any training step changes all of them
 
 
@@ -33,7 +39,8 @@ class PictureFolder(Sequence[Image.Image]):
         settings: what a picture depends on beside its prompt, JSON values by name.
 
     Raises:
-        ValueError: where the folder holds pictures of other settings or prompts; the message says which differ.
+        ValueError: where the folder holds pictures of other settings or prompts, or files of another's; the message
+            says which differ.
     """
 
     def __init__(
@@ -47,19 +54,22 @@ class PictureFolder(Sequence[Image.Image]):
         self.prompts = prompts
         self.pictures_per_prompt = pictures_per_prompt
         settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
-        if (self.folder / SETTINGS).is_file():
-            found = read_json(self.folder / SETTINGS)
-            differences = [
-                f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
-                for name in sorted({*found, *settings})
-                if found.get(name) != settings.get(name)
-            ]
-            if differences:
-                raise ValueError(
-                    f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
-                    " or delete this one to draw anew"
-                )
-        else:
+        found = read_json(self.folder / SETTINGS) if (self.folder / SETTINGS).is_file() else {}
+        differences = [
+            f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
+            for name in sorted({*found, *settings})
+            if found.get(name) != settings.get(name)
+        ]
+        if differences and any(self.folder.glob(FILE_NAMES)):  # settings that no picture came of bind nobody
+            raise ValueError(
+                f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
+                " or delete this one to draw anew"
+            )
+        if not found and self.folder.is_dir() and any(self.folder.glob("*.*")):
+            raise ValueError(
+                f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
+            )
+        if found != settings:
             write_json(self.folder / SETTINGS, settings)
 
     def __len__(self) -> int:
@@ -74,8 +84,11 @@ class PictureFolder(Sequence[Image.Image]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        with Image.open(self.path(index)) as picture:
-            return picture.convert("RGB")
+        try:
+            with Image.open(self.path(index)) as picture:
+                return to_rgb(picture)
+        except Exception as error:  # Pillow has one for every way in which a file can be broken
+            raise ValueError(f"picture {str(self.path(index))!r} cannot be read: {error}") from error
 
     def path(self, index: int) -> Path:
         """Name a picture by its prompt's number and its own.
@@ -90,13 +103,13 @@ class PictureFolder(Sequence[Image.Image]):
         return self.folder / f"{prompt:06}-{picture:02}.png"
 
     def missing(self) -> list[int]:
-        """Say which pictures are yet to be drawn.
+        """Say which pictures are yet to be drawn; those whose files are torn are named in a warning, and among them.
 
         Returns:
             Their indices.
         """
         names = {path.name for path in self.folder.glob("*.png")}
-        return [index for index in range(len(self)) if self.path(index).name not in names]
+        return [i for i in range(len(self)) if self.path(i).name not in names or _is_torn(self.path(i))]
 
     def draw(
         self,
@@ -119,7 +132,11 @@ class PictureFolder(Sequence[Image.Image]):
             batch_size: pictures at a time; another batch size gives the same pictures, to rounding.
             progress: show a bar.
             options: further arguments of the pipeline's call, such as `guidance_scale`.
+
+        Raises:
+            ValueError: where the pipeline's tokenizer reads no prompt.
         """
+        check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
         places = [divmod(index, self.pictures_per_prompt) for index in indices]
         pictures = draw_pictures(
             pipeline,
@@ -143,7 +160,7 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
         pipeline: any Sana pipeline, its LoRA loaded.
 
     Returns:
-        A short text by component: two pipelines are equal where they would draw alike.
+        A short text by component, the tokenizer's among them: two pipelines are equal where they would draw alike.
     """
     config = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     digests = {"scheduler": text_digest(json.dumps(config, sort_keys=True, default=str))}
@@ -154,7 +171,27 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
                 sample = value.flatten()[:WEIGHT_SAMPLE].float().cpu().numpy()
                 digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode() + sample.tobytes())
             digests[name] = digest.hexdigest()
+    digests["tokenizer"] = text_digest(_tokenizer_content(pipeline.tokenizer))
     return digests
+
+
+def _tokenizer_content(tokenizer: Any) -> str:
+    """What a tokenizer knows; how it pads and cuts is the pipeline's to say."""
+    if not tokenizer.is_fast:
+        return json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({name: content[name] for name in ("added_tokens", "normalizer", "model")}, sort_keys=True)
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a PNG file breaks off or is damaged: its checksums tell, without decoding it."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except Exception as error:  # Pillow has one for every way in which a file can be broken
+        logger.warning(f"{str(path)!r} is torn and will be drawn again: {error}")
+        return True
+    return False
 
 
 def text_digest(text: str) -> str:

@@ -10,10 +10,11 @@ from os import PathLike
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import in_a_line
 from ..files import written_beside
 from .features import NUM_COMPONENTS
 from .metrics import fit_gaussian, frechet_distance, symmetric_root
@@ -54,7 +55,8 @@ class FeatureReference:
             The reference.
 
         Raises:
-            ValueError: where features and labels differ in number, or K components cannot be told from N images.
+            ValueError: where features and labels differ in number, features are not finite, or K components cannot be
+                told from N images.
         """
         if labels and len(features) != len(labels):
             raise ValueError(f"labels has {len(labels)} names for {len(features)} features")
@@ -63,6 +65,8 @@ class FeatureReference:
                 f"num_components is {num_components or 'all'}, too many for features of shape {tuple(features.shape)}"
             )
         features = features.cpu().half()
+        if not features.isfinite().all():
+            raise ValueError("features holds NaN or infinity: of such images there is no distance")
         mean = features.double().mean(dim=0)
         if num_components is None:
             return cls(features, tuple(labels), mean, None)
@@ -90,11 +94,22 @@ class FeatureReference:
 
         Returns:
             The reference, bit for bit.
+
+        Raises:
+            ValueError: where the file is no such reference, or its numbers are not finite.
         """
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            labels = tuple(json.loads(file.metadata()["labels"]))
-        return cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                labels = tuple(json.loads(file.metadata()["labels"]))
+            found = cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
+        except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{str(path)!r} holds no features of an evaluation: {in_a_line(error)}") from error
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{str(path)!r} holds features that are not finite")
+        if labels and len(labels) != len(found.features):
+            raise ValueError(f"{str(path)!r} has {len(labels)} labels for {len(found.features)} features")
+        return found
 
     def project(self, features: Tensor) -> Tensor:
         """Give features as the Frechet distance sees them.

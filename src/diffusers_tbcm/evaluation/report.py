@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..export.record import Measurement
+from ..files import written_beside
 
 
 if TYPE_CHECKING:
@@ -71,4 +73,5 @@ def plot_measurements(measurements: Sequence[Measurement], path: str | PathLike[
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    with written_beside(path) as partial:
+        figure.savefig(partial, dpi=120, format=Path(path).suffix[1:] or None)

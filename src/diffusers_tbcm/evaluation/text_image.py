@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
 from ..files import written_beside
+from ..images import to_rgb
 from .features import FeatureExtractor, MobileNetFeatures
 
 
@@ -64,7 +65,7 @@ class CLIPScorer:
             texts = list(prompts[start : start + batch_size])
             inputs = self.processor(
                 text=texts,
-                images=[picture.convert("RGB") for picture in islice(pictures, len(texts))],
+                images=[to_rgb(picture) for picture in islice(pictures, len(texts))],
                 return_tensors="pt",
                 padding=True,
                 truncation=True,

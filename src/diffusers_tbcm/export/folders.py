@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +15,10 @@ from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
 from ..backbones import backbone_of, find_backbone
-from ..files import read_json, remove, replace, write_json, written_beside
-from ..lora import LORA_FILE, save_lora
+from ..components import plain_name, stored_precision
+from ..files import read_json, write_json
+from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE, save_lora
+from ..owned import OwnedFolder
 from ..pipeline_folder import (
     CARD,
     LEGAL_FILES,
@@ -24,19 +26,24 @@ from ..pipeline_folder import (
     MODEL_INDEX,
     SAMPLE_GRID,
     SAMPLES,
-    SKIPPED_FILES,
+    SCHEDULER,
     TRAINING_CONFIG,
     TRAINING_RECORD,
     TRANSFORMER,
     VARIANTS,
+    component_files,
+    home_of,
     license_of,
     resolve_teacher,
 )
-from ..scheduling_tbcm import TBCMScheduler
+from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
+from ..redaction import redact_values
+from ..scheduling_tbcm import OWN_CONFIG_ENTRIES, TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
 from .record import StudentDescription
+from .selection import publishable, redact_header
 
 
 SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale
@@ -50,30 +57,34 @@ def save_student_pipeline(
     *,
     scheduler: TBCMScheduler | None = None,
     variants: Sequence[str] = (),
+    teacher_variant: str | None = None,
 ) -> Path:
     """Save a student as a folder that plain `DiffusionPipeline.from_pretrained` loads, with card and records.
 
     Its `pipeline.py` is `SanaTBCMPipeline` in one file, for `custom_pipeline` where this package is not installed.
 
-    The folder is written beside `output_dir` and moved into it, `model_index.json` last: a half-written export is
-    never a pipeline. Samples and metrics of an earlier student go; whatever else `output_dir` holds, such as
-    checkpoints, stays.
+    All is written in a folder inside `output_dir` and then moved into place, `model_index.json` last: a half-written
+    export is never a pipeline, and an earlier student stays until the new one is complete. Its files go then, samples
+    and metrics too; whatever else `output_dir` holds stays.
 
     Args:
         student: the distilled transformer in flow-matching form, with a guidance embedder.
         teacher: pipeline folder or Hub id that the text encoder, tokenizer and autoencoder are copied from.
         output_dir: where the pipeline is to be.
         description: what its card and records say of it.
-        scheduler: carries the checkpoint's own timesteps and guidance scales; `TBCMScheduler()` by default.
+        scheduler: carries the checkpoint's own timesteps and what the student was distilled with;
+            `TBCMScheduler()` by default.
         variants: `"fp16"`, `"bf16"` or both: copies of all weights in half precision beside the ordinary ones, for
             `from_pretrained(..., variant=..., torch_dtype=...)`.
+        teacher_variant: the half-precision weights to copy of the teacher's components that have them; None for the
+            ordinary ones. The copies have ordinary names.
 
     Returns:
         `output_dir`.
 
     Raises:
-        ValueError: where the student has no guidance embedder, a variant is unknown, or the teacher is no complete
-            Sana pipeline or lies in `output_dir`.
+        ValueError: where the student has no guidance embedder, a variant is unknown, the teacher is no complete Sana
+            pipeline, or `check_target` refuses `output_dir`.
     """
     if not student.config.guidance_embeds:
         raise ValueError(
@@ -82,22 +93,19 @@ def save_student_pipeline(
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"variants has {variant!r}: choose from {', '.join(VARIANTS)}")
-    teacher_folder = resolve_teacher(teacher)
+    teacher_folder = resolve_teacher(teacher, teacher_variant)
     output_dir = Path(output_dir)
-    if output_dir.resolve() == teacher_folder.resolve():
-        raise ValueError(f"output_dir {str(output_dir)!r} is the teacher's own folder: the export would replace it")
+    check_target(output_dir, teacher_folder, teacher_variant=teacher_variant)
     scheduler = TBCMScheduler() if scheduler is None else scheduler
 
-    with written_beside(output_dir.resolve(), place=partial(_move, last=MODEL_INDEX)) as folder:
+    with _staged(output_dir, last=MODEL_INDEX) as folder:
         for component in backbone_of(student).COPIED_COMPONENTS:
-            shutil.copytree(
-                teacher_folder / component, folder / component, ignore=shutil.ignore_patterns(*SKIPPED_FILES)
-            )
+            _copy_component(teacher_folder, component, folder, teacher_variant)
         student.save_pretrained(folder / TRANSFORMER)
         student_config = read_json(folder / TRANSFORMER / "config.json")
         student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
         write_json(folder / TRANSFORMER / "config.json", student_config)
-        scheduler.to_stock().save_pretrained(folder / "scheduler")
+        scheduler.to_stock().save_pretrained(folder / SCHEDULER)
         (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
         write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder))
         for variant in variants:
@@ -113,34 +121,125 @@ def save_student_lora(
     output_dir: str | PathLike[str],
     description: StudentDescription,
     *,
-    guidance_scale: float = 4.5,
+    scheduler: TBCMScheduler | None = None,
+    guidance_scale: float | None = None,
+    teacher_variant: str | None = None,
 ) -> Path:
     """Save a LoRA student as a folder that its teacher's pipeline loads, ours or a stock one, with card and records.
 
-    Like `save_student_pipeline` it is written beside `output_dir` and moved into it, the adapters last.
+    Like `save_student_pipeline` it is written inside `output_dir` and moved into place, the adapters last.
 
     Args:
         student: made by `lora.make_lora_student`.
         teacher: pipeline folder or Hub id of its teacher.
         output_dir: where the folder is to be.
         description: what its card and records say of it.
-        guidance_scale: the one that the stock `SanaPipeline` will draw with.
+        scheduler: carries what the student was distilled with; `TBCMScheduler()` by default.
+        guidance_scale: the one that the stock `SanaPipeline` will draw with; the scheduler's own by default.
+        teacher_variant: the half-precision weights that the teacher was loaded from; None for the ordinary ones.
 
     Returns:
         `output_dir`.
 
     Raises:
-        ValueError: where the teacher is no complete Sana pipeline.
+        ValueError: where the teacher is no complete Sana pipeline, or `check_target` refuses `output_dir`.
     """
-    teacher_folder = resolve_teacher(teacher)
+    teacher_folder = resolve_teacher(teacher, teacher_variant)
     output_dir = Path(output_dir)
+    check_target(output_dir, teacher_folder, lora=True)
     stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
-    with written_beside(output_dir.resolve(), place=partial(_move, last=LORA_FILE)) as folder:
-        save_lora(student, folder, guidance_scale if stock else None)
+    scheduler = TBCMScheduler() if scheduler is None else scheduler
+    if guidance_scale is None:
+        guidance_scale = scheduler.default_call_options.get("guidance_scale", STOCK_CALL_OPTIONS["guidance_scale"])
+    with _staged(output_dir, last=LORA_FILE) as folder:
+        own_entries = {name: scheduler.config[name] for name in OWN_CONFIG_ENTRIES}
+        save_lora(student, folder, guidance_scale if stock else None, own_entries)
         record = _record(description, student, teacher, teacher_folder, output_dir)
-        adapter = {"guidance_scale": guidance_scale, "stock_pipeline": stock}
+        adapter = {
+            "guidance_scale": guidance_scale,
+            "stock_pipeline": stock,
+            "call_options": scheduler.default_call_options,
+        }
         _describe(folder, teacher_folder, description, {**record, "adapter": adapter})
     return output_dir
+
+
+def _copied(teacher_folder: Path, name: str, variant: str | None) -> dict[str, Path]:
+    """The files that a teacher's component consists of, by their plain names."""
+    model_index = read_json(teacher_folder / MODEL_INDEX)
+    precision = stored_precision(teacher_folder / name, variant)
+    files = component_files(teacher_folder, name, model_index, home=home_of(teacher_folder), variant=variant)
+    return {plain_name(file.name, precision): file for file in files}
+
+
+def _copy_component(teacher_folder: Path, name: str, folder: Path, variant: str | None) -> None:
+    """Copy the files that a teacher's component consists of, without paths of this machine."""
+    (folder / name).mkdir(parents=True)
+    precision = stored_precision(teacher_folder / name, variant)
+    for plain, file in _copied(teacher_folder, name, variant).items():
+        target = folder / name / plain
+        _copy_published(file, target)
+        if target.name != file.name and target.suffix == ".json":  # the index of shards
+            index = read_json(target)
+            shards = {key: plain_name(shard, precision) for key, shard in index["weight_map"].items()}
+            write_json(target, {**index, "weight_map": shards})
+
+
+def _copy_published(file: Path, target: Path) -> None:
+    if file.suffix == ".safetensors":
+        shutil.copyfile(file, target)
+        redact_header(target)
+        return
+    content = publishable(file)
+    if isinstance(content, Path):
+        shutil.copyfile(content, target)
+    else:
+        target.write_bytes(content)
+
+
+def check_target(
+    output_dir: Path, teacher_folder: Path, *, lora: bool = False, teacher_variant: str | None = None
+) -> None:
+    """Make sure, before anything is computed, that a student can be saved without harm to what others wrote.
+
+    Args:
+        output_dir: where the student is to be.
+        teacher_folder: its teacher's.
+        lora: whether it is an adapter.
+        teacher_variant: as `resolve_teacher` takes it.
+
+    Raises:
+        ValueError: where `output_dir` is no folder of ours, has files that are not ours in the student's places, or
+            is the teacher's, in it, or around it.
+    """
+    output, teacher = output_dir.resolve(), teacher_folder.resolve()
+    if output == teacher:
+        raise ValueError(f"`output_dir` {str(output_dir)!r} is the teacher's own folder: choose another")
+    if output.is_relative_to(teacher) or teacher.is_relative_to(output):
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} and the teacher's folder {str(teacher_folder)!r} lie in one another:"
+            " choose another folder"
+        )
+    names = [CARD, TRAINING_RECORD, TRAINING_CONFIG, METRICS, SAMPLE_GRID]
+    names += [name for name in LEGAL_FILES if (teacher_folder / name).is_file()]
+    if lora:
+        names += [LORA_FILE, GUIDANCE_EMBEDDER_FILE]
+    else:
+        names += [MODEL_INDEX, CUSTOM_PIPELINE_FILE_NAME, f"{SCHEDULER}/scheduler_config.json"]
+        for component in (TRANSFORMER, *find_backbone(teacher_folder).COPIED_COMPONENTS):
+            names += [f"{component}/{name}" for name in _copied(teacher_folder, component, teacher_variant)]
+    folder = OwnedFolder(output_dir)
+    folder.check()
+    folder.check_free(names)
+
+
+@contextmanager
+def _staged(output_dir: Path, *, last: str) -> Iterator[Path]:
+    """A folder to write a student in, which then takes the place of an earlier one; its file `last` comes last."""
+    target = OwnedFolder(output_dir)
+    target.claim()
+    with target.replaced(last=last, absent=(METRICS, SAMPLE_GRID), stale=(SAMPLES, *LEGAL_FILES)) as folder:
+        yield folder
 
 
 def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
@@ -151,7 +250,7 @@ def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
         "_diffusers_version": diffusers_version,
         **{component: teacher_classes[component] for component in backbone.COPIED_COMPONENTS},
         TRANSFORMER: ["diffusers", backbone.TRANSFORMER_CLASS.__name__],
-        "scheduler": ["diffusers", SCMScheduler.__name__],
+        SCHEDULER: ["diffusers", SCMScheduler.__name__],
     }
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         library, name = model_index["tokenizer"]
@@ -204,24 +303,14 @@ def _describe(folder: Path, teacher_folder: Path, description: StudentDescriptio
     """Write what a folder holds beside its weights: records, samples, the teacher's terms, the card."""
     for name in LEGAL_FILES:
         if (teacher_folder / name).is_file():
-            shutil.copy(teacher_folder / name, folder / name)
+            _copy_published(teacher_folder / name, folder / name)
     pictures = []
     for index, sample in enumerate(description.samples):
         file = f"{SAMPLES}/{index:02}.png"
         (folder / SAMPLES).mkdir(exist_ok=True)
         sample.image.save(folder / file)
         pictures.append({"prompt": sample.prompt, "num_inference_steps": sample.num_inference_steps, "file": file})
-    write_json(folder / TRAINING_RECORD, {**record, "samples": pictures})
+    write_json(folder / TRAINING_RECORD, redact_values({**record, "samples": pictures}))
     if description.config is not None:
-        write_json(folder / TRAINING_CONFIG, description.config)
+        write_json(folder / TRAINING_CONFIG, redact_values(description.config))
     render_model_card(folder).save(folder / CARD)
-
-
-def _move(written: Path, output_dir: Path, *, last: str) -> None:
-    """Put a written folder into its place; until `last`, which makes it one to diffusers, there is none there."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in (last, METRICS, SAMPLE_GRID, SAMPLES):  # of an earlier student
-        remove(output_dir / name)
-    for entry in sorted(written.iterdir(), key=lambda entry: entry.name == last):
-        replace(entry, output_dir / entry.name)
-    written.rmdir()

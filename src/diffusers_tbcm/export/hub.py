@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import time
@@ -18,26 +19,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 
-from ..files import PICTURE_SUFFIXES, json_text, read_json
-from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
-from ..pipeline_folder import (
-    CARD,
-    LEGAL_FILES,
-    MODEL_INDEX,
-    TRAINING_RECORD,
-    holding_weights,
-    license_of,
-    list_checkpoints,
-)
+from ..errors import Failure
+from ..files import json_text
+from ..pipeline_folder import CARD, TRAINING_RECORD, license_of
+from ..redaction import redact
+from .selection import select_files
 
 
 logger = logging.get_logger(__name__)
 
 MIN_HUB_VERSION = "1.32"  # the first whose `auth_check` was seen to ask for write access
-TOP_LEVEL_SUFFIXES = (".json", ".md", ".py")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 RETRY_WAITS = (1, 4, 16)  # seconds; the client retries each upload by itself before that
+MAX_NAMED = 20  # files that a warning names
 T = TypeVar("T")
 
 
@@ -58,7 +52,7 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
     """
     installed = huggingface_hub.__version__
     if Version(installed) < Version(MIN_HUB_VERSION):
-        raise RuntimeError(f"pushing needs huggingface_hub {MIN_HUB_VERSION}; {installed} is installed: update it")
+        raise Failure(f"pushing needs huggingface_hub {MIN_HUB_VERSION}; {installed} is installed: update it")
     api = HfApi(token=_checked_token(token))
     with _explained_errors(repo_id):
         validate_repo_id(repo_id)
@@ -91,10 +85,11 @@ def push_pipeline_to_hub(
 
     A repository without a card gets it in a commit of its own. Everything else is one commit, on top of the one that
     was the last when the push began: after another's push in between there is an error and no such commit. Uploads
-    that a lost connection interrupted go on where they were; pushing again sends only what has changed. Pushed are
-    the pipeline's components, LoRA weights, the text files beside them and the pictures that the card shows; files of
-    components that the folder no longer has are deleted. The card and the training record that are pushed name
-    `repo_id`; the folder stays as it is.
+    that a lost connection interrupted go on where they were; pushing again sends only what has changed. Pushed is what
+    `selection` lists: the files that a pipeline's components or LoRA adapters consist of, card, records and licence,
+    and the pictures that the card shows, without paths of this machine and secrets. A warning names what is left out.
+    Files of components that the folder no longer has are deleted. The card and the training record that are pushed
+    name `repo_id`; the folder stays as it is.
 
     Args:
         folder: saved by `save_student_pipeline` or `save_student_lora`.
@@ -103,8 +98,8 @@ def push_pipeline_to_hub(
         private: visibility of a repository that is created; None for the owner's default.
         license: the Hub's identifier of the licence, such as `"apache-2.0"`, where the card does not name it.
         tag: of the commit, moved if it exists; by default `step-N` where the training record has the step.
-        include_training_state: also push the folders `checkpoint-N` with all that is in them, optimiser and pickles
-            too.
+        include_training_state: also push the folders `checkpoint-N`, optimiser states too, with the files that their
+            manifests list.
 
     Returns:
         The commit's address.
@@ -114,17 +109,23 @@ def push_pipeline_to_hub(
         RuntimeError: where the Hub cannot be reached, does not take the push, or another push came between.
     """
     folder = Path(folder)
-    files = _files_to_push(folder, include_training_state)
+    secrets = [secret.strip() for secret in (token, get_token()) if secret]
+    selection = select_files(folder, include_training_state=include_training_state, secrets=secrets)
+    files = dict(selection.files)
     license = choose_license(folder, license)
     repo_id = prepare_repo(repo_id, token=token, private=private)
     old_id = folder.resolve().name
     if TRAINING_RECORD in files:
-        record = read_json(folder / TRAINING_RECORD)
+        record = json.loads(_content(files[TRAINING_RECORD]))
         old_id, step = record["model_id"], record["training"].get("steps")
         record |= {"model_id": repo_id, "license": record["license"] or {"license": license}}
         files[TRAINING_RECORD] = json_text(record).encode()
         tag = f"step-{step}" if tag is None and step is not None else tag
-    card = CommitOperationAdd(CARD, _card_for_repo(folder / CARD, old_id, repo_id, license).encode())
+    card = CommitOperationAdd(CARD, _card_for_repo(_content(files.pop(CARD)), old_id, repo_id, license).encode())
+    if selection.left_out:
+        names = ", ".join(map(repr, selection.left_out[:MAX_NAMED]))
+        more = f" and {len(selection.left_out) - MAX_NAMED} more" if len(selection.left_out) > MAX_NAMED else ""
+        logger.warning(f"Not published, as it is no part of a model: {names}{more}")
 
     api = HfApi(token=_checked_token(token))
     with _explained_errors(repo_id):
@@ -190,45 +191,13 @@ def choose_license(folder: Path, license: str | None) -> str:
     return named or str(license)
 
 
-def _files_to_push(folder: Path, include_training_state: bool) -> dict[str, Path | bytes]:
-    """What of a folder is published, by path in the repository; all but the card."""
-    if (folder / MODEL_INDEX).is_file():
-        components = [name for name in read_json(folder / MODEL_INDEX) if (folder / name).is_dir()]
-        for name in holding_weights(components):
-            if not any((folder / name).glob("*.safetensors")):
-                raise ValueError(f"folder {str(folder)!r} has no safetensors weights of its {name}: save it with them")
-    elif (folder / LORA_FILE).is_file():
-        components = []
-    else:
-        raise ValueError(
-            f"folder {str(folder)!r} is neither a pipeline nor LoRA adapters: it has no {MODEL_INDEX} and no"
-            f" {LORA_FILE}; save_student_pipeline and save_student_lora write such folders"
-        )
-    if not (folder / CARD).is_file():
-        raise ValueError(f"folder {str(folder)!r} has no {CARD}: write its card, which every published model carries")
-
-    shown = (folder / CARD).read_text(encoding="utf-8")
-    kept = [
-        path
-        for path in folder.iterdir()
-        if path.suffix in TOP_LEVEL_SUFFIXES or path.name in (*LEGAL_FILES, LORA_FILE, GUIDANCE_EMBEDDER_FILE)
-    ]
-    for name in components:
-        kept += [path for path in (folder / name).rglob("*") if path.suffix not in PICKLE_SUFFIXES]
-    for path in folder.rglob("*"):
-        if path.suffix in PICTURE_SUFFIXES and path.relative_to(folder).as_posix() in shown:
-            kept.append(path)
-    if include_training_state:
-        for checkpoint in list_checkpoints(folder):
-            kept += checkpoint.rglob("*")
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(kept) if path.is_file()}
-    del names[CARD]
-    return dict(names)
+def _content(file: Path | bytes) -> str:
+    return (file.read_bytes() if isinstance(file, Path) else file).decode(errors="replace")
 
 
-def _card_for_repo(path: Path, old_id: str, repo_id: str, license: str) -> str:
+def _card_for_repo(content: str, old_id: str, repo_id: str, license: str) -> str:
     """A card whose examples load `repo_id` where they loaded `old_id`; whatever else it says stays."""
-    card = ModelCard.load(path)
+    card = ModelCard(content)
     card.data["license"] = license
     if card.data.get("model_name") == old_id:
         card.data["model_name"] = repo_id
@@ -303,7 +272,7 @@ def _is_transient(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     """An error in a line, with what it was caused by."""
     cause = f": {_reason(error.__cause__)}" if isinstance(error, RuntimeError) and error.__cause__ else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{cause}"
+    return redact(f"{type(error).__name__}: {' '.join(str(error).split())}{cause}")
 
 
 @contextmanager
@@ -326,12 +295,12 @@ def _explained_errors(repo_id: str) -> Iterator[None]:
                 f"token may not write to repo_id {repo_id!r}: use one with write access there, or another repository"
             ) from error
         if status == 412:
-            raise RuntimeError(
+            raise Failure(
                 f"repo_id {repo_id!r} was pushed to by somebody else in the meantime; nothing of this push was put"
                 " over it. Look at what is there, then push again"
             ) from error
-        raise RuntimeError(f"the Hub refused the push to {repo_id!r}: {_reason(error)}") from error
+        raise Failure(f"the Hub refused the push to {repo_id!r}: {_reason(error)}") from error
     except (HTTPError, OSError, RuntimeError) as error:
-        raise RuntimeError(
+        raise Failure(
             f"the push to {repo_id!r} was interrupted: {_reason(error)}. Push again: what has arrived stays"
         ) from error

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import read_json
-from ..pipeline_folder import SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS
+from ..owned import OwnedFolder
+from ..pipeline_folder import CARD, SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS
+from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
 from .record import Metrics, load_metrics
 
+
+logger = logging.get_logger(__name__)
 
 TAGS = ("text-to-image", "diffusers", "sana", "distillation", "few-step")
 IMAGE_FREE_TAGS = ("tbcm", "image-free-distillation")
@@ -38,7 +43,7 @@ def render_model_card(
         model_id: what the examples load; the record's by default.
 
     Returns:
-        The card; `card.save(folder / "README.md")` puts it into place.
+        The card; `save_model_card` puts it into place.
     """
     folder = Path(folder)
     record = read_json(folder / TRAINING_RECORD)
@@ -57,6 +62,7 @@ def render_model_card(
         **({} if metrics is None else _eval_results(metrics, model_id)),
     )
     scheduler = TBCMScheduler() if adapter is not None else TBCMScheduler.from_pretrained(folder / "scheduler")
+    call_options = scheduler.default_call_options if adapter is None else adapter.get("call_options", {})
     angles = {}
     for steps in SHOWN_STEPS:
         scheduler.set_timesteps(steps)
@@ -68,6 +74,7 @@ def render_model_card(
         model_id=model_id,
         prompt=json.dumps(record["prompt"], ensure_ascii=False),
         adapter=adapter,
+        call_options=_beyond_stock(call_options),
         intermediate=_rounded(angles[2])[1],
         sigmas={steps: _rounded(trig_to_flow_timestep(angle)) for steps, angle in angles.items()},
         samples=_samples_by_prompt(record["samples"]),
@@ -77,6 +84,24 @@ def render_model_card(
         metrics=metrics,
         metric_names=dict.fromkeys(name for row in (metrics.measurements if metrics else ()) for name in row.metrics),
     )
+
+
+def save_model_card(folder: str | PathLike[str], *, license: str | None = None, model_id: str | None = None) -> Path:
+    """Render the card of a saved student and put it into the student's folder.
+
+    Args:
+        folder, license, model_id: as `render_model_card` takes them.
+
+    Returns:
+        The card's file. One that was written or changed by hand is moved to `abandoned/`.
+    """
+    owned = OwnedFolder(folder, "folder")
+    card = render_model_card(folder, license=license, model_id=model_id)
+    if owned.foreign([CARD]):
+        logger.warning(f"The card was changed by hand: it is now {owned.set_aside(CARD)}")
+    with owned.written(CARD) as partial:
+        card.save(partial)
+    return owned.folder / CARD
 
 
 def _widget(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
@@ -107,6 +132,15 @@ def _eval_results(metrics: Metrics, model_id: str) -> dict[str, Any]:
         for metric, value in row.metrics.items()
     ]
     return {"model_name": model_id, "eval_results": results} if results else {}
+
+
+def _beyond_stock(call_options: Mapping[str, Any]) -> dict[str, str]:
+    """The arguments, in Python, that a stock pipeline has to be given to draw as the student was distilled."""
+    return {
+        name: repr(value)
+        for name, value in call_options.items()
+        if name in STOCK_CALL_OPTIONS and value != STOCK_CALL_OPTIONS[name]
+    }
 
 
 def _rounded(times: torch.Tensor) -> list[float]:

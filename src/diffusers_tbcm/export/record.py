@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,9 @@ from PIL import Image
 from diffusers_tbcm import __version__
 
 from ..files import read_json, write_json
+from ..owned import OwnedFolder
 from ..pipeline_folder import METRICS
+from ..redaction import is_secret, redact_values
 
 
 RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")
@@ -106,7 +107,7 @@ def save_metrics(
     command: str,
     details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what was measured into a checkpoint's folder, where `render_model_card` finds it.
+    """Write what was measured into a checkpoint's folder, where `render_model_card` finds it; stripped by `redact`.
 
     Args:
         folder: the checkpoint's.
@@ -116,12 +117,15 @@ def save_metrics(
         details: whatever else belongs to them, JSON values by name.
 
     Raises:
-        ValueError: where there is no measurement, or `dataset` or `command` is empty.
+        ValueError: where there is no measurement, `dataset` or `command` is empty, or the folder has a `metrics.json`
+            that this package did not write.
     """
     for name, value in (("measurements", measurements), ("dataset", dataset), ("command", command)):
         if not value:
             raise ValueError(f"{name} is {value!r}: a result needs its figures, what they were taken on, and how")
-    write_json(Path(folder) / METRICS, asdict(Metrics(list(measurements), dataset, command, dict(details or {}))))
+    metrics = asdict(Metrics(list(measurements), dataset, command, dict(details or {})))
+    with OwnedFolder(folder, "folder").written(METRICS) as partial:
+        write_json(partial, redact_values(metrics))
 
 
 def load_metrics(folder: str | PathLike[str]) -> Metrics | None:
@@ -143,7 +147,7 @@ def load_metrics(folder: str | PathLike[str]) -> Metrics | None:
 def training_config(flags: Mapping[str, Any], script: str | PathLike[str]) -> dict[str, Any]:
     """Describe a run so that it can be repeated, and so that the description can be published.
 
-    Tokens are left out, and of an absolute path its last part remains.
+    Secrets are left out, and of paths remains what `redact` leaves.
 
     Args:
         flags: every flag's value by name, the seed among them.
@@ -154,11 +158,7 @@ def training_config(flags: Mapping[str, Any], script: str | PathLike[str]) -> di
     """
     versions = {name: version(name) for name in RECORDED_PACKAGES}
     return {
-        "flags": {
-            name: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-            for name, value in flags.items()
-            if not name.endswith("token")
-        },
+        "flags": redact_values({name: value for name, value in flags.items() if not is_secret(name)}),
         "versions": {"python": platform.python_version(), "diffusers_tbcm": __version__, **versions},
         "git_revision": git_revision(script),
     }

@@ -2,7 +2,29 @@
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, get_int_from_env
+
+
+# Where launchers say how many processes they have started: torchrun and those of MPI
+WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Refuse processes that were started together and do not know of each other: each would be a run of its own.
+
+    Args:
+        accelerator: of this process.
+
+    Raises:
+        ValueError: where accelerate has not joined them, as it does not on a machine without a GPU.
+    """
+    started = get_int_from_env(WORLD_SIZES, 1)
+    if started > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started and accelerate has not joined them, as on a machine without a GPU: each"
+            " would be a run of its own. Start them with"
+            f" `ACCELERATE_USE_CPU=true torchrun --nproc_per_node {started}`"
+        )
 
 
 def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) -> None:
@@ -16,6 +38,7 @@ def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) 
     Raises:
         ValueError: naming the configuration, or the setting.
     """
+    check_processes(accelerator)
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and not accelerator.is_fsdp2:
         raise ValueError(
             f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
@@ -27,3 +50,15 @@ def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) 
         raise ValueError("`mixed_precision` is fp16, whose loss scale two optimisers cannot share: use bf16 or no")
     if report_to != "none" and report_to not in map(str, get_available_trackers()):
         raise ValueError(f"`report_to` is {report_to!r}, which is not installed or no tracker of accelerate")
+
+
+def keep_whole_states(accelerator: Accelerator) -> None:
+    """Let FSDP2's checkpoints hold whole tensors: torch unpickles the index of sharded ones, which may run code.
+
+    Args:
+        accelerator: the run's.
+    """
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of what the launch asked for
+        plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -1,7 +1,6 @@
 """The exponential moving average of the trained weights, kept like the weights: whole, or sharded by FSDP2."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -9,9 +8,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class ShardedEMA(EMAModel):
-    """diffusers' EMA, whose state is whole in a checkpoint even where every process holds a shard of the weights.
+    """diffusers' EMA, where every process may hold a shard of the weights.
 
-    `state_dict` and `load_state_dict` are then collective: every process calls them.
+    `full_weights` and `load` are then collective: every process calls them.
     """
 
     shadow_params: list[torch.Tensor]
@@ -27,17 +26,19 @@ class ShardedEMA(EMAModel):
         self.cur_decay_value = self.get_decay(self.optimization_step)
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"shadow_params": self.full_weights()}
+    def load(self, weights: Sequence[torch.Tensor], optimization_step: int) -> None:
+        """Take over averages.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        layouts = self.shadow_params
-        super().load_state_dict(state_dict)
+        Args:
+            weights: whole ones, in the order of the averages.
+            optimization_step: steps that they are an average of.
+        """
+        self.optimization_step = optimization_step
         self.shadow_params = [
-            distribute_tensor(whole.to(layout.device), layout.device_mesh, layout.placements)
-            if isinstance(layout, DTensor)
-            else whole
-            for whole, layout in zip(self.shadow_params, layouts, strict=True)
+            distribute_tensor(whole.to(average.device), average.device_mesh, average.placements)
+            if isinstance(average, DTensor)
+            else whole.to(average)
+            for whole, average in zip(weights, self.shadow_params, strict=True)
         ]
 
     def full_weights(self) -> list[torch.Tensor]:

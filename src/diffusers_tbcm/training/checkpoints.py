@@ -1,27 +1,46 @@
-"""Training checkpoints that are whole or not there: written beside, renamed when complete, checked before loading."""
+"""Training checkpoints that are whole or not there: written beside, renamed when complete, checked before loading.
 
+Nothing in them is read in a way that could run code: our own state is JSON and safetensors, and accelerate reads its
+files as tensors and plain values only.
+"""
+
+import json
+import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from ..files import beside, read_json, replace, write_json
-from ..pipeline_folder import list_checkpoints
+from ..files import WRITE_ERRORS, beside, read_json, write_json, written_beside
+from ..lora import LORA_FILE
+from ..owned import SET_ASIDE, OwnedFolder
+from ..pipeline_folder import LORA, MODEL_INDEX, VALIDATION, list_checkpoints
 
 
 logger = logging.get_logger(__name__)
 
 # Written last into a checkpoint: its step, and the size of every other file.
 MANIFEST = "checkpoint.json"
+RUN_STATE = "run.json"  # what the run was told, and where it stands
+RUN_STATE_ENTRIES = ("told", "content", "changes", "averaged_steps", "health")
+AVERAGES = "ema.safetensors"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None = None
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    *,
+    state: Mapping[str, Any],
+    averages: Mapping[str, torch.Tensor],
 ) -> Path | None:
-    """Save everything that `accelerator` prepared or registered as `output_dir/checkpoint-{step}`.
+    """Save everything that `accelerator` prepared, and a run's own state, as `output_dir/checkpoint-{step}`.
 
     A checkpoint that cannot be written (a full disk, a folder without permission) is named in a warning and leaves
     nothing behind: the run and its earlier checkpoints are worth more.
@@ -30,8 +49,8 @@ def save_checkpoint(
         accelerator: holds the training state; every process calls this.
         output_dir: the run's folder.
         step: optimiser steps done.
-        total_limit: other checkpoints are deleted down to this many in all, after the new one is complete; None keeps
-            all.
+        state: the run's own, JSON values by name.
+        averages: averaged weights by name, whole.
 
     Returns:
         The checkpoint's folder; None where it could not be written.
@@ -41,16 +60,21 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    failure = None
+    failure: Exception | None = None
     try:
         accelerator.save_state(str(partial))
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        if accelerator.is_main_process:
+            write_json(partial / RUN_STATE, state)
+            if averages:
+                save_file({name: weight.contiguous() for name, weight in averages.items()}, partial / AVERAGES)
+    except WRITE_ERRORS as error:
         failure = error
     if accelerator.reduce(torch.tensor(int(failure is not None), device=accelerator.device)) == 0:
         try:
             if accelerator.is_main_process:
-                _complete(partial, final, step, total_limit)
-        except OSError as error:
+                counts = {"model": len(accelerator._models), "optimizer": len(accelerator._optimizers)}
+                _complete(partial, final, step, counts)
+        except (OSError, ValueError) as error:
             failure = error
         if accelerator.reduce(torch.tensor(int(failure is not None), device=accelerator.device)) == 0:
             return final
@@ -62,14 +86,119 @@ def save_checkpoint(
     return None
 
 
-def _complete(partial: Path, final: Path, step: int, total_limit: int | None) -> None:
-    sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+def _complete(partial: Path, final: Path, step: int, counts: dict[str, int]) -> None:
+    sizes = {f.relative_to(partial).as_posix(): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+    if reason := _lacking(sizes, counts):
+        raise ValueError(reason)
     write_json(partial / MANIFEST, {"step": step, "files": sizes})
-    replace(partial, final)
-    if total_limit is not None:
-        others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
-        for other in others[: max(0, len(others) - total_limit + 1)]:
-            shutil.rmtree(other)
+    folder = OwnedFolder(final.parent)
+    folder.own(final.name)
+    if final.exists():  # of the same step, which was left behind
+        folder.set_aside(final.name)
+    partial.rename(final)
+
+
+def rotate_checkpoints(output_dir: Path, newest: str, total_limit: int, *, sound: str | None = None) -> None:
+    """Delete the oldest checkpoints.
+
+    Args:
+        output_dir: the run's folder.
+        newest: name of the one that was written last; it stays, wherever its step stands among the others.
+        total_limit: how many stay in all.
+        sound: name of one that stays beside them.
+    """
+    folder = OwnedFolder(output_dir)
+    others = [other for other in list_checkpoints(output_dir) if other.name != newest and folder.lists(other.name)]
+    for other in others[: max(0, len(others) - total_limit + 1)]:
+        if other.name != sound:
+            try:
+                discard_checkpoint(other)
+            except OSError as error:
+                logger.warning(f"{other} could not be deleted: {error}")
+
+
+def discard_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint; whatever else lies in its folder stays, and one without manifest is set aside.
+
+    Args:
+        checkpoint: its folder, in a run's.
+    """
+    folder = OwnedFolder(checkpoint.parent)
+    try:
+        names = [*read_json(checkpoint / MANIFEST)["files"], MANIFEST]
+    except (OSError, ValueError, KeyError, TypeError):
+        folder.set_aside(checkpoint.name)
+        return
+    for name in names:
+        if (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
+            (checkpoint / name).unlink(missing_ok=True)
+    for below in sorted((path for path in checkpoint.rglob("*") if path.is_dir()), reverse=True):
+        if not any(below.iterdir()):
+            below.rmdir()
+    if not any(checkpoint.iterdir()):
+        checkpoint.rmdir()
+
+
+def _lacking(sizes: dict[str, int], counts: dict[str, int]) -> str | None:
+    """Say what a checkpoint lacks of so many models' weights and optimisers' states."""
+    for kind, count in counts.items():
+        found = {name.partition("/")[0] for name, size in sizes.items() if kind in name.partition("/")[0] and size}
+        if len(found) < count:
+            return f"it has files of {len(found)} {kind}s, not of {count}"
+    return None
+
+
+def load_run_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the run's own state.
+
+    Args:
+        checkpoint: its folder, which is whole.
+
+    Returns:
+        JSON values by name, as `save_checkpoint` took them.
+
+    Raises:
+        ValueError: where the checkpoint has none, as those of versions that kept it in pickles.
+    """
+    try:
+        state = read_json(checkpoint / RUN_STATE)
+        return {name: state[name] for name in RUN_STATE_ENTRIES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} has no readable {RUN_STATE}, as those of earlier versions, which kept a"
+            " run's state in pickles: go on with the version that wrote it, or train in another `output_dir`"
+        ) from error
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, partial: bool) -> dict[str, torch.Tensor]:
+    """Load what `save_checkpoint` saved, without running anything that a file may hold.
+
+    Args:
+        accelerator: holds the training state; every process calls this.
+        checkpoint: its folder.
+        partial: whether frozen weights were left out of it.
+
+    Returns:
+        The averaged weights by name; none where nothing was averaged.
+
+    Raises:
+        ValueError: where a file does not fit what is trained, or holds more than tensors and plain values.
+    """
+    try:
+        accelerator.load_state(str(checkpoint), strict=not partial)
+        file = checkpoint / AVERAGES
+        averages = load_file(file) if file.is_file() else {}
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} holds a file with more than tensors and plain values. It is not loaded,"
+            " as that could run code: resume from another one"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"checkpoint {str(checkpoint)!r} does not fit this run: {first_line}") from error
+    # Steps are counted by the run; a micro-step may have another number now.
+    accelerator.step = 0
+    return averages
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -95,10 +224,12 @@ def checkpoint_step(checkpoint: Path) -> int:
         if actual != size:
             state = "missing" if actual is None else f"{actual} bytes instead of {size}"
             raise ValueError(f"checkpoint {str(checkpoint)!r} is corrupt: {name} is {state}")
+    if reason := _lacking(sizes, {"model": 1}):
+        raise ValueError(f"checkpoint {str(checkpoint)!r} is corrupt: {reason}")
     return step
 
 
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path, int] | None:
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path, int]:
     """Choose the checkpoint to resume from.
 
     Args:
@@ -106,15 +237,14 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path
         resume_from_checkpoint: `"latest"`, or a checkpoint by path or by name in `output_dir`.
 
     Returns:
-        Its folder and step; with `"latest"` the newest that is whole (torn ones are named in a warning), or None where
-        there is no checkpoint at all.
+        Its folder and step; with `"latest"` the newest that is whole (torn ones are named in a warning).
 
     Raises:
-        ValueError: where a checkpoint that was asked for is not whole, or every one that `"latest"` finds is torn.
+        ValueError: where a checkpoint that was asked for is not whole, or `"latest"` finds none that is.
     """
     if resume_from_checkpoint != "latest":
-        path = Path(resume_from_checkpoint)
-        path = path if path.is_dir() else output_dir / resume_from_checkpoint
+        path = output_dir / resume_from_checkpoint
+        path = path if path.is_dir() else Path(resume_from_checkpoint)
         return path, checkpoint_step(path)
     checkpoints = list_checkpoints(output_dir)
     for checkpoint in reversed(checkpoints):
@@ -123,5 +253,123 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path
         except ValueError as error:
             logger.warning(f"{error}. Trying the one before it.")
     if checkpoints:
-        raise ValueError(f"no checkpoint in {str(output_dir)!r} is whole: start again in another folder")
-    return None
+        raise ValueError(f"no checkpoint in `output_dir` {str(output_dir)!r} is whole: start again in another folder")
+    raise ValueError(
+        f"`resume_from_checkpoint` is 'latest', but `output_dir` {str(output_dir)!r} holds no checkpoint: leave it out"
+        " to start"
+    )
+
+
+def check_place(output_dir: str, resume_from_checkpoint: str | None) -> None:
+    """Refuse a folder that a run would do harm in; nothing is written.
+
+    Args:
+        output_dir: the run's folder.
+        resume_from_checkpoint: as `find_checkpoint` takes it; None starts a run.
+
+    Raises:
+        ValueError: where the folder is nameless or holds what is not ours or another run, or there is nothing to
+            resume from.
+    """
+    folder = Path(output_dir)
+    if not output_dir.strip() or folder == Path():
+        raise ValueError(f"`output_dir` is {output_dir!r}, the working directory: name a folder of its own")
+    if resume_from_checkpoint is not None and not resume_from_checkpoint.strip():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}: give 'latest' or a checkpoint, or leave it out"
+        )
+    OwnedFolder(folder).check()
+    holds_run = list_checkpoints(folder) or any(
+        (folder / name).exists() for name in (MODEL_INDEX, f"{LORA}/{LORA_FILE}")
+    )
+    if holds_run and resume_from_checkpoint is None:
+        raise ValueError(
+            f"`output_dir` {output_dir!r} holds another run: continue it with `resume_from_checkpoint` latest, or"
+            " choose another folder"
+        )
+    if resume_from_checkpoint == "latest" and not list_checkpoints(folder):
+        find_checkpoint(folder, resume_from_checkpoint)
+    if holds_run and resume_from_checkpoint not in (None, "latest"):
+        checkpoint, _ = find_checkpoint(folder, resume_from_checkpoint)
+        if checkpoint.resolve().parent != folder.resolve():
+            raise ValueError(
+                f"`output_dir` {output_dir!r} holds another run than that of `resume_from_checkpoint`"
+                f" {resume_from_checkpoint!r}: choose another folder"
+            )
+
+
+def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
+    """Make sure that what a run will write, and set aside, is ours.
+
+    Args:
+        folder: the run's.
+        step: that it goes on from.
+        max_train_steps: that it goes to.
+
+    Raises:
+        ValueError: where something else is in the way.
+    """
+    checkpoints = list_checkpoints(folder.folder)
+    ahead = [path for path in checkpoints if folder.lists(path.name) and _step_in_name(path) > step]
+    folder.check_free(path.name for path in checkpoints if step < _step_in_name(path) <= max_train_steps)
+    for checkpoint in ahead:
+        try:
+            ours = {*read_json(checkpoint / MANIFEST)["files"], MANIFEST}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # torn: nobody knows what was in it
+        for path in checkpoint.rglob("*"):
+            if path.is_file() and path.relative_to(checkpoint).as_posix() not in ours:
+                raise ValueError(
+                    f"{str(checkpoint)!r} is to be set aside, but holds {path.name}, which this package did not write:"
+                    " move it to another place"
+                )
+
+
+def set_aside_later(folder: OwnedFolder, step: int) -> None:
+    """Move what a run has left that goes back: the checkpoints and validation pictures of later steps.
+
+    Args:
+        folder: the run's.
+        step: that it goes on from.
+    """
+    for path in [*list_checkpoints(folder.folder), *folder.folder.glob(f"{VALIDATION}/step-*.png")]:
+        name = path.relative_to(folder.folder).as_posix()
+        if folder.lists(name) and _step_in_name(path) > step:
+            logger.warning(f"The run goes back to step {step}: {name} is now {folder.set_aside(name)}")
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Move the lines of later steps, and torn ones, from a run's log to that of what it has left.
+
+    Args:
+        path: of JSON lines with a `step`; there or not.
+        step: the last that stays.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    cut: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        (kept if _stays(line, step) else cut).append(line)
+    if not cut:
+        return
+    left = path.parent / SET_ASIDE / path.name
+    left.parent.mkdir(exist_ok=True)
+    with left.open("a", encoding="utf-8") as file:
+        file.writelines(line.rstrip("\n") + "\n" for line in cut)
+    with written_beside(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
+
+
+def _stays(line: str, step: int) -> bool:
+    """Whether a line of a log is whole and of no later step."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _step_in_name(path: Path) -> int:
+    """The step that a checkpoint or a validation picture is named by."""
+    number = path.stem.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import nn
 
 from ..backbones import find_backbone
@@ -16,21 +16,27 @@ from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
 from ..dual import checkpoint_dual
+from ..errors import Failure
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
-from ..export.folders import save_student_lora, save_student_pipeline
+from ..export.folders import check_target, save_student_lora, save_student_pipeline
 from ..export.record import Sample, StudentDescription
+from ..files import WRITE_ERRORS
 from ..lora import make_lora_student, merge_lora
 from ..loss import LogvarHead, StudentWithLogvar
-from ..pipeline_folder import resolve_teacher
+from ..pipeline_folder import LORA, TRANSFORMER, VALIDATION, digest_component, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
+from .health import all_finite
 from .memory import memory_plan
 from .optimizers import state_bytes
+from .resumption import digest_texts
 from .run import Run
 from .settings import DistillationSettings
 
+
+logger = logging.get_logger(__name__)
 
 VALIDATION_STEPS = (1, 2, 4)
 
@@ -69,10 +75,21 @@ class Distillation:
             raise ValueError("`rank` shares the base's weights with the teacher, which FSDP2 would shard: use DDP")
         self.run, self.settings, self.prompts = run, settings, prompts
         self.method, self.image_free = method, image_free
-        self.folder = resolve_teacher(settings.pretrained_model_name_or_path)
+        self.folder = resolve_teacher(settings.pretrained_model_name_or_path, settings.variant)
         self.backbone = find_backbone(self.folder)
-        transformer = self.backbone.load_transformer(self.folder)
+        transformer = self.backbone.load_transformer(self.folder, settings.variant)
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
+        components = (TRANSFORMER, "text_encoder", "tokenizer")
+        run.depends_on(
+            method=method,
+            teacher=digest_texts(digest_component(self.folder, name, settings.variant) for name in components),
+            prompts=digest_texts(prompts),
+            resolution=str(self.resolution),
+        )
+        if settings.rank is not None:
+            check_target(run.output_dir / LORA, self.folder, lora=True)
+        if settings.rank is None or settings.merge_lora:
+            check_target(run.output_dir, self.folder, teacher_variant=settings.variant)
         run.check_push(self.folder)
         run.open_folder()
 
@@ -86,12 +103,26 @@ class Distillation:
                 " the Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
             )
         self.teacher = TrigFlowTransformer(transformer, timestep_scale)
-        self.scheduler = TBCMScheduler(sigma_data=SIGMA_DATA, guidance_scales=settings.guidance_scales)
+        size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
+        self.scheduler = TBCMScheduler(
+            sigma_data=SIGMA_DATA,
+            guidance_scales=settings.guidance_scales,
+            call_options={**self._reading, **size},
+        )
 
     @property
     def resolution(self) -> int:
         """Pixels a side of what is drawn and encoded."""
         return self.latent_shape[-1] * self.backbone.vae_scale_factor(self.folder)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How prompts are read, in the words of the pipelines' calls."""
+        settings = self.settings
+        return {
+            "complex_human_instruction": self.backbone.INSTRUCTION if settings.complex_human_instruction else None,
+            "max_sequence_length": settings.max_sequence_length,
+        }
 
     @property
     def num_blocks(self) -> int:
@@ -115,10 +146,14 @@ class Distillation:
         """
         run = self.run
         cache = Path(folder or run.output_dir / "latents")
-        fingerprint = latents_fingerprint(images, self.folder, resolution=self.resolution, dtype=torch.float32)
+        variant = self.settings.variant
+        fingerprint = latents_fingerprint(
+            images, self.folder, resolution=self.resolution, dtype=torch.float32, variant=variant
+        )
+        run.depends_on(pictures=digest_texts(map(str, sorted(fingerprint.items()))))
         precompute_latents(
             images,
-            lambda: self.backbone.load_vae(self.folder).to(run.device),
+            lambda: self.backbone.load_vae(self.folder, variant).to(run.device),
             cache,
             fingerprint,
             backbone=self.backbone,
@@ -167,7 +202,7 @@ class Distillation:
         if self.run.validation_due:
             self.validate(student)
         if self.run.push_due:
-            self.export(student)
+            self._export(student, last=False)
 
     def validate(self, student: nn.Module) -> None:
         """Draw the validation prompts with the student as it is; every process calls this.
@@ -187,38 +222,49 @@ class Distillation:
         Args:
             student: from `add_student`.
         """
-        run, settings = self.run, self.settings
-        weights = run.weights(student)
-        if run.accelerator.is_main_process:
+        self._export(student, last=True)
+
+    def _export(self, student: nn.Module, *, last: bool) -> None:
+        """Save and push; before the `last` time, one that cannot be written costs a warning."""
+        weights = self.run.weights(student)
+        if self.run.accelerator.is_main_process:
             self.teacher.float()
-            transformer = self._load_student(weights)
-            description = StudentDescription(
-                prompt=(settings.validation_prompts or self.prompts)[0],
-                training=self._training_table(),
-                image_free=self.image_free,
-                config=run.config,
-                samples=self._draw(transformer) if settings.validation_prompts else (),
-                resolution=settings.resolution,
-            )
-            run.push(self._save(transformer, description))
-            self.teacher.to(run.weight_dtype)
-        run.accelerator.wait_for_everyone()
+            try:
+                self._save_and_push(weights)
+            except (*WRITE_ERRORS, ValueError, Failure) as error:
+                if last:
+                    raise
+                logger.warning(f"The student of step {self.run.step} was not saved, training goes on: {error}")
+            self.teacher.to(self.run.weight_dtype)
+        self.run.accelerator.wait_for_everyone()
+
+    def _save_and_push(self, weights: Mapping[str, torch.Tensor]) -> None:
+        run, settings = self.run, self.settings
+        if not all_finite(weights.values()):
+            raise Failure(f"nothing is exported: the student's weights are not finite at step {run.step}")
+        transformer = self._load_student(weights)
+        description = StudentDescription(
+            prompt=(settings.validation_prompts or self.prompts)[0],
+            training=self._training_table(),
+            image_free=self.image_free,
+            config=run.config,
+            samples=self._draw(transformer) if settings.validation_prompts else (),
+            resolution=settings.resolution,
+        )
+        run.push(self._save(transformer, description))
 
     def _make_encoder(self) -> PromptEncoder | EmbeddingCache:
         run, settings = self.run, self.settings
-        reading: dict[str, Any] = {
-            "complex_human_instruction": self.backbone.INSTRUCTION if settings.complex_human_instruction else None,
-            "max_sequence_length": settings.max_sequence_length,
-        }
+        reading = self._reading
 
         def make_encoder() -> PromptEncoder:
-            pipeline = self.backbone.load_text_pipeline(self.folder, run.weight_dtype)
+            pipeline = self.backbone.load_text_pipeline(self.folder, run.weight_dtype, settings.variant)
             return PromptEncoder(pipeline, device=run.device, offload=settings.offload_text_encoder, **reading)
 
         if settings.precompute_embeddings is None:
             return make_encoder()
         cache = Path(settings.precompute_embeddings)
-        fingerprint = encoder_fingerprint(self.folder, dtype=run.weight_dtype, **reading)
+        fingerprint = encoder_fingerprint(self.folder, dtype=run.weight_dtype, variant=settings.variant, **reading)
         precompute_embeddings(
             [*self.prompts, *(settings.validation_prompts or [])],
             make_encoder,
@@ -269,7 +315,7 @@ class Distillation:
     def _draw(self, transformer: Any) -> list[Sample]:
         """Draw the validation prompts, put a labelled grid of them into log and folder, give the pictures."""
         run, prompts = self.run, self.settings.validation_prompts or []
-        vae = self.backbone.load_vae(self.folder).to(transformer.device)
+        vae = self.backbone.load_vae(self.folder, self.settings.variant).to(transformer.device)
         pipeline = SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         columns = [
@@ -287,9 +333,11 @@ class Distillation:
         ]
         rows = list(zip(*columns, strict=True))
         grid = image_grid(rows, [f"{steps} step{'s' * (steps > 1)}" for steps in VALIDATION_STEPS], prompts)
-        folder = run.output_dir / "validation"
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"step-{run.step}.png")
+        try:
+            with run.folder.written(f"{VALIDATION}/step-{run.step}.png") as partial:
+                grid.save(partial, format="PNG")
+        except (OSError, ValueError) as error:
+            logger.warning(f"The validation pictures of step {run.step} could not be written: {error}")
         run.metrics.image("validation", grid, run.step)
         return [
             Sample(prompt, steps, image)
@@ -306,11 +354,13 @@ class Distillation:
             folder = save_student_lora(
                 transformer,
                 teacher,
-                output_dir / "lora",
-                replace(description, model_id=f"{output_dir.name}/lora"),
-                guidance_scale=median_low(settings.guidance_scales),
+                output_dir / LORA,
+                replace(description, model_id=f"{output_dir.name}/{LORA}"),
+                scheduler=self.scheduler,
+                teacher_variant=settings.variant,
             )
-            print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
+            if not settings.dry_run:
+                print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
         if settings.rank is None or settings.merge_lora:
             folder = save_student_pipeline(
                 transformer if settings.rank is None else merge_lora(transformer),
@@ -319,14 +369,17 @@ class Distillation:
                 description,
                 scheduler=self.scheduler,
                 variants=settings.export_variants,
+                teacher_variant=settings.variant,
             )
-            print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
+            if not settings.dry_run:
+                print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
         return folder
 
     def _training_table(self) -> dict[str, Any]:
         """What the model card says about the run."""
         run, settings = self.run, self.settings
         replay = f"{settings.replay_buffer_size} prompts, {settings.replay_steps} steps a recording"
+        instruction = "with" if settings.complex_human_instruction else "without"
         optimiser = f"{settings.optimizer}, lr {settings.learning_rate:g} {settings.lr_scheduler}"
         return {
             "method": self.method,
@@ -335,9 +388,11 @@ class Distillation:
             **settings.describe(),
             "replay": replay if settings.replay_buffer_size else "off",
             "guidance scales": ", ".join(f"{scale:g}" for scale in settings.guidance_scales),
+            "prompt": f"{settings.max_sequence_length} tokens, {instruction} the instruction of Sana's pipelines",
             "optimiser": f"{optimiser}, clip {settings.max_grad_norm:g}",
             "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}, guidance embedder",
             "EMA": settings.ema_decay if settings.use_ema else "off",
             "precision": run.accelerator.mixed_precision,
             "seed": settings.seed,
+            **({"changed on the way": str(run.history)} if run.history.changes else {}),
         }

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate import PartialState
+from diffusers.utils import logging
+
+from ..command_line import ending_in_words, show_information
+from ..files import PARTIAL_SUFFIX, remove
+from ..owned import OwnedFolder
+from ..pipeline_folder import METRICS_LOG
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
 from .run import Run
-from .settings import RunSettings
+from .settings import RunSettings, flags_of
 
 
+logger = logging.get_logger(__name__)
 S = TypeVar("S", bound=RunSettings)
 
 
@@ -25,11 +33,16 @@ def launch(train: Callable[[S, StopRequest], Run], settings: S) -> None:
         settings: the script's.
 
     Raises:
-        SystemExit: with code 75 where a signal ended the run after a checkpoint, 1 where a push failed.
+        SystemExit: with code 75 where a signal ended the run after a checkpoint, 1 where a push failed, 2 where the
+            run could not go on for a reason that is no bug; a line says it.
     """
-    with StopRequest() as stop:
+    show_information()
+    with ending_in_words(flags_of(type(settings)), debug=settings.debug), StopRequest() as stop:
         run = dry_run(train, settings, stop) if settings.dry_run else train(settings, stop)
-    run.accelerator.end_training()
+    try:
+        run.accelerator.end_training()
+    except OSError as error:  # of a tracker that has more to write
+        logger.warning(f"The trackers could not be closed: {error}")
     if run.stopped:
         print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")
         sys.exit(RESUMABLE_EXIT_CODE)
@@ -48,18 +61,36 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
     Returns:
         The second run.
     """
-    folder = Path(settings.output_dir).with_name(Path(settings.output_dir).name + ".dry_run")
     at_home: dict[str, Any] = {"push_to_hub": False, "hub_strategy": "end"}
     at_home |= dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_license"))
     often: dict[str, Any] = dict.fromkeys(("checkpointing_steps", "validation_steps", "logging_steps"), 1)
-    once = replace(
-        settings, output_dir=str(folder), max_train_steps=1, resume_from_checkpoint=None, **at_home, **often
-    )
-    train(once, stop)
-    run = train(replace(once, max_train_steps=2, resume_from_checkpoint="latest"), stop)
-    if run.accelerator.is_main_process:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        print(f"\nDry run: everything ran once, in {folder}, which is now deleted. Its two steps:")
-        print("\n".join(lines))
-        shutil.rmtree(folder)
+    with _scratch_folder(Path(settings.output_dir)) as folder:
+        once = replace(
+            settings, output_dir=str(folder), max_train_steps=1, resume_from_checkpoint=None, **at_home, **often
+        )
+        train(once, stop)
+        run = train(replace(once, max_train_steps=2, resume_from_checkpoint="latest"), stop)
+        if run.accelerator.is_main_process:
+            lines = (folder / METRICS_LOG).read_text(encoding="utf-8").splitlines()
+            print("\nDry run: everything ran once, in a folder that is now deleted. Its two steps:")
+            print("\n".join(lines))
     return run
+
+
+@contextmanager
+def _scratch_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder on the disk of a run's, the same in all processes, that is not there before and afterwards."""
+    scratch = OwnedFolder(output_dir).disk() / f".{output_dir.resolve().name}.dry_run{PARTIAL_SUFFIX}"
+    state = PartialState()
+    try:
+        if state.is_main_process:
+            remove(scratch)  # of a dry run that was killed
+            scratch.mkdir()
+    except OSError as error:
+        raise ValueError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}") from error
+    state.wait_for_everyone()
+    try:
+        yield scratch / output_dir.resolve().name
+    finally:
+        if state.is_main_process:
+            remove(scratch)

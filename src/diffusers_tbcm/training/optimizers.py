@@ -1,8 +1,10 @@
-"""The optimisers that a run may use."""
+"""The optimisers that a run may use, and the schedules of their learning rates."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 
 
 STATE_BYTES = {"adamw": 8, "came": 4}  # per trained weight
@@ -51,3 +53,31 @@ def build_optimizer(
 def state_bytes(name: str, *, in_8_bits: bool = False) -> int:
     """Say how many bytes an optimiser keeps for every trained weight."""
     return STATE_BYTES_8BIT if in_8_bits else STATE_BYTES[name]
+
+
+def build_schedule(
+    name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, done: int = 0
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Build a schedule and go to a place in it: a learning rate depends on its number and on nothing before.
+
+    Args:
+        name: diffusers' name of it.
+        optimizer: with the learning rate that the schedule multiplies.
+        warmup_steps: of those schedules that have them.
+        total_steps: where it ends.
+        done: updates before the next one.
+
+    Returns:
+        The schedule.
+    """
+    if done > 0:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps, last_epoch=done - 1
+    )
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Give everything of an optimiser's groups that is no parameter."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]

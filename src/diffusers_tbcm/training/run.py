@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -24,45 +24,43 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
+from filelock import FileLock
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..draws import draw_generator
+from ..errors import Failure
 from ..export.hub import choose_license, prepare_repo, push_or_warn
 from ..export.record import training_config
 from ..files import write_json
 from ..lora import drop_frozen_weights
-from ..pipeline_folder import TRAINING_CONFIG
+from ..owned import MARKER, OwnedFolder
+from ..pipeline_folder import METRICS_LOG, MODEL_INDEX, TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
-from .accelerators import check_launch
-from .averaging import ShardedEMA
-from .checkpoints import find_checkpoint, save_checkpoint
+from .accelerators import check_launch, keep_whole_states
+from .checkpoints import (
+    check_way,
+    find_checkpoint,
+    load_checkpoint,
+    load_run_state,
+    rotate_checkpoints,
+    save_checkpoint,
+    set_aside_later,
+)
+from .health import STILL, Health, untrained
 from .interruption import StopRequest
 from .memory import peak_memory
-from .optimizers import build_optimizer
+from .optimizers import hyperparameters
+from .resumption import PROCESSES, History
 from .settings import RunSettings
 from .stream import Record, RowStream
 from .tracking import MetricsLog
+from .trained import Trained, prepare_trained
 
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class _Trained:
-    """A trained model, and what trains with it."""
-
-    name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
-    every: int
-    exported: str
-    averaged: dict[str, nn.Parameter]  # what of the exported part trains, by its name there
-    ema: ShardedEMA | None
 
 
 class Run:
@@ -81,11 +79,13 @@ class Run:
         accelerator: accelerate's.
         step: steps done.
         resumed: the checkpoint that the run goes on from, or None.
-        config: the settings and versions, as `training_config.json` holds them.
+        config: the settings, versions and changes on the way, as `training_config.json` holds them.
+        history: what it was told and what changed.
+        health: whether its steps are finite.
 
     Raises:
-        ValueError: where the launch is one that is not tested, a tracker is not installed, or the checkpoint to resume
-            from is not whole.
+        ValueError: where the launch is one that is not tested, a tracker is not installed, another run uses the
+            folder, or the checkpoint to resume from is not whole or was trained with other settings.
     """
 
     def __init__(
@@ -105,23 +105,39 @@ class Run:
         set_seed(settings.seed)
         torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
         check_launch(self.accelerator, settings.report_to, num_models)
+        keep_whole_states(self.accelerator)
         self.config = training_config(asdict(settings), script)
-        self.resumed, self.step = None, 0
-        if settings.resume_from_checkpoint:
-            found = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
-            self.resumed, self.step = found or (None, 0)
+        self.resumed: Path | None = None
+        self.step = 0
+        self.folder = OwnedFolder(self.output_dir)
+        self._lock: FileLock | None = None
+        if settings.resume_from_checkpoint is not None:
+            self._hold()
+            self.resumed, self.step = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
+        self._then = {} if self.resumed is None else load_run_state(self.resumed)
+        told = self.config["flags"] | {
+            "mixed_precision": self.accelerator.mixed_precision,
+            PROCESSES: self.accelerator.num_processes,
+        }
+        self.history = History(
+            told, checkpoint=self.resumed, then=self._then, step=self.step, allowed=settings.resume_with_changed
+        )
+        self.config["changes"] = self.history.changes
+        self.health = Health(settings.max_skipped_steps)
+        if self.resumed is not None:
+            self.health.go_on(self._then["health"], self.resumed.name)
         self.stopped = False
         self.pushed = True  # or nothing was to be pushed
         self._stop = stop
         self._push: partial[bool] | None = None
-        self._trained: list[_Trained] = []
+        self._trained: list[Trained] = []
         self._begun: RowStream | None = None
         self._measures: dict[str, torch.Tensor | float] = {}
         self._in_micro_step = False
         self._waiting: set[str] = set()  # models that went backward and were not updated yet
         self._updated: set[str] = set()  # models that were updated in this step
         self._norms: dict[str, float] = {}  # of their gradients
-        self._skipped = self._skipped_in_a_row = self._dropped = 0
+        self._dropped = 0
 
     @property
     def device(self) -> torch.device:
@@ -163,11 +179,56 @@ class Run:
             )
             self._push = partial(push_or_warn, repo_id=repo_id, token=settings.hub_token, license=terms)
 
+    def depends_on(self, **content: str) -> None:
+        """Note what the result depends on beside the settings, such as teacher and data; checkpoints carry it.
+
+        Args:
+            content: names and digests, by what they are of.
+
+        Raises:
+            ValueError: where the checkpoint to resume from was trained with something else.
+        """
+        self.history.depends_on(content)
+
     def open_folder(self) -> None:
-        """Begin to write: what the run is told goes into `output_dir`. Whatever is wrong should be found before."""
+        """Begin to write: `output_dir` becomes ours. Whatever else is wrong should be found before.
+
+        Raises:
+            ValueError: where the folder is not ours, another run's, or cannot be written to, or what this run is going
+                to write would replace something that is not ours.
+        """
         if self.accelerator.is_main_process:
-            write_json(self.output_dir / TRAINING_CONFIG, self.config)
+            folder = self.folder
+            folder.claim()
+            self._hold()
+            folder.check_renaming()
+            check_way(folder, self.step, self.settings.max_train_steps)
+            folder.own(METRICS_LOG)
+            if not (self.output_dir / MODEL_INDEX).exists():  # a student keeps what it was made with until it goes
+                with folder.written(TRAINING_CONFIG) as partial:
+                    write_json(partial, self.config)
         self.accelerator.wait_for_everyone()
+
+    def own(self, name: str) -> Path:
+        """Say that a file or folder in `output_dir` is the run's, to be read, written and replaced.
+
+        Args:
+            name: path in it.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: where something else has that name.
+        """
+        if self.accelerator.is_main_process:
+            self.folder.own(name)
+        return self.output_dir / name
+
+    def _hold(self) -> None:
+        """Keep other runs out of a folder of ours, for as long as this one lives."""
+        if self.accelerator.is_main_process and (self.output_dir / MARKER).is_file():
+            self._lock = self.folder.hold()
 
     def add(
         self,
@@ -203,29 +264,20 @@ class Run:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if len(parameters) < len(list(model.parameters())) and not self._partial:
             self.accelerator.register_save_state_pre_hook(drop_frozen_weights)
-        rate = settings.learning_rate if learning_rate is None else learning_rate
-        optimizer = build_optimizer(
-            settings.optimizer,
-            parameters,
-            rate,
-            weight_decay=settings.weight_decay,
-            in_8_bits=settings.use_8bit_adam,
+        trained = prepare_trained(
+            self.accelerator,
+            settings,
+            name,
+            model,
+            exported=exported,
+            learning_rate=settings.learning_rate if learning_rate is None else learning_rate,
+            lr_scheduler=lr_scheduler,
+            every=every,
+            ema=ema,
+            steps_done=self.step,
         )
-        schedule = None
-        if lr_scheduler is not None:
-            schedule = get_scheduler(
-                lr_scheduler,
-                optimizer,
-                num_warmup_steps=settings.lr_warmup_steps,
-                num_training_steps=settings.max_train_steps // every,
-            )
-        model, optimizer = self.accelerator.prepare(model, optimizer)
-        part = self.accelerator.unwrap_model(model).get_submodule(exported)
-        averaged = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
-        average = ShardedEMA(averaged.values(), decay=settings.ema_decay) if ema else None
-        self.accelerator.register_for_checkpointing(*[state for state in (schedule, average) if state is not None])
-        self._trained.append(_Trained(name, model, optimizer, schedule, every, exported, averaged, average))
-        return model
+        self._trained.append(trained)
+        return trained.model
 
     # The loop
 
@@ -256,8 +308,10 @@ class Run:
             The micro-steps of a step: iterated over, they give the rows of each.
 
         Raises:
+            ValueError: where the checkpoint to resume from does not fit, or its weights are not finite.
             RuntimeError: where verbs come in the wrong order: no model was added, a step was not finished by
-                `update`, or too many steps in a row were not finite.
+                `update`; where too many steps in a row were not finite; at the end, where trained weights are not
+                finite or have not moved.
         """
         if not self._trained:
             raise RuntimeError("there is nothing to train: `add` a model before `batches`")
@@ -276,6 +330,7 @@ class Run:
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
         )
+        self._stop.finish_steps()
         self._begin()
         accumulation = settings.gradient_accumulation_steps
         self._first_number = -(-self.step * accumulation // replay_steps)
@@ -291,6 +346,8 @@ class Run:
                     " micro-steps"
                 )
         self.progress.close()
+        if not self.stopped:
+            self._finish()
 
     def backward(self, loss: torch.Tensor, model: nn.Module) -> None:
         """Add the gradient of a micro-step's loss, a mean over its rows; rows that do not count weigh nothing.
@@ -361,6 +418,8 @@ class Run:
         finite = all(map(math.isfinite, found))
         if kept == 0:
             logger.warning(f"Step {self.step}: the filter dropped every prompt; no update")
+            if accelerator.scaler is not None:  # forget that `_clip` has unscaled the gradients; the scale stays
+                accelerator.scaler.update(accelerator.scaler.get_scale())
         elif finite or accelerator.scaler is not None:  # with fp16 the scaler skips a step that is not finite
             for part in trained:
                 part.optimizer.step()
@@ -386,7 +445,10 @@ class Run:
     @property
     def push_due(self) -> bool:
         """Whether the student is to be exported and pushed now, before training goes on."""
-        return self.settings.hub_strategy == "checkpoint" and self._falls_on(self.settings.checkpointing_steps)
+        on_checkpoint = self.settings.hub_strategy == "checkpoint" and self._falls_on(
+            self.settings.checkpointing_steps
+        )
+        return on_checkpoint and not self.health.recovering
 
     @property
     def prompts_seen(self) -> int:
@@ -435,7 +497,7 @@ class Run:
             raise RuntimeError("training has not begun: go through `batches` first")
         return self._begun
 
-    def _find(self, model: nn.Module) -> _Trained:
+    def _find(self, model: nn.Module) -> Trained:
         for trained in self._trained:
             if trained.model is model:
                 return trained
@@ -444,7 +506,7 @@ class Run:
             f"a {type(model).__name__} is none of the run's models ({names}): `add` it, call what it gives"
         )
 
-    def _prefix(self, trained: _Trained) -> str:
+    def _prefix(self, trained: Trained) -> str:
         """What stands before the names of a model's figures: nothing for the first one."""
         return "" if trained is self._trained[0] else f"{trained.name}_"
 
@@ -456,16 +518,20 @@ class Run:
 
     def _begin(self) -> None:
         """Load what the checkpoint holds, start the logs."""
-        if self.resumed is not None:
-            self.accelerator.load_state(str(self.resumed), strict=not self._partial)
-            self.say(f"Resumed from {self.resumed} at step {self.step}")
         for trained in self._trained:
             if trained.ema is not None:
                 trained.ema.to(self.device)
+        if self.resumed is not None:
+            self._load(self.resumed)
+        if self.accelerator.is_main_process:
+            set_aside_later(self.folder, self.step)
         if self.settings.report_to != "none":
             flags = {name: str(value) for name, value in self.config["flags"].items()}
-            self.accelerator.init_trackers("tbcm", config=flags)
-        self.metrics = MetricsLog(self.accelerator, self.output_dir / "metrics.jsonl", first_step=self.step)
+            try:
+                self.accelerator.init_trackers("tbcm", config=flags)
+            except Exception as error:  # whatever a tracker does, the run outlives it
+                logger.warning(f"`report_to` {self.settings.report_to} failed and is left out: {error!r}")
+        self.metrics = MetricsLog(self.accelerator, self.output_dir / METRICS_LOG, first_step=self.step)
         self.progress = tqdm(
             total=self.settings.max_train_steps,
             initial=self.step,
@@ -491,7 +557,7 @@ class Run:
             if self._micro_step < first + accumulation - 1:  # after the last one `update` has more to queue before
                 stream.prefetch()
 
-    def _clip(self, trained: _Trained) -> torch.Tensor:
+    def _clip(self, trained: Trained) -> torch.Tensor:
         """Make a gradient the mean over the rows kept in all processes and micro-steps, and clip it; its norm."""
         stream, accelerator = self._stream, self.accelerator
         expected = stream.rows_per_micro_step * accelerator.num_processes * self.settings.gradient_accumulation_steps
@@ -514,27 +580,72 @@ class Run:
         self._dropped += dropped
         self._rows_since_log += kept
         bad = [norm for norm in self._norms.values() if not math.isfinite(norm)]
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
+        if (kept > 0 or bad) and self.health.note_step(finite=not bad):
+            self._rotate()
         if bad:
-            self._skipped += 1
             numbers = stream.prompt_numbers(settings.gradient_accumulation_steps)
             logger.warning(
                 f"Step {self.step}: gradient norm {bad[0]}, no update; its prompts are among numbers {numbers}"
             )
         last = self.step == settings.max_train_steps
-        failing = self._skipped_in_a_row >= settings.max_skipped_steps
+        failing = self.health.failing
         if self.step % settings.logging_steps == 0 or last or bad:
             self._report()
         self._norms.clear()
         if self.step % settings.checkpointing_steps == 0 or last or self.stopped or failing:
-            save_checkpoint(self.accelerator, self.output_dir, self.step, settings.checkpoints_total_limit)
+            self._save()
         self.stopped &= not last  # there is nothing left to stop
         if failing:
-            raise RuntimeError(
-                f"{self._skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights from"
-                f" before them are in checkpoint-{self.step}; try a lower `learning_rate` or `mixed_precision` bf16 or"
-                " no"
+            raise Failure(
+                f"{self.health.skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights"
+                f" from before them are in checkpoint-{self.step}; {self.health.advice()}"
             )
+
+    def _save(self) -> None:
+        """Write a checkpoint; every process calls this."""
+        averages: dict[str, torch.Tensor] = {}
+        for trained in self._trained:
+            averages |= trained.averages()
+        steps = {trained.name: trained.ema.optimization_step for trained in self._trained if trained.ema is not None}
+        state = self.history.state() | {"averaged_steps": steps, "health": self.health.state()}
+        saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state=state, averages=averages)
+        if saved is not None:
+            self.health.newest = saved.name
+            self._rotate()
+
+    def _rotate(self) -> None:
+        limit, health = self.settings.checkpoints_total_limit, self.health
+        if limit is not None and health.newest is not None and self.accelerator.is_main_process:
+            rotate_checkpoints(self.output_dir, health.newest, limit, sound=health.sound)
+
+    def _load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint: its weights and states, this run's hyperparameters."""
+        wanted = [hyperparameters(trained.optimizer) for trained in self._trained]
+        averages = load_checkpoint(self.accelerator, checkpoint, partial=self._partial)
+        for trained, groups in zip(self._trained, wanted, strict=True):
+            for group, values in zip(trained.optimizer.param_groups, groups, strict=True):
+                group |= values
+            trained.load_averages(averages, self._then["averaged_steps"])
+            if not trained.is_finite():
+                raise ValueError(f"checkpoint {str(checkpoint)!r}: weights of the {trained.name} are not finite")
+        self.say(f"Resumed from {checkpoint} at step {self.step}")
+        if self.history.changes:
+            self.say(f"Changed on the way: {self.history}")
+
+    def _finish(self) -> None:
+        """Let nothing be exported that is not finite or was not trained."""
+        for trained in self._trained:
+            problem = untrained(self.accelerator, trained.to_export, trained.before)
+            may_be_still = self.step < trained.every or self.settings.dry_run  # whose one step may be dropped
+            if problem is None or (may_be_still and problem == STILL):
+                continue
+            message = (
+                f"nothing is exported: after {self.step} steps the weights of the {trained.name} {problem}"
+                f" ({self._dropped} prompts were dropped, {self.health.skipped} steps not finite)"
+            )
+            raise Failure(f"{message}; {self.health.advice()}" if self.health.skipped else message)
+        self.health.sound = self.health.newest
+        self._rotate()
 
     def _report(self) -> None:
         """Log the figures of the latest step."""
@@ -548,7 +659,7 @@ class Run:
                 metrics[f"{prefix}grad_norm"] = self._norms[trained.name]
         metrics |= {
             "filtered_share": self._dropped / recorded,
-            "skipped_steps": self._skipped,
+            "skipped_steps": self.health.skipped,
             "rows_per_second": self._rows_since_log / (now - self._last_log),
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }

@@ -6,8 +6,8 @@ in backticks, and on the command line as its flag.
 
 import dataclasses
 import inspect
-import re
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,25 @@ from typing import Any, TypeVar, get_type_hints
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
-from ..pipeline_folder import MODEL_INDEX, VARIANTS, list_checkpoints
+from ..command_line import DEBUG_HELP, CommandParser, HelpFormatter, name_flags
+from ..errors import in_a_line
+from ..pipeline_folder import VARIANTS
+from .checkpoints import check_place
+from .resumption import CHANGEABLE
 
 
 S = TypeVar("S", bound="RunSettings")
 
+MAX_SEED = 2**32 - 1  # numpy's
 OPTIMIZERS = ("adamw", "came")
+# The piecewise constant one needs rules that no setting gives.
+LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 PRECISIONS = ("no", "fp16", "bf16")
 HUB_STRATEGIES = ("end", "checkpoint")
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"}  # set by `accelerate launch` and `torchrun`
 
 
-def setting(default: Any = dataclasses.MISSING, help: str | None = None, **options: Any) -> Any:
+def setting(default: Any = dataclasses.MISSING, help: str = "", **options: Any) -> Any:
     """Declare a setting with its help; a list is copied for every instance, and without default it is required.
 
     Args:
@@ -66,45 +74,65 @@ def check_not_negative(settings: object, *names: str) -> None:
             raise ValueError(f"`{name}` is {getattr(settings, name)}: it must not be negative")
 
 
+def check_finite(settings: object) -> None:
+    """Refuse numbers that are infinite or not a number, in the way of `check_positive`."""
+    for name, value in vars(settings).items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise ValueError(f"`{name}` is {value}: it has to be finite")
+
+
 @dataclass(kw_only=True)
 class RunSettings:
     """optimisation, checkpoints, logs, Hub"""
 
-    output_dir: str = setting()
+    output_dir: str = setting(help="where the student, its checkpoints and logs go")
     train_batch_size: int = setting(1, "prompts per process and backward pass")
     gradient_accumulation_steps: int = setting(1, "backward passes a step")
     max_train_steps: int = setting(20000, "optimiser steps")
-    optimizer: str = setting("adamw", choices=OPTIMIZERS)
-    learning_rate: float = setting(1e-5)
-    lr_scheduler: str = setting("constant", choices=tuple(kind.value for kind in SchedulerType))
-    lr_warmup_steps: int = setting(0)
-    weight_decay: float = setting(0.0)
+    optimizer: str = setting("adamw", "of all models; came is the reference's", choices=OPTIMIZERS)
+    learning_rate: float = setting(1e-5, "after the warm-up")
+    lr_scheduler: str = setting("constant", "of the learning rate", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = setting(0, "of the learning rate from 0")
+    weight_decay: float = setting(0.0, "of the optimiser")
     max_grad_norm: float = setting(0.1, "gradients are clipped to this norm")
     use_8bit_adam: bool = setting(False, "AdamW's states in 8 bits (bitsandbytes)")
     max_skipped_steps: int = setting(10, "non-finite steps in a row that end the run")
     use_ema: bool = setting(False, "validate and export averaged weights")
-    ema_decay: float = setting(0.999)
+    ema_decay: float = setting(0.999, "of the averaged weights, a step")
     allow_tf32: bool = setting(False, "faster float32 products on an NVIDIA GPU")
     mixed_precision: str | None = setting(None, "default: accelerate's setting", choices=PRECISIONS)
-    seed: int = setting(0)
+    seed: int = setting(0, "of everything random")
 
-    checkpointing_steps: int = setting(500)
+    checkpointing_steps: int = setting(500, "steps from one checkpoint to the next")
     checkpoints_total_limit: int | None = setting(None, "older ones are deleted")
     resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
+    resume_with_changed: list[str] = setting(
+        [], "settings that are meant to differ from the checkpoint's", choices=CHANGEABLE
+    )
     validation_prompts: list[str] | None = setting(None, "drawn at 1, 2 and 4 steps")
-    validation_steps: int = setting(500)
+    validation_steps: int = setting(500, "steps from one validation to the next")
     report_to: str = setting("tensorboard", "an accelerate tracker, or 'none'")
-    logging_steps: int = setting(10)
-    dry_run: bool = setting(False, "everything once, in a folder beside output_dir; report")
+    logging_steps: int = setting(10, "steps from one line of metrics.jsonl to the next")
+    dry_run: bool = setting(False, "everything once, in a folder that is deleted; report")
+    debug: bool = setting(False, DEBUG_HELP)
 
     push_to_hub: bool = setting(False, "publish the student; access is checked at the start")
     hub_model_id: str | None = setting(None, "owner/name; default: the name of output_dir, under the token's user")
-    hub_token: str | None = setting(None, "with write access; default: HF_TOKEN or `hf auth login`")
+    hub_token: str | None = dataclasses.field(
+        default=None,
+        repr=False,
+        metadata={"help": "better: HF_TOKEN or `hf auth login`, which no launcher or process list shows"},
+    )
     hub_private_repo: bool | None = setting(None, "if the repository is created", nargs="?", const=True)
     hub_strategy: str = setting("end", "checkpoint: also at every checkpoint", choices=HUB_STRATEGIES)
     hub_license: str | None = setting(None, "such as apache-2.0, where the teacher's card names none")
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_not_negative(self, "lr_warmup_steps", "weight_decay", "seed")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"`seed` is {self.seed}: the largest is {MAX_SEED}")
         check_positive(
             self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
             "max_grad_norm", "max_skipped_steps", "checkpointing_steps", "validation_steps", "logging_steps",
@@ -122,18 +150,11 @@ class RunSettings:
                 raise ValueError(f"`{name}` needs `push_to_hub`")
         if self.hub_strategy == "checkpoint" and not self.push_to_hub:
             raise ValueError("`hub_strategy` checkpoint needs `push_to_hub`")
-        if self.hub_token and self.report_to == "wandb":
+        if self.hub_token and self.report_to not in ("none", "tensorboard"):
             raise ValueError(
-                "`hub_token` would be sent to wandb with the command line: use HF_TOKEN or `hf auth login`"
+                f"`hub_token` could be sent to {self.report_to} with the command line: use HF_TOKEN or `hf auth login`"
             )
-        folder = Path(self.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`output_dir` {self.output_dir} is a file")
-        if self.resume_from_checkpoint is None and ((folder / MODEL_INDEX).exists() or list_checkpoints(folder)):
-            raise ValueError(
-                f"`output_dir` {self.output_dir} holds another run: continue it with `resume_from_checkpoint` latest,"
-                " or choose another folder"
-            )
+        check_place(self.output_dir, self.resume_from_checkpoint)
 
 
 @dataclass(kw_only=True)
@@ -175,9 +196,14 @@ class DistillationSettings(RowSettings):
     """teacher and student"""
 
     pretrained_model_name_or_path: str = setting(help="the teacher's pipeline: folder or Hub id")
-    dataset_config_name: str | None = setting(None)
-    dataset_split: str = setting("train")
-    caption_column: str = setting("text")
+    variant: str | None = setting(
+        None,
+        "the teacher's half-precision weights, where it has some; default: the ordinary ones",
+        choices=tuple(VARIANTS),
+    )
+    dataset_config_name: str | None = setting(None, "of dataset_name, where it has several")
+    dataset_split: str = setting("train", "of dataset_name")
+    caption_column: str = setting("text", "of the prompts or captions; a text file has none")
     precompute_embeddings: str | None = setting(
         None,
         "embed every prompt once into this folder, or use what is there; the text encoder is not loaded for training",
@@ -192,7 +218,7 @@ class DistillationSettings(RowSettings):
     lora_alpha: int | None = setting(None, "default: the rank")
     lora_target_modules: list[str] | None = setting(None, "layers by the end of their names; default: all large")
     merge_lora: bool = setting(False, "also save the pipeline with the adapters merged in")
-    gradient_checkpointing: bool = setting(False)
+    gradient_checkpointing: bool = setting(False, "keep the activations of one block at a time")
     compile: bool = setting(False, "torch.compile the blocks of teacher and student")
     export_variants: list[str] = setting([], "half-precision copies of the weights", choices=tuple(VARIANTS))
 
@@ -202,6 +228,8 @@ class DistillationSettings(RowSettings):
         for name in ("lora_alpha", "lora_target_modules", "merge_lora"):
             if self.rank is None and getattr(self, name):
                 raise ValueError(f"`{name}` needs `rank`")
+        if self.lora_alpha is None:
+            self.lora_alpha = self.rank
         if self.export_variants and self.rank is not None and not self.merge_lora:
             raise ValueError("`export_variants` are of a pipeline: with `rank` they need `merge_lora`")
 
@@ -216,7 +244,7 @@ class PictureSettings(DistillationSettings):
 
     train_data_dir: str | None = setting(None, "folder of pictures with a metadata.jsonl of captions")
     dataset_name: str | None = setting(None, "instead of a folder: a `datasets` Hub id")
-    image_column: str = setting("image")
+    image_column: str = setting("image", "of dataset_name")
     max_train_samples: int | None = setting(None, "use no more pictures than this")
     latents_cache: str | None = setting(
         None,
@@ -248,24 +276,33 @@ def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, desc
         SystemExit: with code 2, where they do not fit; the message names the flag.
     """
     groups = [_group(part) for part in settings.__mro__ if dataclasses.is_dataclass(part)]
-    parser = HfArgumentParser(groups, description=description, formatter_class=_HelpFormatter)
-    names = {field.name for group in groups for field in dataclasses.fields(group)}
+    parser = SettingsParser(groups, description=description, formatter_class=HelpFormatter)
     for field in (field for group in groups for field in dataclasses.fields(group)):
         if field.default is True:  # as argparse's BooleanOptionalAction spells it
-            parser.add_argument(f"--no-{field.name}", action="store_false", dest=field.name)
+            says = field.metadata["help"]
+            parser.add_argument(f"--no-{field.name}", action="store_false", dest=field.name, help=says)
     values: dict[str, Any] = {}
-    *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    *parts, unknown = parser.parse_args_into_dataclasses(
+        None if argv is None else list(argv), look_for_args_file=False, return_remaining_strings=True
+    )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     for part in parts:
         values |= vars(part)
+    if values.get("hub_token") and os.environ.keys() & LAUNCHED:
+        parser.error(
+            "--hub_token is on the launcher's command line, which it prints where a run fails and process lists show:"
+            " set HF_TOKEN or run `hf auth login` in its place, and make a new token, as this one has been shown"
+        )
     try:
         return settings(**values)
-    except ValueError as error:
-        flags = {name: f"--{name}" for name in names}
-        message = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error))
-    parser.error(message)
-    raise AssertionError("argparse has ended the program")
+    except (ValueError, OSError) as error:
+        parser.error(name_flags(in_a_line(error), flags_of(settings)))
+
+
+def flags_of(settings: type[RunSettings]) -> dict[str, str]:
+    """Give the flag of every setting, by its name."""
+    return {field.name: f"--{field.name}" for field in dataclasses.fields(settings)}
 
 
 def _group(part: type) -> type:
@@ -286,5 +323,5 @@ def _group(part: type) -> type:
     return dataclasses.make_dataclass(part.__name__, copies, kw_only=True, namespace={"_argument_group_name": title})
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and a description in its own lines."""
+class SettingsParser(CommandParser, HfArgumentParser):
+    """Makes flags of dataclasses."""

@@ -12,6 +12,8 @@ from accelerate.tracking import GeneralTracker
 from diffusers.utils import logging
 from PIL import Image
 
+from .checkpoints import cut_log
+
 
 logger = logging.get_logger(__name__)
 
@@ -22,16 +24,18 @@ class MetricsLog:
     Args:
         accelerator: holds the trackers; only its main process writes.
         path: the file, continued where it exists. Values that are not finite are null in it.
-        first_step: lines of later steps are left over from a run that stopped after its last checkpoint; they go.
+        first_step: lines of later steps are left over from a run that stopped after its last checkpoint; they, and
+            torn ones, are moved to `abandoned/`.
     """
 
     def __init__(self, accelerator: Accelerator, path: str | PathLike[str], first_step: int = 0) -> None:
         self.accelerator = accelerator
         self.path = Path(path)
-        if accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+        if accelerator.is_main_process:
+            try:
+                cut_log(self.path, first_step)
+            except OSError as error:
+                logger.warning(f"{self.path} keeps lines after step {first_step}: {error}")
 
     def __call__(self, values: Mapping[str, float], step: int) -> None:
         """Report metrics; what fails is named in a warning, and a tracker that fails is left out from then on.

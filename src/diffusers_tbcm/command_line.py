@@ -1,0 +1,90 @@
+"""What the command lines of package and scripts share: how they read flags, what they say, and how they end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import in_a_line, is_users
+from .redaction import hide_secrets
+
+
+USERS_MISTAKE = 2  # the exit code, argparse's own
+INTERRUPTED = 130  # a shell's, of SIGINT
+DEBUG_HELP = "end an error with its traceback"
+
+
+class CommandParser(ArgumentParser):
+    """Ends what does not fit in one line, without secrets or the usage, which is as long as the flags are many."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USERS_MISTAKE, f"{self.prog}: error: {hide_secrets(message)}\n")
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, but for those that are nothing, and a description in its own lines."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.nargs == 0 and action.const is False:
+            return f"do not: {action.help}"
+        is_switch = action.nargs == 0 and action.const is True
+        return action.help if action.default is None or is_switch else super()._get_help_string(action)
+
+
+def name_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Put flags into a message in place of the arguments that it names in backticks.
+
+    Args:
+        message: of the library.
+        flags: by argument.
+
+    Returns:
+        The message for who gave flags.
+    """
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), message)
+
+
+@contextmanager
+def ending_in_words(flags: Mapping[str, str], *, debug: bool, program: str | None = None) -> Iterator[None]:
+    """End the program in one line where what runs in the block fails by its user's mistake; a bug keeps its traceback.
+
+    Args:
+        flags: by the argument that they set.
+        debug: a user's mistake ends in its traceback too.
+        program: its name in the line; the script's by default.
+
+    Raises:
+        SystemExit: with code 2 for a mistake, 130 where the user interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if debug or not is_users(error):
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        where = f"rank {rank}: " if rank else ""
+        message = hide_secrets(name_flags(in_a_line(error), flags))
+        line = f"{program or Path(sys.argv[0]).name}: error: {where}{message}"
+        print(line, file=sys.stderr)
+        ended = SystemExit(line)
+        ended.code = USERS_MISTAKE
+        raise ended from error
+
+
+def show_information() -> None:
+    """Make the package's own lines of information visible, in one process of all; other libraries stay as they are."""
+    ours = logging.getLogger(__package__)
+    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    if not ours.hasHandlers():
+        ours.addHandler(logging.StreamHandler())
