@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from diffusers_tbcm.draws import draw_generator
-from diffusers_tbcm.flow import add_flow_noise, broadcast_time, flow_prediction, flow_step
+from diffusers_tbcm.flow import add_flow_noise, flow_prediction, flow_step
 from diffusers_tbcm.matching import augmentation_loss, critic_loss, distribution_loss, draw_tau, merge_critic
 from diffusers_tbcm.rollout import draw_anchors, draw_sigmas, record_rollout
 from diffusers_tbcm.rows import TrainingRows

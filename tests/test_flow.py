@@ -5,7 +5,12 @@ from tiny import tiny_transformer
 from toy_networks import four_axes, network_inputs, randn
 
 from diffusers_tbcm.flow import FlowTransformer, add_flow_noise, flow_prediction, flow_step, shift_sigmas
-from diffusers_tbcm.trigflow import TrigFlowTransformer, flow_to_trig_output, flow_to_trig_sample, flow_to_trig_timestep
+from diffusers_tbcm.trigflow import (
+    TrigFlowTransformer,
+    flow_to_trig_output,
+    flow_to_trig_sample,
+    flow_to_trig_timestep,
+)
 
 
 def test_noise_and_velocity_lead_back_to_the_clean_latent():

@@ -41,9 +41,7 @@ def test_critic_learns_the_velocity_of_the_students_predictions():
     off = critic_loss(velocity + 2, original, noise)
     torch.testing.assert_close(off, torch.tensor(4.0, dtype=torch.float64))
     # the velocity that it is after leads back from z to the prediction
-    torch.testing.assert_close(
-        flow_prediction(add_flow_noise(original, noise, tau), noise - original, tau), original
-    )
+    torch.testing.assert_close(flow_prediction(add_flow_noise(original, noise, tau), noise - original, tau), original)
 
 
 def test_weight_is_the_inverse_distance_to_the_teacher_and_at_most_ten():

@@ -60,7 +60,9 @@ def test_anchors_are_all_points_but_the_clean_end_and_each_samples_own():
     drawn = draw_anchors(4, 4000, torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {0, 1, 2, 3}
     assert (drawn.bincount() - 1000).abs().max() < 5 * (1000 * 0.75) ** 0.5
-    assert torch.equal(draw_anchors(9, 2, generators(5, 6)), torch.cat([draw_anchors(9, 1, generators(n)) for n in (5, 6)]))
+    assert torch.equal(
+        draw_anchors(9, 2, generators(5, 6)), torch.cat([draw_anchors(9, 1, generators(n)) for n in (5, 6)])
+    )
 
 
 class Counted:
@@ -103,7 +105,11 @@ def test_rollout_takes_no_gradient_and_is_wide():
     weight = torch.nn.Parameter(torch.tensor(0.5))
     noise = randn(2, 2, 2, 2, dtype=torch.float32)
     rows = record_rollout(
-        lambda sample, s, **text: weight * sample, noise, torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1, 1]), no_text(2)
+        lambda sample, s, **text: weight * sample,
+        noise,
+        torch.tensor([1.0, 0.5, 0.0]),
+        torch.tensor([1, 1]),
+        no_text(2),
     ).rows()
     assert not rows.latents.requires_grad and not rows.velocity.requires_grad
     assert rows.latents.dtype == rows.velocity.dtype == torch.float32

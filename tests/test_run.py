@@ -171,7 +171,53 @@ def test_the_average_follows_the_weights_and_is_what_weights_gives(settings, tmp
 
 def next_rows(run, settings):
     batch = next(run.batches(lambda draws: record_points(settings, run, draws), rows_per_prompt=1, num_prompts=16))
-    return batch, next(batch)
+    micro_steps = iter(batch)
+    return micro_steps, next(micro_steps)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_gone_through_again_has_the_same_rows_and_counts_them_once(settings, tmp_path, accumulation):
+    toy = settings(max_train_steps=2, gradient_accumulation_steps=accumulation)
+    run, student, critic = start(toy, StopRequest())
+    batches = run.batches(
+        lambda draws: record_points(toy, run, draws), rows_per_prompt=1, num_prompts=16, drops=True, ahead=0
+    )
+    for number, batch in enumerate(batches):
+        passes = []
+        for model in (critic, student) if run.due(student) else (critic,):
+            passes.append([])
+            for rows in batch:
+                passes[-1].append((rows.latents, run.generators(1, stream=2)[0].initial_seed()))
+                run.backward(model(rows.latents).square().mean(), model)
+            run.update(model)
+            assert run.due(student) == (number == 1)  # also after the critic's update, which may end the step
+    first, again = passes
+    assert len(first) == accumulation
+    for (points, seed), (points_again, seed_again) in zip(first, again, strict=True):
+        assert points is points_again and seed == seed_again
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0]
+
+
+def test_what_belongs_to_an_update_is_in_its_checkpoint_and_left_out_with_it(settings, tmp_path):
+    toy = settings(max_train_steps=2, checkpointing_steps=1)
+    run = Run(toy, StopRequest(), script=__file__)
+    run.open_folder()
+    critic = run.add("critic", Net())
+    called = []
+
+    def to_zero():
+        called.append(run.step)
+        critic[0].bias.data.zero_()
+
+    batches = run.batches(lambda draws: record_points(toy, run, draws), rows_per_prompt=1, num_prompts=16)
+    for batch in batches:
+        for rows in batch:
+            factor = 1.0 if run.step == 0 else float("nan")
+            run.backward(factor * critic(rows.latents).square().mean(), critic)
+        run.update(critic, then=to_zero)
+    assert called == [0]  # and not in the step that was not finite
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert torch.equal(saved["0.bias"], torch.zeros(16)) and saved["2.bias"].any()
 
 
 def test_verbs_in_the_wrong_order_say_so(settings):
@@ -410,7 +456,7 @@ def test_weights_that_are_not_finite_are_neither_exported_nor_resumed(settings, 
     def overflow(self, *args, **kwargs):
         step(self, *args, **kwargs)
         calls.append(self)
-        if len(calls) == 2:  # the student's first
+        if len(calls) == 3:  # the student's first, after two of the critic's
             self.param_groups[0]["params"][0].data[0] = float("inf")
 
     with monkeypatch.context() as patch:

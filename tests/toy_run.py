@@ -1,14 +1,16 @@
-"""Two models that train in turn on points of the plane: a critic in every step, a student in every second one.
+"""Two models that train in turn on points of the plane: a critic in every step, a student in every second one after it.
 
 The script of a run in small: tests start it by itself, on several processes or on several nodes.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from diffusers_tbcm.draws import draw_generator, draw_noise
+from diffusers_tbcm.matching import merge_critic
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.training.interruption import StopRequest
@@ -67,15 +69,18 @@ def train(settings: ToySettings, stop: StopRequest) -> Run:
     for batch in batches:
         for rows in batch:
             noise = draw_noise((2,), run.generators(len(rows), stream=2), device=run.device)
-            with torch.set_grad_enabled(run.due(student)):
+            with torch.no_grad():
                 fake = student(rows.latents)
-            if run.due(student):  # towards twice the point, and what the critic makes of it
+            run.backward((critic(fake + noise) - fake).square().mean(), critic)
+        run.update(critic, then=partial(merge_critic, critic.parameters(), student.parameters(), 0.01))
+        if run.due(student):
+            for rows in batch:  # towards twice the point, and what the critic makes of it
+                fake = student(rows.latents)
                 with torch.no_grad():
                     judged = critic(fake)
                 target = 2 * rows.latents + 0.1 * (judged - fake.detach())
                 run.backward((fake - target).square().mean(), student)
-            run.backward((critic(fake.detach() + noise) - fake.detach()).square().mean(), critic)
-        run.update(*(model for model in (student, critic) if run.due(model)))
+            run.update(student)
     return run
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from os import PathLike
@@ -61,6 +61,17 @@ from .trained import Trained, prepare_trained
 
 
 logger = get_logger(__name__)
+
+
+class _MicroSteps:
+    """A step's micro-steps, to be gone through as often as there are models to update one after another."""
+
+    def __init__(self, go_through: Callable[[list[tuple[TrainingRows, int]]], Iterator[TrainingRows]]) -> None:
+        self._go_through = go_through
+        self._made: list[tuple[TrainingRows, int]] = []
+
+    def __iter__(self) -> Iterator[TrainingRows]:
+        return self._go_through(self._made)
 
 
 class Run:
@@ -133,6 +144,7 @@ class Run:
         self._trained: list[Trained] = []
         self._begun: RowStream | None = None
         self._measures: dict[str, torch.Tensor | float] = {}
+        self._going_through = 0  # the step that the script is in, also after its last update
         self._in_micro_step = False
         self._waiting: set[str] = set()  # models that went backward and were not updated yet
         self._updated: set[str] = set()  # models that were updated in this step
@@ -292,7 +304,7 @@ class Run:
         buffer_size: int = 0,
         replay_steps: int = 1,
         ahead: int = 2,
-    ) -> Iterator[Iterator[TrainingRows]]:
+    ) -> Iterator[Iterable[TrainingRows]]:
         """Resume, and go through the steps that are left.
 
         Args:
@@ -305,7 +317,8 @@ class Run:
             ahead: recordings made before they are needed; 0 where they have to know the latest weights.
 
         Yields:
-            The micro-steps of a step: iterated over, they give the rows of each.
+            The micro-steps of a step: iterated over, they give the rows of each; iterated over again, for a model that
+            is updated after another, the same rows.
 
         Raises:
             ValueError: where the checkpoint to resume from does not fit, or its weights are not finite.
@@ -338,8 +351,8 @@ class Run:
         # Of the step, in all processes: rows kept, prompts dropped, requests to stop.
         self._counts = torch.zeros(3, device=self.device)
         while self.step < settings.max_train_steps and not self.stopped:
-            step = self.step
-            yield self._micro_steps()
+            self._going_through = step = self.step
+            yield _MicroSteps(self._micro_steps)
             if self.step == step:
                 raise RuntimeError(
                     f"step {step} ended without `update` of {', '.join(sorted(self._due()))}: call it after the"
@@ -370,7 +383,7 @@ class Run:
         self._measures[f"{self._prefix(trained)}loss"] = loss.detach()
 
     def due(self, model: nn.Module) -> bool:
-        """Say whether a model is to be updated in this step."""
+        """Say whether a model is to be updated in the step that the script is in."""
         return self._find(model).name in self._due()
 
     def log(self, **measures: torch.Tensor | float) -> None:
@@ -394,13 +407,14 @@ class Run:
         first = self._stream.draw(self._micro_step) * self.settings.train_batch_size
         return [draw_generator(first + index, self.settings.seed, stream=stream) for index in range(count)]
 
-    def update(self, *models: nn.Module) -> None:
+    def update(self, *models: nn.Module, then: Callable[[], None] | None = None) -> None:
         """Take an optimiser step of models, all or none: clip, skip what is not finite, step, average.
 
         With the last model that is due the step is done: it is logged and a checkpoint is written where that is due.
 
         Args:
             models: from `add`.
+            then: changes weights further, where the optimisers have stepped; checkpoints know it as done.
 
         Raises:
             RuntimeError: for a model without `backward`, or inside a step's micro-steps; where too many steps in a row
@@ -423,6 +437,8 @@ class Run:
         elif finite or accelerator.scaler is not None:  # with fp16 the scaler skips a step that is not finite
             for part in trained:
                 part.optimizer.step()
+        if kept > 0 and finite and then is not None:
+            then()
         for part in trained:
             if kept > 0 and finite and part.ema is not None:
                 part.ema.step(part.averaged.values())
@@ -511,7 +527,7 @@ class Run:
         return "" if trained is self._trained[0] else f"{trained.name}_"
 
     def _due(self) -> set[str]:
-        return {trained.name for trained in self._trained if (self.step + 1) % trained.every == 0}
+        return {trained.name for trained in self._trained if (self._going_through + 1) % trained.every == 0}
 
     def _falls_on(self, interval: int) -> bool:
         return self.step % interval == 0 and self.step < self.settings.max_train_steps and not self.stopped
@@ -540,21 +556,27 @@ class Run:
         )
         self._rows_since_log, self._last_log = 0, time.perf_counter()
 
-    def _micro_steps(self) -> Iterator[TrainingRows]:
-        """The rows of a step, micro-step by micro-step; in between, gradients stay in their process."""
+    def _micro_steps(self, made: list[tuple[TrainingRows, int]]) -> Iterator[TrainingRows]:
+        """The rows of a step, micro-step by micro-step; in between, gradients stay in their process.
+
+        `made` holds rows, and how many of them count, of micro-steps that were gone through before.
+        """
         stream, accelerator = self._stream, self.accelerator
         accumulation = self.settings.gradient_accumulation_steps
         first = self.step * accumulation
-        for self._micro_step in range(first, first + accumulation):
-            rows, kept = stream.rows(self._micro_step)
-            counts = torch.tensor([kept, stream.dropped, float(self._stop.received)])
-            self._counts += accelerator.reduce(to_device(counts, self.device))
+        for index in range(accumulation):
+            self._micro_step = first + index
+            if index == len(made):
+                made.append(stream.rows(self._micro_step))
+                counts = torch.tensor([made[-1][1], stream.dropped, float(self._stop.received)])
+                self._counts += accelerator.reduce(to_device(counts, self.device))
+            rows, kept = made[index]
             self._weight = kept / stream.rows_per_micro_step
             with accelerator.accumulate(*(trained.model for trained in self._trained)):
                 self._in_micro_step = True
                 yield rows
                 self._in_micro_step = False
-            if self._micro_step < first + accumulation - 1:  # after the last one `update` has more to queue before
+            if index < accumulation - 1:  # after the last one `update` has more to queue before
                 stream.prefetch()
 
     def _clip(self, trained: Trained) -> torch.Tensor:
