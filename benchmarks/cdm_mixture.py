@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import matplotlib
 import pandas
@@ -77,7 +78,7 @@ class Network(nn.Module):
     def __init__(self, width: int = 256) -> None:
         super().__init__()
         sizes = [2 + 2 * 6 + CLASSES, width, width, width]
-        layers = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.SiLU())]
+        layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.SiLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(
@@ -213,7 +214,7 @@ def draw(network: nn.Module, num_inference_steps: int, noise: torch.Tensor, clas
     """Sample by Euler steps at equal times."""
     sigmas = torch.linspace(1, 0, num_inference_steps + 1)
     sample = noise
-    for s, next_s in zip(sigmas, sigmas[1:], strict=False):
+    for s, next_s in pairwise(sigmas):
         at = s.expand(len(noise))
         sample = flow_step(sample, network(sample, at, **text_of(classes).arguments()), at, next_s.expand(len(noise)))
     return sample

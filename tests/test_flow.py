@@ -70,7 +70,7 @@ def test_half_precision_networks_give_wide_velocities():
 def test_guidance_is_given_where_it_is_embedded_and_nowhere_else():
     sample, _, embeds, mask = network_inputs()
     s, guidance = torch.full((3,), 0.5), torch.full((3,), 4.5)
-    with pytest.raises(ValueError, match="`guidance` is tensor.* does not embed"):
+    with pytest.raises(ValueError, match=r"`guidance` is tensor.* does not embed"):
         FlowTransformer(tiny_transformer())(sample, s, embeds, mask, guidance=guidance)
     with pytest.raises(ValueError, match="`guidance` is None"):
         FlowTransformer(tiny_transformer(guidance_embeds=True))(sample, s, embeds, mask)

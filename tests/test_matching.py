@@ -112,15 +112,15 @@ def test_a_little_of_the_student_flows_into_the_critic():
 
 
 def test_two_dimensional_mixture_converges_and_its_controls_do_not():
-    """300 of the benchmark's 2000 updates tell them apart already."""
+    """150 of the benchmark's 2000 updates tell them apart already."""
     start = cdm_mixture.pretrain(steps=1000)
     distances = {
-        variant: cdm_mixture.distance_per_class(cdm_mixture.distil(start, variant, updates=300), 1, points=1024)
+        variant: cdm_mixture.distance_per_class(cdm_mixture.distil(start, variant, updates=150), 1, points=1024)
         for variant in cdm_mixture.VARIANTS
     }
     untrained = cdm_mixture.distance_per_class(start, 1, points=1024)
-    assert distances["CDM"] < 0.12 * untrained
-    assert all(distances[control] > 5 * distances["CDM"] for control in cdm_mixture.VARIANTS[1:])
+    assert distances["CDM"] < 0.25 * untrained
+    assert all(distances[control] > 0.75 * untrained for control in cdm_mixture.VARIANTS[1:])
 
 
 def test_exact_velocity_is_that_of_the_mixture():

@@ -1,4 +1,4 @@
-"""Two models that train in turn on points of the plane: a critic in every step, a student in every second one after it.
+"""Two models that train in turn on points of the plane: a critic in every step, then a student in every second one.
 
 The script of a run in small: tests start it by itself, on several processes or on several nodes.
 """
