@@ -177,7 +177,7 @@ def _pipeline_files(folder: Path) -> list[Path]:
             raise ValueError(f"{MODEL_INDEX} has a component {name!r}, which {classes[0]} has not")
     files = [index]
     for name in components:
-        files += component_files(folder, name, model_index, variants=VARIANTS)
+        files += component_files(folder, name, model_index, variants=tuple(VARIANTS))
     return files
 
 

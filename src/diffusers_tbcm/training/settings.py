@@ -303,6 +303,7 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(hide_secrets(message))
+        raise AssertionError("argparse has ended the program")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
