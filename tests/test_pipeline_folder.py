@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -32,9 +33,31 @@ def _pickled_text_encoder(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
 
 
+def _no_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+
+
+def _torn_transformer(folder: Path) -> None:
+    os.truncate(folder / "transformer" / "diffusion_pytorch_model.safetensors", 9000)
+
+
+def _own_code(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["evil", "Tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _broken_card(folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_no_vocabulary, "cannot be used: no vocabulary of its tokenizer"),
+        (_torn_transformer, r"cannot be used: transformer/.*safetensors is no safetensors file, or a torn one"),
+        (_own_code, r"has tokenizer \['evil', 'Tokenizer'\]: its code would be evil"),
+        (_broken_card, r"cannot be used: damaged/README.md cannot be read as a model card"),
         (_no_index, "is no pipeline folder: it has no model_index.json"),
         (_other_transformer, "is of no known family: .*FluxTransformer2DModel"),
         (_no_vae, "lacks its vae"),

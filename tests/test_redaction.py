@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 
 from diffusers_tbcm.export.redaction import is_secret, redact, redact_command, redact_values
@@ -15,7 +13,7 @@ def machine(monkeypatch):
     monkeypatch.setenv("HOME", f"{TOP}/home/alice smith")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("SHORT_TOKEN", "a")
-    monkeypatch.setattr(Path, "cwd", lambda: Path(f"{TOP}/work/my project"))
+    monkeypatch.setattr("os.getcwd", lambda: f"{TOP}/work/my project")
 
 
 @pytest.mark.parametrize(
@@ -115,3 +113,15 @@ def test_names_of_secrets():
     secret = ("hub_token", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "password", "token")
     assert all(map(is_secret, secret))
     assert not any(map(is_secret, ("max_tokens", "seed", "TOKENIZERS_PARALLELISM", "monkey", "lora_target_modules")))
+
+
+def test_a_home_at_the_top_and_no_home_or_working_folder_at_all(monkeypatch):
+    def gone():
+        raise FileNotFoundError
+
+    monkeypatch.setenv("HOME", "/alone")
+    monkeypatch.setattr("os.getcwd", gone)
+    kept = "https://example.com/alone/x, data/alone and /aloneness"
+    assert redact(f"{kept}; /alone and /alone/x/p.txt") == f"{kept}; ~ and p.txt"
+    monkeypatch.setenv("HOME", "/")
+    assert redact("/alone and / and /a/b") == "/alone and / and b"

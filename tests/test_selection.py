@@ -216,6 +216,19 @@ REFUSED = {
     "card is a link": (lambda f, p: replace_by_link(f / "README.md", p), "README.md is a link"),
     "card is a folder": (lambda f, _: hollow(f / "README.md"), "has no README.md"),
     "empty card": (lambda f, _: (f / "README.md").write_text(""), "README.md is empty"),
+    "a card of broken YAML": (
+        lambda f, _: (f / "README.md").write_text("---\na: [\n---\n"), "README.md cannot be read as a model card"
+    ),
+    "a card that runs code": (
+        lambda f, _: (f / "README.md").write_text("---\na: !!python/object/apply:os.getcwd []\n---\n"),
+        "README.md cannot be read as a model card",
+    ),
+    "a card that is no text": (
+        lambda f, _: (f / "README.md").write_bytes(b"---\n---\ncaf\xe9"), "README.md cannot be read as a model card"
+    ),
+    "another's record": (lambda f, _: edit(f / "training.json", lambda r: r | {"license": "mit"}), "not the one that"),
+    "a component of lists": (index_entry(vae=[["diffusers"], "AutoencoderDC"]), "names no vae, which"),
+    "a component that is a flag": (index_entry(vae=True), "names no vae, which"),
     "another record": (lambda f, _: (f / "training.json").write_text("{}"), "not the one that training writes"),
     **{
         f"no {name}": (lambda f, _, name=name: shutil.rmtree(f / name), f"its {name} is missing")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from yaml import YAMLError
 
 from .backbones import find_backbone
 from .components import WEIGHT_NAMES, check_file, model_files, scheduler_files, tokenizer_files
@@ -76,6 +77,7 @@ def _check_copied(teacher: str | PathLike[str], folder: Path, classes: Mapping[s
         for name in LEGAL_FILES:
             if (folder / name).exists():
                 check_file(folder / name, home)
+        license_of(folder / CARD)
     except ValueError as error:
         raise ValueError(f"teacher {str(teacher)!r} cannot be used: {error}") from error
 
@@ -107,7 +109,7 @@ def component_files(
         ValueError: where one is missing, torn or none of the folder's own, or the component is no library's own.
     """
     entry = model_index.get(name)
-    if not isinstance(entry, list) or len(entry) != 2 or None in entry:
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
         raise ValueError(f"{MODEL_INDEX} names no {name}, which the pipeline needs")
     if entry[0] not in WEIGHT_NAMES:
         raise ValueError(f"{MODEL_INDEX} has {name} {entry}: its code would be {entry[0]}, and not a library's")
@@ -146,8 +148,16 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def license_of(card: Path) -> dict[str, str]:
-    """The licence fields of a model card; none where there is no card or it names none."""
+    """The licence fields of a model card; none where there is no card or it names none.
+
+    Raises:
+        ValueError: where the card cannot be read.
+    """
     if not card.is_file():
         return {}
-    data = ModelCard.load(card).data.to_dict()
+    try:
+        data = ModelCard.load(card).data.to_dict()
+    except (OSError, ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{card.parent.name}/{card.name} cannot be read as a model card: {reason}") from error
     return {field: data[field] for field in ("license", "license_name", "license_link") if field in data}

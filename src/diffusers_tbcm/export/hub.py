@@ -119,7 +119,7 @@ def push_pipeline_to_hub(
         old_id, step = record["model_id"], record["training"].get("steps")
         record |= {"model_id": repo_id, "license": record["license"] or {"license": license}}
         files[TRAINING_RECORD] = json_text(record).encode()
-        tag = f"step-{step}" if tag is None and step is not None else tag
+        tag = f"step-{step}" if tag is None and isinstance(step, int) else tag
     card = CommitOperationAdd(CARD, _card_for_repo(_content(files.pop(CARD)), old_id, repo_id, license).encode())
     if selection.left_out:
         names = ", ".join(map(repr, selection.left_out[:MAX_NAMED]))

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -75,14 +74,15 @@ def redact(text: str, secrets: Collection[str] = ()) -> str:
     text = _QUOTED.sub(
         lambda match: match[1] + match[2] + (_last_part(match[3]) if _is_path(match[3]) else match[3]) + match[1], text
     )
-    for folder in {str(Path.home()), str(Path.cwd())} - {"/"}:  # their names may have spaces
-        text = re.sub(rf"{re.escape(folder)}(?:/+{_NAME})*/*(?![\w.-])", lambda match: _last_part(match[0]), text)
     pieces = _URL.split(text)
-    users = _users()
+    users, own_folders = _users(), _own_folders()
     for index, piece in enumerate(pieces):
         if index % 2:
             pieces[index] = _clean_address(piece)
         else:
+            for folder in own_folders:  # their names may have spaces
+                own = rf"(?<![\w./~-]){re.escape(folder)}(?:/+{_NAME})*/*(?![\w.-])"
+                piece = re.sub(own, lambda match: _last_part(match[0]), piece)
             piece = _PATHS.sub(lambda match: _last_part(match[0]), piece)
             pieces[index] = _RELATIVE.sub(lambda match: _clean_relative(match[0], users), piece)
     return "".join(pieces)
@@ -152,8 +152,17 @@ def _environment_secrets() -> list[str]:
 
 def _users() -> set[str]:
     """The names by which this machine knows its user, in lower case."""
-    names = {os.environ.get(variable, "") for variable in USER_VARIABLES} | {Path.home().name}
+    names = {os.environ.get(variable, "") for variable in USER_VARIABLES} | {os.path.basename(os.path.expanduser("~"))}
     return {name.lower() for name in names if len(name) > 1}
+
+
+def _own_folders() -> set[str]:
+    """The user's home and the working folder; neither has to be there."""
+    try:
+        folders = {os.path.expanduser("~"), os.getcwd()}
+    except OSError:
+        folders = {os.path.expanduser("~")}
+    return folders - {"/", "~"}
 
 
 def _is_path(text: str) -> bool:

@@ -31,6 +31,7 @@ from ..pipeline_folder import (
     TRANSFORMER,
     VARIANTS,
     component_files,
+    license_of,
     list_checkpoints,
 )
 from ..standalone import standalone_pipeline_source
@@ -154,9 +155,11 @@ def _chosen_files(folder: Path) -> list[Path]:
     if not (folder / CARD).is_file():
         raise ValueError(f"it has no {CARD}: write its card, which every published model carries")
     files.append(check_file(folder / CARD))
+    license_of(folder / CARD)
     if _is_own(folder / TRAINING_RECORD):
         record = read_object(folder / TRAINING_RECORD)
-        if not {"model_id", "license"} <= record.keys() or not isinstance(record.get("training"), dict):
+        kinds = (("model_id", str), ("license", dict), ("training", dict))
+        if not all(isinstance(record.get(name), kind) for name, kind in kinds):
             raise ValueError(f"its {TRAINING_RECORD} is not the one that training writes")
     files += [folder / name for name in (*RECORDS, *LEGAL_FILES) if _is_own(folder / name)]
     return files + list(_shown_pictures(folder))
