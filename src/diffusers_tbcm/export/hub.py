@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from ..files import json_text
 from ..pipeline_folder import CARD, TRAINING_RECORD, license_of
-from .redaction import redact
+from .redaction import hide_secrets, redact
 from .selection import select_files
 
 
@@ -52,6 +52,7 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
     installed = huggingface_hub.__version__
     if Version(installed) < Version(MIN_HUB_VERSION):
         raise RuntimeError(f"pushing needs huggingface_hub {MIN_HUB_VERSION}; {installed} is installed: update it")
+    _check_no_token(repo_id=repo_id)
     api = HfApi(token=_checked_token(token))
     with _explained_errors(repo_id):
         validate_repo_id(repo_id)
@@ -107,6 +108,7 @@ def push_pipeline_to_hub(
         ValueError: naming the argument that cannot be pushed or pushed with, and what to do.
         RuntimeError: where the Hub cannot be reached, does not take the push, or another push came between.
     """
+    _check_no_token(repo_id=repo_id, license=license, tag=tag)
     folder = Path(folder)
     secrets = [secret.strip() for secret in (token, get_token()) if secret]
     selection = select_files(folder, include_training_state=include_training_state, secrets=secrets)
@@ -237,6 +239,13 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
         api.create_tag(repo_id, tag=tag, revision=commit)
 
     _retry(set_tag)
+
+
+def _check_no_token(**arguments: str | None) -> None:
+    """Refuse a token in the place of what is published."""
+    for name, value in arguments.items():
+        if value is not None and hide_secrets(value) != value:
+            raise ValueError(f"{name} holds a token, which would be published: tokens go into HF_TOKEN")
 
 
 def _checked_token(token: str | None) -> str | None:
