@@ -163,7 +163,9 @@ def push_or_warn(folder: str | PathLike[str], repo_id: str, *, token: str | None
             ["python", "-m", "diffusers_tbcm", "push", str(folder), repo_id]
             + ([] if license is None else ["--license", license])
         )
-        logger.warning(f"{folder} was not pushed: {error}\nIt is whole on disk. Push it later:\n  {command}")
+        logger.warning(
+            f"{folder} was not pushed: {error}\nIt is whole on disk. Push it later:\n  {hide_secrets(command)}"
+        )
         return False
     return True
 
