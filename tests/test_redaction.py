@@ -45,6 +45,13 @@ def machine(monkeypatch):
         ("see file:///data/x/p.txt now", "see p.txt now"),
         ("file:/data/x/p.txt", "p.txt"),
         ("../../secret/p.txt", "p.txt"),
+        ("s3://bucket/of/somebody/p.txt", "p.txt"),
+        ("smb://server/share/p.txt and x", "p.txt and x"),
+        ("$HOME/x/p.txt", "p.txt"),
+        ("${SCRATCH}/x/p.txt", "p.txt"),
+        (r"%USERPROFILE%\x\p.txt", "p.txt"),
+        ("https://x.com/?f=%2Fdata%2Fmy%20x%2Fp.txt&y=1", "https://x.com/?f=p.txt&y=1"),
+        ("c:%5CUsers%5Cbob%5Cp.txt", "p.txt"),
         ("--out ../x/y", "--out y"),
         ("runs/alice/p.txt", "p.txt"),
         ("data-alice/2024/p.txt", "p.txt"),
@@ -79,7 +86,7 @@ def test_what_is_this_machines_or_secret_goes(text, public):
         "[TBCM](https://arxiv.org/abs/2511.20410)",
         "the token is yours; `--hub_token takes it`; pad_token=<pad> max_tokens=3",
         "\\alpha\\beta {\\\"o}", "guidance 4.5: 3 steps",
-        "s3://bucket/x", "",
+        "https://img.shields.io/x?url=https%3A%2F%2Fgithub.com%2Fa%2Fb", "$x/y$ costs $5/month, 50%/60%", "",
     ],
 )  # fmt: skip
 def test_what_is_for_everybody_stays(text):
