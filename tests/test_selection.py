@@ -128,7 +128,18 @@ def test_what_could_be_there_and_is_a_link_is_not_followed(name, folder, private
     assert selection.left_out == (["images/"] if name == "images/00.png" else [f"{name} (a link)"])
 
 
-@pytest.mark.parametrize("shown", [".secret/x.png", "../home/x.png", "/tmp/x.png", "images/link.png", "logs/pipe.png"])
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "a" * 5000 + ".png",
+        "a\0b.png",
+        ".secret/x.png",
+        "../home/x.png",
+        "/tmp/x.png",
+        "images/link.png",
+        "logs/pipe.png",
+    ],
+)
 def test_a_card_shows_the_folders_own_pictures_and_no_others(shown, folder, private, whole):
     picture = private.parent / "x.png"
     Image.new("RGB", (8, 8)).save(picture)
@@ -270,6 +281,18 @@ REFUSED = {
     "weights are a folder": (lambda f, _: hollow(f / WEIGHTS), f"{WEIGHTS} is no regular file"),
     "weights are a pipe": (lambda f, _: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "is no regular file"),
     "weights tell a path": (with_metadata, f"{WEIGHTS} has a path or a token in its header"),
+    "half precision in part": (
+        lambda f, _: shutil.copy(f / WEIGHTS, (f / WEIGHTS).with_suffix(".bf16.safetensors")),
+        "bf16 weights of its vae and none of its text_encoder",
+    ),
+    "torn half precision": (
+        lambda f, _: (f / WEIGHTS).with_suffix(".bf16.safetensors").write_bytes(b"x"), "is no safetensors file"
+    ),
+    "another component's config": (
+        lambda f, _: shutil.copy(f / "transformer/config.json", f / "vae"), "config.json is no config of AutoencoderDC"
+    ),
+    "an empty config": (lambda f, _: (f / "text_encoder/config.json").write_text("{}"), "is no config of Gemma2Model"),
+    "an empty vocabulary": (lambda f, _: (f / "tokenizer/tokenizer.json").write_text("{}"), "holds no vocabulary"),
     "a missing shard": (shards({"a": SHARD, "b": SHARD.replace("1-", "2-")}, SHARD), "00002-of-00002.* is missing"),
     "a shard without its tensor": (shards({"a": SHARD, "b": SHARD}, SHARD), "lacks b, which"),
     "a shard elsewhere": (shards({"a": "../../home/outside.safetensors"}), "which is no shard of its weights"),

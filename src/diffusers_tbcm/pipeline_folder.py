@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .backbones import find_backbone
-from .components import WEIGHT_NAMES, check_file, model_files, scheduler_files, tokenizer_files
+from .components import WEIGHT_NAMES, check_file, model_files, read_object, scheduler_files, tokenizer_files
 from .files import read_json
 
 
@@ -114,11 +114,16 @@ def component_files(
         raise ValueError(f"{MODEL_INDEX} has {name} {entry}: its code would be {entry[0]}, and not a library's")
     if not (folder / name).is_dir():
         raise ValueError(f"its {name} is missing")
-    if name == SCHEDULER:
-        return scheduler_files(folder / name, home)
     if name.startswith(TOKENIZER):
         return tokenizer_files(folder / name, home)
-    return model_files(folder / name, entry[0], home, variants)
+    if name == SCHEDULER:
+        files = scheduler_files(folder / name, home)
+    else:
+        files = model_files(folder / name, entry[0], home, variants)
+    config = read_object(files[0])
+    if config.get("_class_name") != entry[1] if entry[0] == "diffusers" else "model_type" not in config:
+        raise ValueError(f"{name}/{files[0].name} is no config of {entry[1]}, which {MODEL_INDEX} has there")
+    return files
 
 
 def home_of(folder: Path) -> Path:

@@ -31,6 +31,7 @@ from ..pipeline_folder import (
     TRANSFORMER,
     VARIANTS,
     component_files,
+    holding_weights,
     license_of,
     list_checkpoints,
 )
@@ -181,6 +182,11 @@ def _pipeline_files(folder: Path) -> list[Path]:
     files = [index]
     for name in components:
         files += component_files(folder, name, model_index, variants=tuple(VARIANTS))
+    for variant in VARIANTS:
+        having = {file.parent.name for file in files if f".{variant}" in file.name}
+        lacking = sorted({*holding_weights(components)} - having)
+        if having and lacking:
+            raise ValueError(f"it has {variant} weights of its {min(having)} and none of its {lacking[0]}")
     return files
 
 
@@ -198,7 +204,7 @@ def _is_own(path: Path) -> bool:
     """Whether there is such a file, with no link on the way to it."""
     try:
         check_file(path)
-    except ValueError:
+    except (OSError, ValueError):  # the system's, for a name that it does not take
         return False
     return True
 
