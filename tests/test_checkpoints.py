@@ -193,8 +193,11 @@ def test_no_file_of_a_checkpoint_can_run_code(tmp_path, name, how):
         assert len(errors) == 1
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_by_a_clear_line(run):
+@pytest.mark.parametrize("content", [None, "{}", "[]", '{"told": {}, "content": [], "changes": []}', "\x00\x00"])
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_a_clear_line(run, content):
     _, _, folder = run
     (folder / "checkpoint-10" / RUN_STATE).unlink()
+    if content is not None:
+        (folder / "checkpoint-10" / RUN_STATE).write_text(content)
     with pytest.raises(ValueError, match=r"checkpoint-10' has no readable run.json, .* earlier versions"):
         load_run_state(folder / "checkpoint-10")

@@ -268,7 +268,7 @@ def test_a_filter_that_drops_everything_says_so_and_exports_nothing(flags, tmp_p
         ({"seed": 2**32}, "--seed is 4294967296: the largest is 4294967295"),
         ({"lr_warmup_steps": -1}, "--lr_warmup_steps is -1"),
         ({"weight_decay": -0.1}, "--weight_decay is -0.1"),
-        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler: invalid choice"),
+        ({"lr_scheduler": "piecewise_constant"}, "invalid choice: 'piecewise_constant'"),
         ({"prompts_file": None}, "either --prompts_file or --dataset_name"),
         ({"tangent_final_ratio": 1.5}, "`final_ratio` is 1.5"),
         ({"brightness_threshold": -1}, "--brightness_threshold is -1"),

@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 # Written last into a checkpoint: its step, and the size of every other file.
 MANIFEST = "checkpoint.json"
 RUN_STATE = "run.json"  # what the run was told, and where it stands
-RUN_STATE_ENTRIES = ("told", "content", "changes", "averaged_steps", "health")
+RUN_STATE_ENTRIES = {"told": dict, "content": dict, "changes": list, "averaged_steps": dict, "health": dict}
 AVERAGES = "ema.safetensors"
 
 
@@ -162,7 +162,9 @@ def load_run_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         state = read_json(checkpoint / RUN_STATE)
-        return {name: state[name] for name in RUN_STATE_ENTRIES}
+        if not all(isinstance(state[name], kind) for name, kind in RUN_STATE_ENTRIES.items()):
+            raise TypeError("an entry is of another kind")
+        return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint {str(checkpoint)!r} has no readable {RUN_STATE}, as those of earlier versions, which kept a"
