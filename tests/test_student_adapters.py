@@ -169,7 +169,11 @@ def test_a_fused_student_stays_when_its_layers_go_and_its_teacher_stays_too(lora
     pipeline.load_lora_weights(loras / "a", adapter_name="a")
     pipeline.fuse_lora()
     torch.testing.assert_close(draw(pipeline), alone["a"], **FUSED)
-    for verb in (pipeline.disable_lora, lambda: pipeline.delete_adapters("a"), lambda: pipeline.set_adapters("a", 0.5)):
+    for verb in (
+        pipeline.disable_lora,
+        lambda: pipeline.delete_adapters("a"),
+        lambda: pipeline.set_adapters("a", 0.5),
+    ):
         with pytest.raises(ValueError, match="call `unfuse_lora\\(\\)` first"):
             verb()
     pipeline.unfuse_lora()
