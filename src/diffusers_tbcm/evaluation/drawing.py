@@ -15,6 +15,8 @@ from PIL import Image
 
 from ..backbones.sana import INSTRUCTION
 from ..draws import draw_generator
+from ..finite import NOT_FINITE, is_finite
+from ..images import pixels_to_pil
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..text import Text
@@ -118,6 +120,9 @@ def draw_pictures(
 
     Yields:
         The pictures, in order.
+
+    Raises:
+        ValueError: for a picture of NaN or infinity, which would be black.
     """
     generators = iter(generators)
     batch_size = batch_size or max(1, len(prompts))
@@ -128,12 +133,19 @@ def draw_pictures(
             asked = {"prompt_embeds": batch.embeds, "prompt_attention_mask": batch.mask}
         else:
             asked = {"prompt": list(batch)}
-        yield from pipeline(
+        pixels = pipeline(
             **asked,
             num_inference_steps=num_inference_steps,
             generator=list(islice(generators, len(batch))),
+            output_type="pt",
             **options,
         ).images
+        for number, (picture, image) in enumerate(zip(pixels, pixels_to_pil(pixels), strict=True), start):
+            if not is_finite(picture):
+                prompt = f"prompt {number}" if isinstance(prompts, Text) else repr(prompts[number])
+                steps = f"{num_inference_steps} step{'s' * (num_inference_steps > 1)}"
+                raise ValueError(f"The picture of {prompt} at {steps} {NOT_FINITE}")
+            yield image
 
 
 def numbered_generators(seed: int) -> Iterator[torch.Generator]:

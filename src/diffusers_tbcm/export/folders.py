@@ -34,7 +34,7 @@ from ..pipeline_folder import (
     resolve_teacher,
 )
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
-from ..scheduling_tbcm import OWN_CONFIG_ENTRIES, TBCMScheduler
+from ..scheduling_tbcm import DISTILLED_WITH, TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
@@ -144,8 +144,8 @@ def save_student_lora(
     if guidance_scale is None:
         guidance_scale = scheduler.default_call_options.get("guidance_scale", STOCK_CALL_OPTIONS["guidance_scale"])
     with written_beside(output_dir.resolve(), place=partial(_move, last=LORA_FILE)) as folder:
-        own_entries = {name: scheduler.config[name] for name in OWN_CONFIG_ENTRIES}
-        save_lora(student, folder, guidance_scale if stock else None, own_entries)
+        distilled_with = {name: scheduler.config[name] for name in DISTILLED_WITH}
+        save_lora(student, folder, guidance_scale if stock else None, distilled_with)
         record = _record(description, student, teacher, teacher_folder, output_dir)
         adapter = {
             "guidance_scale": guidance_scale,
