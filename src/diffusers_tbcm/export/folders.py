@@ -43,6 +43,8 @@ from .redaction import redact_values
 from .selection import publishable, redact_header
 
 
+MAX_SAMPLES = 48  # pictures of a card: 16 prompts at 1, 2 and 4 steps
+MAX_SAMPLE_SIZE = 512  # pixels a side
 SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale
 
 
@@ -239,10 +241,12 @@ def _describe(folder: Path, teacher_folder: Path, description: StudentDescriptio
         if (teacher_folder / name).is_file():
             _copy_published(teacher_folder / name, folder / name)
     pictures = []
-    for index, sample in enumerate(description.samples):
+    for index, sample in enumerate(description.samples[:MAX_SAMPLES]):
         file = f"{SAMPLES}/{index:02}.png"
         (folder / SAMPLES).mkdir(exist_ok=True)
-        sample.image.save(folder / file)
+        shown = sample.image.copy()
+        shown.thumbnail((MAX_SAMPLE_SIZE, MAX_SAMPLE_SIZE))  # leaves smaller ones as they are
+        shown.save(folder / file)
         pictures.append({"prompt": sample.prompt, "num_inference_steps": sample.num_inference_steps, "file": file})
     write_json(folder / TRAINING_RECORD, redact_values({**record, "samples": pictures}))
     if description.config is not None:
