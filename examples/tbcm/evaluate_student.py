@@ -34,7 +34,13 @@ from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
 from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
-from diffusers_tbcm.evaluation.evaluator import Evaluator, TextImageScorer, check_numbers, compare_with_teacher
+from diffusers_tbcm.evaluation.evaluator import (
+    Evaluator,
+    TextImageScorer,
+    check_installed,
+    check_numbers,
+    compare_with_teacher,
+)
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
@@ -53,6 +59,8 @@ PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
 REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
 PLOT = "metrics.png"
+DRAWN_WITH = ("guidance_scale", "height", "width", "max_sequence_length", "instruction")  # which the results record
+MAX_STEPS = 1000  # of the schedulers
 PATIENCE = timedelta(hours=6)  # of processes that wait while one checks the real pictures
 EXCLUSIVE = (  # flags that exclude each other; one of the first two has to be given
     ("prompts_file", "dataset_name"),
@@ -144,8 +152,8 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a number")
     for name in ("steps", "teacher_steps"):
         values = getattr(settings, name)
-        if min(values) < 1 or len({*values}) < len(values):
-            parser.error(f"--{name} is {values}: it takes different numbers from 1 on")
+        if min(values) < 1 or max(values) > MAX_STEPS or len({*values}) < len(values):
+            parser.error(f"--{name} is {values}: it takes different numbers from 1 to {MAX_STEPS}")
     if settings.bootstrap_resamples < 2:
         parser.error(f"--bootstrap_resamples is {settings.bootstrap_resamples}: it takes at least 2")
     if settings.reference_teacher and settings.teacher is None:
@@ -191,6 +199,7 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
         DiffusionPipeline.load_config(settings.model)
     except OSError as error:
         raise ValueError(f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub") from error
+    check_installed()
     if settings.teacher is not None:
         resolve_teacher(settings.teacher)
     if settings.update_card:
@@ -355,6 +364,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     command = shlex.join(Path(word).name if os.path.isabs(word) else word for word in words)
     details = {
         "seed": settings.seed,
+        **{name: drawn[0].pictures.settings[name] for name in DRAWN_WITH},
         "pictures": len(drawn[0].pictures),
         "real_pictures": None if reference is None else len(reference.features),
         "intervals": f"95%, bootstrap of {settings.bootstrap_resamples} over prompts",

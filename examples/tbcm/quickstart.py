@@ -112,10 +112,8 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int, options: d
         numbered_generators(SEED),
         num_inference_steps=steps,
         batch_size=BATCH_SIZE,
-        height=size,
-        width=size,
         use_resolution_binning=False,
-        **options,
+        **{"height": size, "width": size, **options},
     )
     return list(tqdm(pictures, total=len(prompts), desc=f"{type(pipeline).__name__}, {steps} steps", unit="picture"))
 

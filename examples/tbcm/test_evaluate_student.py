@@ -148,6 +148,8 @@ def test_drawing_is_as_the_student_was_distilled_and_as_the_flags_say(arguments,
             file = tmp_path / f"out{len(flags)}" / "pictures" / f"{model}-1-steps" / "settings.json"
             found = json.loads(file.read_text())
             assert {name: found[name] for name in expected} == expected
+        details = load_metrics(tmp_path / f"out{len(flags)}").details
+        assert {name: details[name] for name in expected} == expected
 
 
 def test_fewer_prompts_than_subsets_of_the_kernel_distance_suffice(arguments, few_components, tmp_path):
@@ -244,6 +246,7 @@ def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, 
         ({"steps": "1 0"}, "--steps is [1, 0]"),
         ({"steps": "2 2"}, "--steps is [2, 2]"),
         ({"batch_size": 0}, "--batch_size is 0"),
+        ({"steps": "1 1001"}, "--steps is [1, 1001]: it takes different numbers from 1 to 1000"),
         ({"seed": -1}, "--seed is -1: it takes at least 0"),
         ({"guidance_scale": "nan"}, "--guidance_scale is nan"),
         ({"reference_dir": "..", "output_dir": "out"}, "--output_dir is in --reference_dir"),
