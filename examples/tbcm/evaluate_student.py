@@ -12,6 +12,7 @@ r"""Draw with a student, and with its teacher, and measure the pictures.
       --output_dir outputs/mjhq
 """
 
+import math
 import os
 import platform
 import shlex
@@ -30,6 +31,7 @@ from diffusers_tbcm.command_line import DEBUG_HELP, HelpFormatter, ending_in_wor
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
+from diffusers_tbcm.errors import loading
 from diffusers_tbcm.evaluation.drawing import draw_pictures, load_pipeline, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import Evaluator, TextImageScorer, seconds_per_image
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
@@ -132,6 +134,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         value = getattr(settings, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}: it takes at least 1")
+    if not math.isfinite(settings.guidance_scale):
+        parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a finite number")
+    if settings.seed < 0:
+        parser.error(f"--seed is {settings.seed}: it takes at least 0")
     for name in ("steps", "teacher_steps"):
         values = getattr(settings, name)
         if min(values) < 1 or len({*values}) < len(values):
@@ -178,7 +184,9 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
             if name is not None:
                 DiffusionPipeline.load_config(name)
         except OSError as error:
-            raise ValueError(f"model {name!r} is neither a pipeline folder nor a model on the Hub") from error
+            raise ValueError(
+                f"model {name!r} is neither a pipeline folder nor a model on the Hub that can be reached"
+            ) from error
     prompts = load_evaluation_prompts(
         source,
         config=settings.dataset_config_name,
@@ -266,7 +274,8 @@ def draw_models(settings: Settings, accelerator: Accelerator, prompts: Sequence[
     dtype = getattr(torch, settings.dtype)
     drawn: list[Drawn] = []
     if settings.teacher is not None:
-        teacher = SanaPipeline.from_pretrained(settings.teacher, **dtype_argument(dtype)).to(accelerator.device)
+        with loading("teacher", settings.teacher):
+            teacher = SanaPipeline.from_pretrained(settings.teacher, **dtype_argument(dtype)).to(accelerator.device)
         runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
         if settings.reference_teacher:
             runs.append((REFERENCE_RUN, settings.teacher_steps[-1], settings.seed + 1))
@@ -412,7 +421,8 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
     show_information()
-    with ending_in_words({item.name: f"--{item.name}" for item in fields(Settings)}, debug=settings.debug):
+    flags = {item.name: f"--{item.name}" for item in fields(Settings)} | {"height": "--resolution"}
+    with ending_in_words(flags, debug=settings.debug):
         evaluate(settings, sys.argv[1:] if argv is None else argv)
 
 

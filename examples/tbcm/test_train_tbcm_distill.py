@@ -358,7 +358,7 @@ def test_a_folder_that_is_no_teacher_is_refused(flags, tmp_path, damage, message
 
 @pytest.mark.parametrize("resolution", [0, 20, -64])
 def test_a_resolution_that_the_autoencoder_does_not_divide_is_refused(flags, resolution):
-    with pytest.raises(ValueError, match=f"resolution is {resolution}: it has to be a positive multiple of 8"):
+    with pytest.raises(ValueError, match=f"`resolution` is {resolution}: it has to be a positive multiple of 8"):
         main(flags(resolution=resolution))
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import (
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +42,14 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
             return f"do not: {action.help}"
         is_switch = action.nargs == 0 and action.const is True
         return action.help if action.default is None or is_switch else super()._get_help_string(action)
+
+
+def finite_number(text: str) -> float:
+    """Read a number, and neither infinity nor what is none: the `type` of an argument."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ArgumentTypeError(f"{text} is no finite number")
+    return number
 
 
 def name_flags(message: str, flags: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import loading
 from ..files import written_beside
 from .features import NUM_COMPONENTS
 from .metrics import fit_gaussian, frechet_distance, symmetric_root
@@ -91,7 +92,7 @@ class FeatureReference:
         Returns:
             The reference, bit for bit.
         """
-        with safe_open(path, framework="pt") as file:
+        with loading("reference file", path), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             labels = tuple(json.loads(file.metadata()["labels"]))
         return cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))

@@ -9,9 +9,11 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
@@ -136,6 +138,10 @@ class RunSettings:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}: it has to lie in [0, 1)")
+        if self.report_to not in ("none", *map(str, LoggerType)):
+            raise ValueError(f"`report_to` is {self.report_to!r}: it takes none, {', '.join(map(str, LoggerType))}")
+        if self.use_8bit_adam and find_spec("bitsandbytes") is None:
+            raise ValueError("`use_8bit_adam` needs bitsandbytes, which is not installed")
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ValueError(f"`use_8bit_adam` is AdamW's, `optimizer` is {self.optimizer}")
         for name in ("hub_model_id", "hub_token", "hub_private_repo", "hub_license"):
