@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
 
-from diffusers_tbcm.command_line import DEBUG_HELP, HelpFormatter, ending_in_words, show_information
+from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
@@ -113,7 +113,7 @@ class Settings:
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags, and refuse what is wrong with them before anything is loaded."""
-    parser = SettingsParser(Settings, description=__doc__, formatter_class=HelpFormatter)
+    parser = SettingsParser(Settings, description=__doc__)
     # The parser's own names for it are all underscores or all hyphens; this is that of the training scripts.
     parser.add_argument(
         "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="put it there"

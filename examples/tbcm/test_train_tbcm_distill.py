@@ -42,6 +42,7 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
     finished = subprocess.run([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.count("3 prompts, after leaving out 0 empty and 0 duplicate ones\n") == 1
     run = tmp_path / "run"
     assert type(DiffusionPipeline.from_pretrained(run)).__name__ == "SanaSprintPipeline"
     image = SanaTBCMPipeline.from_pretrained(run)("a dog", num_inference_steps=1, max_sequence_length=16).images[0]

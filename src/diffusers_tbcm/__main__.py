@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .command_line import DEBUG_HELP, CommandParser, HelpFormatter, ending_in_words, finite_number
+from .command_line import DEBUG_HELP, CommandParser, ending_in_words, finite_number
 from .files import PICTURE_SUFFIXES
 
 
@@ -96,7 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[
     """
     parser = CommandParser(PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="draw pictures", formatter_class=HelpFormatter)
+    generate = commands.add_parser("generate", help="draw pictures")
     add_generate_flags(generate)
 
     train = commands.add_parser("train", help="distil a student: `accelerate launch` of a training script")

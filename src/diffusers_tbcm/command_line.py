@@ -17,7 +17,7 @@ from argparse import (
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import in_a_line, is_users
 
@@ -25,13 +25,6 @@ from .errors import in_a_line, is_users
 USERS_MISTAKE = 2  # the exit code, argparse's own
 INTERRUPTED = 130  # a shell's, of SIGINT
 DEBUG_HELP = "end an error with its traceback"
-
-
-class CommandParser(ArgumentParser):
-    """Ends what does not fit in one line, without the usage, which is as long as the flags are many."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USERS_MISTAKE, f"{self.prog}: error: {message}\n")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -42,6 +35,16 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
             return f"do not: {action.help}"
         is_switch = action.nargs == 0 and action.const is True
         return action.help if action.default is None or is_switch else super()._get_help_string(action)
+
+
+class CommandParser(ArgumentParser):
+    """Shows defaults, and ends what does not fit in one line, without the usage, as long as there are many flags."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USERS_MISTAKE, f"{self.prog}: error: {message}\n")
 
 
 def finite_number(text: str) -> float:

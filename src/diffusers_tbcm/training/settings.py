@@ -17,7 +17,7 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
-from ..command_line import DEBUG_HELP, CommandParser, HelpFormatter, name_flags
+from ..command_line import DEBUG_HELP, CommandParser, name_flags
 from ..errors import in_a_line
 from ..pipeline_folder import MODEL_INDEX, VARIANTS, list_checkpoints
 from .resumption import CHANGEABLE
@@ -277,7 +277,7 @@ def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, desc
         SystemExit: with code 2, where they do not fit; the message names the flag.
     """
     groups = [_group(part) for part in settings.__mro__ if dataclasses.is_dataclass(part)]
-    parser = SettingsParser(groups, description=description, formatter_class=HelpFormatter)
+    parser = SettingsParser(groups, description=description)
     for field in (field for group in groups for field in dataclasses.fields(group)):
         if field.default is True:  # as argparse's BooleanOptionalAction spells it
             says = field.metadata["help"]
