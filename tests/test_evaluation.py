@@ -85,9 +85,9 @@ def test_diversity_is_compared_with_that_of_the_last_teacher():
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        (None, None, "holds no features of an evaluation"),
-        ({"x": torch.ones(2)}, {"labels": "[]"}, "holds no features of an evaluation"),
-        ({"features": torch.ones(2, 2), "mean": torch.ones(2)}, None, "holds no features of an evaluation"),
+        (None, None, "cannot be loaded"),
+        ({"x": torch.ones(2)}, {"labels": "[]"}, "cannot be loaded"),
+        ({"features": torch.ones(2, 2), "mean": torch.ones(2)}, None, "cannot be loaded"),
         ({"features": torch.full((2, 2), torch.nan), "mean": torch.ones(2)}, {"labels": "[]"}, "not finite"),
         ({"features": torch.ones(2, 2), "mean": torch.ones(2)}, {"labels": '["a"]'}, "1 labels for 2 features"),
     ],

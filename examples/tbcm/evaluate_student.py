@@ -29,10 +29,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
 
-from diffusers_tbcm.command_line import DEBUG_HELP, HelpFormatter, ending_in_words, show_information
+from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
+from diffusers_tbcm.errors import loading
 from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
@@ -125,7 +126,7 @@ class Settings:
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags, and refuse what is wrong with them before anything is loaded."""
-    parser = SettingsParser(Settings, description=__doc__, formatter_class=HelpFormatter)
+    parser = SettingsParser(Settings, description=__doc__)
     # The parser's own names for it are all underscores or all hyphens; this is that of the training scripts.
     parser.add_argument(
         "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="put it there"
@@ -146,10 +147,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         value = getattr(settings, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}: it takes at least 1")
+    if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
+        parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a finite number")
     if settings.seed < 0:
         parser.error(f"--seed is {settings.seed}: it takes at least 0")
-    if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
-        parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a number")
     for name in ("steps", "teacher_steps"):
         values = getattr(settings, name)
         if min(values) < 1 or max(values) > MAX_STEPS or len({*values}) < len(values):
@@ -198,7 +199,9 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     try:
         DiffusionPipeline.load_config(settings.model)
     except OSError as error:
-        raise ValueError(f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub") from error
+        raise ValueError(
+            f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub that can be reached"
+        ) from error
     check_installed()
     if settings.teacher is not None:
         resolve_teacher(settings.teacher)
@@ -305,8 +308,9 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     if settings.teacher is None:
         return drawn
     del student
-    folder = resolve_teacher(settings.teacher)
-    teacher = SanaPipeline.from_pretrained(folder, **dtype_argument(dtype)).to(accelerator.device)
+    with loading("teacher", settings.teacher):
+        folder = resolve_teacher(settings.teacher)
+        teacher = SanaPipeline.from_pretrained(folder, **dtype_argument(dtype)).to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
     if settings.reference_teacher:
         runs.append((REFERENCE_RUN, settings.teacher_steps[-1], settings.seed + 1))
@@ -391,7 +395,8 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
     show_information()
-    with ending_in_words({item.name: f"--{item.name}" for item in fields(Settings)}, debug=settings.debug):
+    flags = {item.name: f"--{item.name}" for item in fields(Settings)} | {"height": "--resolution"}
+    with ending_in_words(flags, debug=settings.debug):
         evaluate(settings, sys.argv[1:] if argv is None else argv)
 
 

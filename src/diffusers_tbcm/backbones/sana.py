@@ -9,6 +9,7 @@ from diffusers import AutoencoderDC, SanaPipeline, SanaSprintPipeline, SanaTrans
 from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepGuidanceEmbeddings
 from torch import nn
 
+from ..errors import loading
 from ..files import read_json
 from ..text import Text
 from ..versions import dtype_argument
@@ -39,17 +40,20 @@ TEACHER_TIME_LAYER = "time_embed.emb.timestep_embedder.linear_2"
 
 def load_transformer(folder: Path) -> SanaTransformer2DModel:
     """Load the network of a pipeline folder, in float32."""
-    return SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").float()
+    with loading("teacher", folder):
+        return SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").float()
 
 
 def load_vae(folder: Path) -> AutoencoderDC:
     """Load the autoencoder of a pipeline folder."""
-    return AutoencoderDC.from_pretrained(folder, subfolder="vae")
+    with loading("teacher", folder):
+        return AutoencoderDC.from_pretrained(folder, subfolder="vae")
 
 
 def load_text_pipeline(folder: Path, dtype: torch.dtype) -> SanaPipeline:
     """Load what embeds prompts, frozen, and nothing else of a pipeline folder."""
-    pipeline = SanaPipeline.from_pretrained(folder, vae=None, transformer=None, **dtype_argument(dtype))
+    with loading("teacher", folder):
+        pipeline = SanaPipeline.from_pretrained(folder, vae=None, transformer=None, **dtype_argument(dtype))
     pipeline.text_encoder.requires_grad_(False)
     return pipeline
 
@@ -130,11 +134,11 @@ def latent_shape(folder: Path, transformer: SanaTransformer2DModel, resolution: 
     factor = vae_scale_factor(folder)
     multiple = factor * config["patch_size"]
     if resolution < multiple or resolution % multiple:
-        raise ValueError(f"resolution is {resolution}: it has to be a positive multiple of {multiple} pixels")
+        raise ValueError(f"`resolution` is {resolution}: it has to be a positive multiple of {multiple} pixels")
     size = resolution // factor
     if config["interpolation_scale"] is not None and size != config["sample_size"]:
         native = config["sample_size"] * factor
-        raise ValueError(f"resolution is {resolution}: this teacher's position embedding is for {native} pixels")
+        raise ValueError(f"`resolution` is {resolution}: this teacher's position embedding is for {native} pixels")
     return config["in_channels"], size, size
 
 

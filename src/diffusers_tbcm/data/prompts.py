@@ -141,7 +141,9 @@ def load_evaluation_prompts(
             empty += 1
             continue
         if label_column is not None and label is None:
-            raise ValueError(f"label_column is {label_column!r}: prompt {prompt!r} of {str(source)!r} has none")
+            raise ValueError(
+                f"label_column is {label_column!r}: prompt {prompt!r} of {str(source)!r} has none"
+            )
         prompts.append(prompt)
         labels.append(str(label))
         if len(prompts) == max_prompts:
