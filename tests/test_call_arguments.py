@@ -95,7 +95,7 @@ BAD_CALLS = [
     ({"prompt_attention_mask": MASK}, "`prompt_attention_mask` is given without the `prompt_embeds`"),
     *(({"complex_human_instruction": value}, "`complex_human_instruction` is ") for value in ("Enhance: ", [1], 3)),
     *(({"attention_kwargs": value}, "`attention_kwargs` is ") for value in ("scale", [("scale", 1)], 0.5)),
-    *(({"attention_kwargs": {"scale": value}}, "`attention_kwargs.'scale'.` is ") for value in (NAN, "0.5", [1], True)),
+    *(({"attention_kwargs": {"scale": value}}, "`attention_kwargs.*` is ") for value in (NAN, "0.5", [1], True)),
     *(({"callback_on_step_end": value}, "`callback_on_step_end` is ") for value in ("print", 3)),
     *(
         ({"callback_on_step_end_tensor_inputs": value}, "`callback_on_step_end_tensor_inputs` is ")

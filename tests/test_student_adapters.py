@@ -306,7 +306,7 @@ def test_another_networks_embedder_is_named(tmp_path):
 
 def test_adapters_are_not_switched_under_offloading_by_layers(both):
     add_hook_to_module(both.transformer.time_embed.linear, ModelHook())
-    with pytest.raises(ValueError, match="offloaded layer by layer"):
+    with pytest.raises(ValueError, match="hooks on its layers"):
         both.set_adapters("a")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import signal
 import subprocess
@@ -35,6 +36,7 @@ MAX_SEED = 2**64 - 1  # torch's
 NAME_LENGTH = 48  # characters of a prompt in a file name
 LABEL_LENGTH = 40  # and beside a grid's row
 MAX_CELL_SIZE = 512  # pixels a side of a grid's pictures
+FILE_SUFFIX = r"\.[a-z][a-z0-9]{2,4}"  # of a file; a folder may be named student-0.6b or run.v2
 
 
 @dataclass(frozen=True)
@@ -198,10 +200,17 @@ def read_generation(
             parser.error(f"--{name} has a value twice, which would give the same picture twice")
     if not all(text.strip() for text in prompt):
         parser.error("--prompt is empty")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        parser.error(f"--guidance_scale is {guidance_scale}: it takes a finite number")
 
     to_folder = out.is_dir() or out.suffix.lower() not in PICTURE_SUFFIXES
     if to_folder and out.exists() and not out.is_dir():
         parser.error(f"--out {str(out)!r} is a file, and no picture's: {', '.join(PICTURE_SUFFIXES)}")
+    if to_folder and not out.is_dir() and re.fullmatch(FILE_SUFFIX, out.suffix.lower()):
+        parser.error(
+            f"--out {str(out)!r} ends in {out.suffix}, but pictures are saved as {', '.join(PICTURE_SUFFIXES)}: name"
+            " such a file, or a folder without a suffix"
+        )
     if to_folder and grid:
         parser.error(f"--grid is one picture, but --out {str(out)!r} is a folder: name a file such as grid.png")
     if prompts_file is not None:
@@ -268,8 +277,9 @@ def run_generate(asked: Generation) -> None:
     total = len(asked.prompts) * len(asked.steps) * len(asked.seeds)
     options = call_options(**asked.options)
     drawings = draw(pipeline, asked.prompts, steps=asked.steps, seeds=asked.seeds, **options)
-    for drawing in tqdm(drawings, total=total, unit="picture"):
-        seconds[drawing.num_inference_steps].append(drawing.seconds)
+    for number, drawing in enumerate(tqdm(drawings, total=total, unit="picture")):
+        if number:  # the first picture's time is that of warming up
+            seconds[drawing.num_inference_steps].append(drawing.seconds)
         if asked.grid:
             in_grid.append(drawing)
         elif asked.to_folder:
@@ -281,7 +291,8 @@ def run_generate(asked: Generation) -> None:
 
     print(f"{total} picture{'s' * (total > 1)} in {asked.out}")
     for steps, taken in seconds.items():
-        print(f"{_steps(steps)}: {median(taken):.2f} s a picture")
+        timed = f"{median(taken):.2f} s a picture" if taken else "not timed, as the first picture warms up"
+        print(f"{_steps(steps)}: {timed}")
 
 
 def file_name(drawing: Drawing, index: int) -> str:

@@ -51,12 +51,9 @@ def standalone_pipeline_source() -> str:
     used = [module for module in modules.values() if module.required]
 
     imports = {name: target for module in used for name, target in module.required_imports().items()}
-    names = ", ".join(module.name for module in used) + "."
+    names = ", ".join(module.name for module in used)
     parts = [
-        HEADER.format(
-            version=__version__,
-            modules=textwrap.fill(names, MAX_LINE_LENGTH, initial_indent="# ", subsequent_indent="# "),
-        ),
+        HEADER.format(version=__version__, modules=textwrap.indent(textwrap.fill(f"{names}.", 80), "# ")),
         _format_imports(imports.values()),
         *(module.required_source() for module in used),
     ]

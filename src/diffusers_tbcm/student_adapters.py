@@ -141,7 +141,7 @@ def follow_adapters(transformer: SanaTransformer2DModel, scale: float = 1.0) -> 
         return
     if any(hasattr(layer, hook) for layer in transformer.time_embed.modules() for hook in OFFLOADING_HOOKS):
         raise ValueError(
-            "`transformer` is offloaded layer by layer: choose its adapters first and offload after that."
+            "`transformer` has hooks on its layers, such as those of offloading: choose its adapters before that."
         )
     if weights:
         _become_students(transformer, students, weights)
