@@ -188,8 +188,8 @@ def test_a_pipeline_is_loaded_as_asked(student):
         (["--steps", 1, 2], "is one file for 2 pictures: name a folder, or add --grid"),
         (["--prompt", "a dog", "a bird"], "is one file for 2 pictures"),
         (["--prompt", "  "], "--prompt is empty"),
-        (["--guidance_scale", "nan"], "--guidance_scale is nan: it takes a finite number"),
-        (["--guidance_scale=-inf"], "--guidance_scale is -inf"),
+        (["--guidance_scale", "nan"], "--guidance_scale: nan is no finite number"),
+        (["--guidance_scale=-inf"], "--guidance_scale: -inf is no finite number"),
         *(
             (
                 ["--out", f"owl.{suffix}"],

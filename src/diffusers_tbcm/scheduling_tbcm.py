@@ -89,9 +89,8 @@ class TBCMScheduler(SCMScheduler):
             guidance_scales and min(real_number("guidance_scales", scale) for scale in guidance_scales) > 0
         ):
             raise ValueError(f"`guidance_scales` is {guidance_scales}, but has to hold positive scales, or be None.")
-        unknown = sorted({*(call_options or {})} - {*CALL_OPTIONS})
-        if unknown:
-            raise ValueError(f"`call_options` has {unknown[0]!r}, but may have {', '.join(CALL_OPTIONS)} only.")
+        if call_options is not None and not (isinstance(call_options, Mapping) and {*call_options} <= {*CALL_OPTIONS}):
+            raise ValueError(f"`call_options` is {call_options}, but has to be a dict of {', '.join(CALL_OPTIONS)}.")
 
         super().__init__(num_train_timesteps, prediction_type, sigma_data)
         self.register_to_config(timesteps_by_steps=timesteps_by_steps)
