@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_tbcm_pipeline, tiny_transformer
 
@@ -170,6 +171,16 @@ def test_a_real_picture_that_cannot_be_read_is_named_before_anything_is_drawn(ar
     with pytest.raises(ValueError, match=r"1 of 12 real pictures cannot be read: picture .*07.png"):
         main(arguments(reference_dir=real))
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_not_finite_are_no_pictures_and_their_run_binds_nobody(arguments, tmp_path):
+    pipeline = tiny_tbcm_pipeline()
+    pipeline.transformer.proj_out.bias.data[0] = torch.nan
+    pipeline.save_pretrained(tmp_path / "overflown")
+    with pytest.raises(ValueError, match=r"picture of '0 red dogs' at 1 step is not finite"):
+        main(arguments(model=tmp_path / "overflown", max_prompts=2))
+    assert not [*(tmp_path / "out").rglob("*.png")]
+    main(arguments(max_prompts=2))  # the same folder, with a student that draws
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(arguments, tmp_path, monkeypatch):
