@@ -71,6 +71,18 @@ def test_more_pictures_a_prompt_keep_those_that_are_there(drawn, pipeline):
     assert more.missing() == [2, 5, 8]
 
 
+@pytest.mark.filterwarnings("ignore::diffusers_tbcm.finite.NotFiniteWarning")
+def test_a_picture_that_is_none_is_not_kept(tmp_path):
+    pipeline = tiny_tbcm_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias[0] = float("nan")
+    folder = PictureFolder(tmp_path, PROMPTS, 1, {})
+    with pytest.raises(ValueError, match="The picture of 'a dog' at 1 step is not finite"):
+        folder.draw(pipeline, folder.missing(), **OPTIONS)
+    assert folder.missing() == [0, 1, 2] and not [*tmp_path.glob("*.png*")]
+
+
 def test_a_torn_file_counts_as_missing(pipeline, tmp_path, monkeypatch):
     folder = PictureFolder(tmp_path, PROMPTS, 1, {})
 

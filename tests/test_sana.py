@@ -38,7 +38,7 @@ def test_a_network_says_what_it_is_made_of(family, tmp_path):
     assert family.latent_shape(folder, transformer, None) == (LATENT_CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE)
     assert family.latent_shape(folder, transformer, 32) == (LATENT_CHANNELS, 4, 4)
     assert family.vae_scale_factor(folder) == 8 and family.native_resolution(folder, transformer) == 64
-    with pytest.raises(ValueError, match="resolution is 20: it has to be a positive multiple of 8"):
+    with pytest.raises(ValueError, match="`resolution` is 20: it has to be a positive multiple of 8"):
         family.latent_shape(folder, transformer, 20)
 
 

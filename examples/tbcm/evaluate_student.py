@@ -27,12 +27,19 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
 
-from diffusers_tbcm.command_line import DEBUG_HELP, HelpFormatter, ending_in_words, show_information
+from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
+from diffusers_tbcm.errors import loading
 from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
-from diffusers_tbcm.evaluation.evaluator import Evaluator, TextImageScorer, check_numbers, compare_with_teacher
+from diffusers_tbcm.evaluation.evaluator import (
+    Evaluator,
+    TextImageScorer,
+    check_installed,
+    check_numbers,
+    compare_with_teacher,
+)
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
@@ -53,6 +60,8 @@ PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
 REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
 PLOT = "metrics.png"
+DRAWN_WITH = ("guidance_scale", "height", "width", "max_sequence_length", "instruction")  # which the results record
+MAX_STEPS = 1000  # of the schedulers
 PATIENCE = timedelta(hours=6)  # of processes that wait while one checks the real pictures
 EXCLUSIVE = (  # flags that exclude each other; one of the first two has to be given
     ("prompts_file", "dataset_name"),
@@ -117,7 +126,7 @@ class Settings:
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags, and refuse what is wrong with them before anything is loaded."""
-    parser = SettingsParser(Settings, description=__doc__, formatter_class=HelpFormatter)
+    parser = SettingsParser(Settings, description=__doc__)
     # The parser's own names for it are all underscores or all hyphens; this is that of the training scripts.
     parser.add_argument(
         "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="put it there"
@@ -138,14 +147,14 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         value = getattr(settings, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}: it takes at least 1")
+    if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
+        parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a finite number")
     if settings.seed < 0:
         parser.error(f"--seed is {settings.seed}: it takes at least 0")
-    if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
-        parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a number")
     for name in ("steps", "teacher_steps"):
         values = getattr(settings, name)
-        if min(values) < 1 or len({*values}) < len(values):
-            parser.error(f"--{name} is {values}: it takes different numbers from 1 on")
+        if min(values) < 1 or max(values) > MAX_STEPS or len({*values}) < len(values):
+            parser.error(f"--{name} is {values}: it takes different numbers from 1 to {MAX_STEPS}")
     if settings.bootstrap_resamples < 2:
         parser.error(f"--bootstrap_resamples is {settings.bootstrap_resamples}: it takes at least 2")
     if settings.reference_teacher and settings.teacher is None:
@@ -200,7 +209,10 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     try:
         DiffusionPipeline.load_config(settings.model)
     except OSError as error:
-        raise ValueError(f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub") from error
+        raise ValueError(
+            f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub that can be reached"
+        ) from error
+    check_installed()
     if settings.teacher is not None:
         resolve_teacher(settings.teacher)
     if settings.update_card:
@@ -306,8 +318,9 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     if settings.teacher is None:
         return drawn
     del student
-    folder = resolve_teacher(settings.teacher)
-    teacher = SanaPipeline.from_pretrained(folder, **dtype_argument(dtype)).to(accelerator.device)
+    with loading("teacher", settings.teacher):
+        folder = resolve_teacher(settings.teacher)
+        teacher = SanaPipeline.from_pretrained(folder, **dtype_argument(dtype)).to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
     if settings.reference_teacher:
         runs.append((REFERENCE_RUN, settings.teacher_steps[-1], settings.seed + 1))
@@ -366,6 +379,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     # 4. Results; no path of this machine
     details = {
         "seed": settings.seed,
+        **{name: drawn[0].pictures.settings[name] for name in DRAWN_WITH},
         "pictures": len(drawn[0].pictures),
         "real_pictures": None if reference is None else len(reference.features),
         "intervals": f"95%, bootstrap of {settings.bootstrap_resamples} over prompts",
@@ -392,7 +406,8 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
     show_information()
-    with ending_in_words({item.name: f"--{item.name}" for item in fields(Settings)}, debug=settings.debug):
+    flags = {item.name: f"--{item.name}" for item in fields(Settings)} | {"height": "--resolution"}
+    with ending_in_words(flags, debug=settings.debug):
         evaluate(settings, sys.argv[1:] if argv is None else argv)
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
@@ -37,7 +38,6 @@ from diffusers_tbcm.owned import OwnedFolder
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
 TEACHER_DIR = Path(__file__).with_name("sana_emoji_mini")
-GUIDANCE_SCALE = 4.5
 MAX_SEQUENCE_LENGTH = 48  # the prompts have at most some 30 tokens: padding to 300 changes nothing but the time
 SEED = 1234
 BATCH_SIZE = 50
@@ -103,7 +103,7 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
     return [*launcher, str(TRAINING_SCRIPT), *arguments]
 
 
-def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int) -> list[Image.Image]:
+def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int, options: dict[str, Any]) -> list[Image.Image]:
     """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
@@ -113,12 +113,8 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int) -> list[Im
         numbered_generators(SEED),
         num_inference_steps=steps,
         batch_size=BATCH_SIZE,
-        guidance_scale=GUIDANCE_SCALE,
-        height=size,
-        width=size,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        complex_human_instruction=None,
         use_resolution_binning=False,
+        **{"height": size, "width": size, **options},
     )
     return list(tqdm(pictures, total=len(prompts), desc=f"{type(pipeline).__name__}, {steps} steps", unit="picture"))
 
@@ -152,6 +148,7 @@ def main() -> None:
         teacher.tokenizer, teacher.text_encoder, teacher.vae, make_student(teacher.transformer), TBCMScheduler()
     )
     student = SanaTBCMPipeline.from_pretrained(args.output_dir).to(device)
+    options = student.default_call_options  # all draw as the student was distilled
     pipelines: dict[str, DiffusionPipeline] = {"teacher": teacher, "untrained student": untrained, "student": student}
     lines = [json.loads(line) for line in (TEACHER_DIR / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluation = [line for line in lines if not line["held_out"]][: args.prompts]
@@ -162,8 +159,8 @@ def main() -> None:
     figures: dict[tuple[str, int], dict[str, float]] = {}
     for model, all_steps in MEASURED_STEPS.items():
         for steps in all_steps:
-            drawn[model, steps] = draw(pipelines[model], prompts, steps)
-            one = seconds_per_image(partial(draw, pipelines[model], prompts[:1], steps), repeats=3)
+            drawn[model, steps] = draw(pipelines[model], prompts, steps, options)
+            one = seconds_per_image(partial(draw, pipelines[model], prompts[:1], steps, options), repeats=3)
             features = extractor.extract(drawn[model, steps])
             figures[model, steps] = {
                 "MobileNet-FD": round(reference.frechet_distance(features), 1),
@@ -178,7 +175,7 @@ def main() -> None:
             metrics["PSNR to the teacher's 20 steps (dB)"] = likeness(drawn[model, steps], drawn["teacher", 20])
 
     # 3. Show
-    columns = [draw(pipelines[model], list(GRID_PROMPTS), steps) for model, steps in GRID_COLUMNS]
+    columns = [draw(pipelines[model], list(GRID_PROMPTS), steps, options) for model, steps in GRID_COLUMNS]
     labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
     with OwnedFolder(args.output_dir).written("grid.png") as partial_file:
         image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(partial_file, format="PNG")

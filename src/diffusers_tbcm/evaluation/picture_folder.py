@@ -38,6 +38,9 @@ class PictureFolder(Sequence[Image.Image]):
         pictures_per_prompt: M; a folder takes more of every prompt later.
         settings: what a picture depends on beside its prompt, JSON values by name.
 
+    Attributes:
+        settings: those, and a digest of the prompts.
+
     Raises:
         ValueError: where the folder holds pictures of other settings or prompts, or files of another's; the message
             says which differ.
@@ -53,7 +56,7 @@ class PictureFolder(Sequence[Image.Image]):
         self.folder = Path(folder)
         self.prompts = prompts
         self.pictures_per_prompt = pictures_per_prompt
-        settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
+        self.settings = settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
         found = read_json(self.folder / SETTINGS) if (self.folder / SETTINGS).is_file() else {}
         differences = [
             f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
+from ..errors import loading
 from ..files import written_beside
 from ..images import to_rgb
 from .features import FeatureExtractor, MobileNetFeatures
@@ -46,7 +47,9 @@ class CLIPScorer:
             self.model = CLIPModel.from_pretrained(str(model)).eval().to(device)
             self.processor = CLIPProcessor.from_pretrained(str(model))
         except (OSError, HFValidationError) as error:
-            raise ValueError(f"CLIP model {str(model)!r} is neither a folder nor a model on the Hub") from error
+            raise ValueError(
+                f"CLIP model {str(model)!r} is neither a folder nor a model on the Hub that can be reached"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int = 32) -> Tensor:
@@ -137,7 +140,7 @@ class HeadScorer:
         path = Path(folder) / HEAD_FILE
         if not path.is_file():
             raise ValueError(f"folder {str(folder)!r} has no {HEAD_FILE}")
-        with safe_open(path, framework="pt") as file:
+        with loading("text-image head", path), safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
             self.accuracy: dict[str, Any] = json.loads(file.metadata()["accuracy"])
         size, image_features = weights["image.weight"].shape
@@ -145,8 +148,9 @@ class HeadScorer:
         self.head.load_state_dict(weights)
         self.head.eval().to(device)
         self.extractor: FeatureExtractor = MobileNetFeatures().to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
-        self.text_encoder = AutoModel.from_pretrained(Path(folder) / "text_encoder").eval().to(device)
+        with loading("text encoder", folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+            self.text_encoder = AutoModel.from_pretrained(Path(folder) / "text_encoder").eval().to(device)
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int = 64) -> Tensor:
