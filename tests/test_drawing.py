@@ -99,5 +99,5 @@ def test_a_half_precision_variant_is_loaded_where_it_is_asked_for(tmp_path):
     for name in ("transformer", "text_encoder", "vae"):
         for found, weight in zip(getattr(loaded, name).parameters(), getattr(half, name).parameters(), strict=True):
             assert found.dtype == torch.float32 and torch.equal(found, weight.float())
-    with pytest.raises((OSError, ValueError), match="no file named|model files|variant"):
+    with pytest.raises((OSError, ValueError), match=r"no file named|model files|variant"):
         load_pipeline(tmp_path, device="cpu")
