@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import subprocess
 import sys
 from functools import partial
@@ -286,6 +287,15 @@ def test_train_ends_with_the_scripts_exit_code_and_no_words_of_the_launcher(fail
     with pytest.raises(SystemExit) as ended:
         main(["train", "scm"])
     assert ended.value.code == code and capsys.readouterr() == ("", "")
+
+
+def test_a_wrong_training_command_ends_in_the_scripts_line(tmp_path):
+    command = [sys.executable, "-m", "diffusers_tbcm", "train", "tbcm_distill", "--prompts_file", "none.txt"]
+    command += ["--pretrained_model_name_or_path", "none", "--output_dir", str(tmp_path / "run")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    assert finished.stderr.endswith("train_tbcm_distill.py: error: prompts file 'none.txt' does not exist\n")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)

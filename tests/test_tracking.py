@@ -60,16 +60,7 @@ def test_a_resumed_run_drops_what_its_checkpoint_does_not_know(accelerator, tmp_
 
 @pytest.mark.parametrize(
     "torn",
-    [
-        b'{"step": 2, "lo\n',
-        b'{"loss": 1}\n',
-        b"[2]\n",
-        b"\n",
-        b'{"step": null}\n',
-        b"\x00\x00\xff\xfe\n",
-        b'{"step": "2"',
-        b"7\n",
-    ],
+    [b'{"step": 2, "lo\n', b'{"loss": 1}\n', b"[2]\n", b"\n", b'{"step": null}\n', b"\x00\x00\xff\xfe\n", b'{"step": "2"', b"7\n"],
 )
 def test_torn_lines_go_wherever_they_are_and_the_run_goes_on(accelerator, tmp_path, torn):
     path = tmp_path / "metrics.jsonl"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, HelpFormatter, ending_in_words
+from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, ending_in_words
 from diffusers_tbcm.evaluation.drawing import draw, load_pipeline
 
 
@@ -142,7 +142,7 @@ def launch_options() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     default = os.environ.get("MODEL_ID", DEFAULT_MODEL)
     parser.add_argument("--model", default=default, help="pipeline folder or Hub id; by default $MODEL_ID")
     parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")

@@ -29,10 +29,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
 
-from diffusers_tbcm.command_line import DEBUG_HELP, HelpFormatter, ending_in_words, show_information
+from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
+from diffusers_tbcm.errors import loading
 from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
 from diffusers_tbcm.evaluation.evaluator import Evaluator, TextImageScorer, check_numbers, compare_with_teacher
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
@@ -118,7 +119,7 @@ class Settings:
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags, and refuse what is wrong with them before anything is loaded."""
-    parser = SettingsParser(Settings, description=__doc__, formatter_class=HelpFormatter)
+    parser = SettingsParser(Settings, description=__doc__)
     # The parser's own names for it are all underscores or all hyphens; this is that of the training scripts.
     parser.add_argument(
         "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="put it there"
@@ -301,7 +302,8 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
         return drawn
     del student
     folder = resolve_teacher(settings.teacher, settings.variant)
-    teacher = SanaPipeline.from_pretrained(folder, variant=settings.variant, **dtype_argument(dtype))
+    with loading("teacher", folder):
+        teacher = SanaPipeline.from_pretrained(folder, variant=settings.variant, **dtype_argument(dtype))
     teacher.to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
     if settings.reference_teacher:
@@ -386,7 +388,8 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
     show_information()
-    with ending_in_words({item.name: f"--{item.name}" for item in fields(Settings)}, debug=settings.debug):
+    flags = {item.name: f"--{item.name}" for item in fields(Settings)} | {"height": "--resolution"}
+    with ending_in_words(flags, debug=settings.debug):
         evaluate(settings, sys.argv[1:] if argv is None else argv)
 
 

@@ -40,6 +40,7 @@ def test_kill_9_then_sigterm_then_resume_gives_the_uninterrupted_run_bit_for_bit
     arguments += ["--resume_from_checkpoint", "latest"]
     code, output = run_until(arguments, broken, 8, signal.SIGTERM)
     assert code == RESUMABLE_EXIT_CODE and "--resume_from_checkpoint latest goes on" in output, output
+    assert output.count(f"Resumed from {broken / 'checkpoint-5'} at step 5\n") == 1
     stopped = int(list_checkpoints(broken)[-1].name.removeprefix("checkpoint-"))
     assert 8 <= stopped < 20 and not (broken / "model_index.json").exists()
     main(arguments)

@@ -49,6 +49,7 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
     finished = subprocess.run([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.count("3 prompts, after leaving out 0 empty and 0 duplicate ones\n") == 1
     run = tmp_path / "run"
     assert type(DiffusionPipeline.from_pretrained(run)).__name__ == "SanaSprintPipeline"
     pipeline = SanaTBCMPipeline.from_pretrained(run)
@@ -364,7 +365,7 @@ def test_a_folder_that_is_no_teacher_is_refused(flags, tmp_path, damage, message
 
 @pytest.mark.parametrize("resolution", [0, 20, -64])
 def test_a_resolution_that_the_autoencoder_does_not_divide_is_refused(flags, resolution):
-    with pytest.raises(ValueError, match=f"resolution is {resolution}: it has to be a positive multiple of 8"):
+    with pytest.raises(ValueError, match=f"`resolution` is {resolution}: it has to be a positive multiple of 8"):
         main(flags(resolution=resolution))
 
 

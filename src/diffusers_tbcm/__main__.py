@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .command_line import DEBUG_HELP, CommandParser, HelpFormatter, ending_in_words
+from .command_line import DEBUG_HELP, CommandParser, ending_in_words, finite_number
 from .files import PICTURE_SUFFIXES
 
 
@@ -98,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[
     """
     parser = CommandParser(PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="draw pictures", formatter_class=HelpFormatter)
+    generate = commands.add_parser("generate", help="draw pictures")
     add_generate_flags(generate)
 
     train = commands.add_parser("train", help="distil a student: `accelerate launch` of a training script")
@@ -143,7 +143,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompts_file", type=Path, help="text with one prompt a line, or csv, jsonl or parquet")
     parser.add_argument("--steps", type=int, nargs="+", default=[2], help="numbers of inference steps")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each")
-    parser.add_argument("--guidance_scale", type=float, help="the middle of the student's own by default")
+    parser.add_argument("--guidance_scale", type=finite_number, help="the middle of the student's own by default")
     parser.add_argument("--height", type=int, help="pixels; the size of training by default")
     parser.add_argument("--width", type=int)
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt; as in training by default")

@@ -119,7 +119,9 @@ def _download(teacher: str | PathLike[str], patterns: Sequence[str], ignored: Se
     try:
         return Path(snapshot_download(str(teacher), allow_patterns=[*patterns], ignore_patterns=[*ignored]))
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise ValueError(f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub") from error
+        raise ValueError(
+            f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub that can be reached"
+        ) from error
 
 
 def component_files(

@@ -15,10 +15,14 @@ from PIL import Image
 
 from ..backbones.sana import INSTRUCTION
 from ..draws import draw_generator
+from ..errors import in_a_line, loading
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..text import Text
 from ..versions import dtype_argument
+
+
+STUDENT_SCHEDULER = SCMScheduler.__name__  # in a published model_index.json
 
 
 @dataclass(frozen=True)
@@ -61,25 +65,53 @@ def load_pipeline(
         The pipeline, without progress bars of its own.
 
     Raises:
-        ValueError: where `model` or `lora` is not found, or `model` without `lora` is no student.
+        ValueError: where `model` or `lora` is not found or damaged, `model` without `lora` is no student, or `device`
+            is none of this machine's.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else find_device(device)
     try:
-        config = SanaTBCMPipeline.load_config(str(model))
+        with loading("model", model, but=OSError):
+            is_student = SanaTBCMPipeline.load_config(str(model)).get("scheduler") == ["diffusers", STUDENT_SCHEDULER]
     except OSError as error:
-        raise ValueError(f"model {str(model)!r} is neither a pipeline folder nor a model on the Hub") from error
-    is_student = config.get("scheduler") == ["diffusers", SCMScheduler.__name__]
+        raise ValueError(
+            f"model {str(model)!r} is neither a pipeline folder nor a model on the Hub that can be reached"
+        ) from error
     if not is_student and lora is None:
         raise ValueError(f"model {str(model)!r} is no few-step student: give one, or the LoRA that makes it one")
     # A student brings its own timesteps; a teacher's scheduler belongs to the teacher's many steps.
     scheduler = {} if is_student else {"scheduler": TBCMScheduler()}
-    pipeline = SanaTBCMPipeline.from_pretrained(str(model), variant=variant, **dtype_argument(dtype), **scheduler)
+    with loading("model", model):
+        pipeline = SanaTBCMPipeline.from_pretrained(str(model), variant=variant, **dtype_argument(dtype), **scheduler)
     if lora is not None:
         try:
-            pipeline.load_lora_weights(str(lora))
+            with loading("lora", lora, but=OSError):
+                pipeline.load_lora_weights(str(lora))
         except OSError as error:
-            raise ValueError(f"lora {str(lora)!r} is neither LoRA weights nor a model on the Hub") from error
+            raise ValueError(
+                f"lora {str(lora)!r} is neither LoRA weights nor a model on the Hub that can be reached"
+            ) from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(device)
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """Make sure that there is a device which computes.
+
+    Args:
+        name: torch's, such as `"cuda:1"`.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: where this machine, or this torch, has none of that name.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch's way to say that it was built without
+        raise ValueError(f"`device` is {str(name)!r}, which cannot be used here: {in_a_line(error)}") from error
+    return device
 
 
 def call_options(*, complex_human_instruction: bool | None = None, **options: Any) -> dict[str, Any]:

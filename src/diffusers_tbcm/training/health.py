@@ -65,7 +65,9 @@ class Health:
     def advice(self) -> str:
         """Say what to go on from."""
         start = "" if self.sound is None else f"resume from {self.sound}, which is from before the trouble, and "
-        return f"{start}try a lower `learning_rate`, or `mixed_precision` bf16 or no, and name it in `resume_with_changed`"
+        return (
+            f"{start}try a lower `learning_rate`, or `mixed_precision` bf16 or no, and name it in `resume_with_changed`"
+        )
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

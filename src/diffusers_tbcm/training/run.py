@@ -123,13 +123,11 @@ class Run:
         self.health = Health(settings.max_skipped_steps)
         self._content: dict[str, str] = {}
         self._then: dict[str, Any] = {}  # what the checkpoint says of its run
-        self._told = as_recorded(
-            {
-                **self.config["flags"],
-                "mixed_precision": self.accelerator.mixed_precision,
-                PROCESSES: self.accelerator.num_processes,
-            }
-        )
+        self._told = as_recorded({
+            **self.config["flags"],
+            "mixed_precision": self.accelerator.mixed_precision,
+            PROCESSES: self.accelerator.num_processes,
+        })
         if self.resumed is not None:
             self._compare(self.resumed)
         self.stopped = False
@@ -438,9 +436,7 @@ class Run:
     @property
     def push_due(self) -> bool:
         """Whether the student is to be exported and pushed now, before training goes on."""
-        on_checkpoint = self.settings.hub_strategy == "checkpoint" and self._falls_on(
-            self.settings.checkpointing_steps
-        )
+        on_checkpoint = self.settings.hub_strategy == "checkpoint" and self._falls_on(self.settings.checkpointing_steps)
         return on_checkpoint and not self.health.recovering
 
     @property
@@ -616,9 +612,7 @@ class Run:
             "told": self._told,
             "content": self._content,
             "changes": self.config.get("changes", []),
-            "averaged_steps": {
-                part.name: part.ema.optimization_step for part in self._trained if part.ema is not None
-            },
+            "averaged_steps": {part.name: part.ema.optimization_step for part in self._trained if part.ema is not None},
             "health": {"recovering": self.health.recovering, "sound": self.health.sound},
         }
         saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state=state, averages=averages)
@@ -649,9 +643,7 @@ class Run:
         """Let nothing be exported that is not finite or was not trained."""
         for trained in self._trained:
             problem = untrained(self.accelerator, trained.to_export, trained.before)
-            due = (
-                self.step >= trained.every and not self.settings.dry_run
-            )  # which may take no step that moves anything
+            due = self.step >= trained.every and not self.settings.dry_run  # which may take no step that moves anything
             if problem is not None and (due or not all_finite(trained.to_export)):
                 message = (
                     f"nothing is exported: after {self.step} steps the weights of the {trained.name} {problem}"
