@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_refused_when_loaded(tmp_path, component
 def test_a_text_encoder_or_tokenizer_that_cannot_be_loaded_is_named_in_one_line(tmp_path):
     write_tiny_pipeline(tmp_path)
     (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(ValueError, match=r"tokenizer and text encoder of .* cannot be loaded: ") as refused:
+    with pytest.raises(ValueError, match=r"teacher .* cannot be loaded: ") as refused:
         sana.load_text_pipeline(tmp_path, torch.float32)
     assert "\n" not in str(refused.value)
     for path in (tmp_path / "tokenizer").iterdir():

@@ -82,6 +82,7 @@ class Settings:
     output_dir: Path
     lora: str | None = flag(None, "LoRA weights to load into it; --model may then be their teacher")
     teacher: str | None = flag(None, "pipeline folder or Hub id of a SanaPipeline to measure beside it")
+    variant: Literal["fp16", "bf16"] | None = flag(None, "half-precision weights to load of the teacher")
     steps: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "the student's"})
     teacher_steps: list[int] = field(
         default_factory=lambda: [20], metadata={"help": "the last is the one compared with"}
@@ -214,7 +215,7 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
         ) from error
     check_installed()
     if settings.teacher is not None:
-        resolve_teacher(settings.teacher)
+        resolve_teacher(settings.teacher, settings.variant)
     if settings.update_card:
         render_model_card(settings.model)
     prompts = load_evaluation_prompts(
@@ -283,7 +284,10 @@ def check_task(settings: Settings, task: Task) -> None:
 def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> list[Drawn]:
     """Draw with the student and, where there is one, its teacher; one pipeline is in memory at a time."""
     dtype = getattr(torch, settings.dtype)
-    student = load_pipeline(settings.model, lora=settings.lora, dtype=dtype, device=accelerator.device)
+    variant = None if settings.lora is None else settings.variant  # then it is a teacher's weights that are loaded
+    student = load_pipeline(
+        settings.model, lora=settings.lora, variant=variant, dtype=dtype, device=accelerator.device
+    )
     size = student.transformer.config.sample_size * student.vae_scale_factor
     options: dict[str, Any] = {
         "height": size,
@@ -318,9 +322,10 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     if settings.teacher is None:
         return drawn
     del student
-    with loading("teacher", settings.teacher):
-        folder = resolve_teacher(settings.teacher)
-        teacher = SanaPipeline.from_pretrained(folder, **dtype_argument(dtype)).to(accelerator.device)
+    folder = resolve_teacher(settings.teacher, settings.variant)
+    with loading("teacher", folder):
+        teacher = SanaPipeline.from_pretrained(folder, variant=settings.variant, **dtype_argument(dtype))
+    teacher.to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
     if settings.reference_teacher:
         runs.append((REFERENCE_RUN, settings.teacher_steps[-1], settings.seed + 1))

@@ -384,3 +384,14 @@ def test_a_teacher_in_scaled_time_is_warned_of_and_marks_its_student(flags, tmp_
         SanaTBCMPipeline.from_pretrained(tmp_path / "run")("a dog")
     with pytest.raises(ValueError, match="`validation_prompts` cannot be drawn"):
         main([*arguments, "--validation_prompts", "a dog", "--resume_from_checkpoint", "latest"])
+
+
+def test_a_teacher_of_half_precision_weights_alone_is_distilled(flags, tmp_path):
+    half = tiny_sana_pipeline().to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "teacher", variant="bf16", max_shard_size="5KB")
+    main(flags(pretrained_model_name_or_path=tmp_path / "teacher", variant="bf16", max_train_steps=1))
+    student = SanaTBCMPipeline.from_pretrained(tmp_path / "run")
+    for name in ("vae", "text_encoder"):
+        for found, weight in zip(getattr(student, name).parameters(), getattr(half, name).parameters(), strict=True):
+            assert torch.equal(found, weight.float())
+    assert student("a dog", num_inference_steps=1, max_sequence_length=16).images

@@ -46,6 +46,7 @@ class Generation:
     Args:
         model: pipeline folder or Hub id.
         lora: folder, file or Hub id of LoRA weights to load into it; None for none.
+        variant: the half-precision weights to load of it; None for the ordinary ones.
         dtype: of weights and computation, by torch's name.
         device: where it runs; None for a GPU where there is one, else the CPU.
         prompts: what to draw, each with every number of steps and every seed.
@@ -59,6 +60,7 @@ class Generation:
 
     model: str
     lora: str | None
+    variant: str | None
     dtype: str
     device: str | None
     prompts: list[str]
@@ -137,6 +139,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `generate`, those of `read_generation`."""
     parser.add_argument("--model", required=True, help="pipeline folder or Hub id of a student")
     parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
+    parser.add_argument("--variant", help="load the half-precision weights of --model of this name, such as bf16")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, each in quotes")
     prompts.add_argument("--prompts_file", type=Path, help="text with one prompt a line, or csv, jsonl or parquet")
@@ -273,7 +276,9 @@ def run_generate(asked: Generation) -> None:
 
     from .evaluation.drawing import call_options, draw, load_pipeline
 
-    pipeline = load_pipeline(asked.model, lora=asked.lora, dtype=getattr(torch, asked.dtype), device=asked.device)
+    pipeline = load_pipeline(
+        asked.model, lora=asked.lora, variant=asked.variant, dtype=getattr(torch, asked.dtype), device=asked.device
+    )
     (asked.out if asked.to_folder else asked.out.parent).mkdir(parents=True, exist_ok=True)
 
     in_grid = []

@@ -50,6 +50,7 @@ def load_pipeline(
     model: str | PathLike[str],
     *,
     lora: str | PathLike[str] | None = None,
+    variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> SanaTBCMPipeline:
@@ -58,6 +59,7 @@ def load_pipeline(
     Args:
         model: pipeline folder or Hub id.
         lora: folder, file or Hub id of LoRA weights to load into it.
+        variant: the half-precision weights to load of it, such as `"bf16"`; None for the ordinary ones.
         dtype: of weights and computation.
         device: by default the first GPU where there is one, else the CPU.
 
@@ -81,7 +83,7 @@ def load_pipeline(
     # A student brings its own timesteps; a teacher's scheduler belongs to the teacher's many steps.
     scheduler = {} if is_student else {"scheduler": TBCMScheduler()}
     with loading("model", model):
-        pipeline = SanaTBCMPipeline.from_pretrained(str(model), **dtype_argument(dtype), **scheduler)
+        pipeline = SanaTBCMPipeline.from_pretrained(str(model), variant=variant, **dtype_argument(dtype), **scheduler)
     if lora is not None:
         try:
             with loading("lora", lora, but=OSError):

@@ -106,13 +106,16 @@ class PictureFolder(Sequence[Image.Image]):
         return self.folder / f"{prompt:06}-{picture:02}.png"
 
     def missing(self) -> list[int]:
-        """Say which pictures are yet to be drawn; those whose files are torn are named in a warning, and among them.
+        """Say which pictures are yet to be drawn; files that are not whole are named and count among them.
 
         Returns:
             Their indices.
         """
         names = {path.name for path in self.folder.glob("*.png")}
-        return [i for i in range(len(self)) if self.path(i).name not in names or _is_torn(self.path(i))]
+        torn = {name for name in names if not _is_whole(self.folder / name)}
+        if torn:
+            logger.warning(f"{len(torn)} pictures of {str(self.folder)!r} are torn and drawn again: {min(torn)}, ...")
+        return [index for index in range(len(self)) if self.path(index).name not in names - torn]
 
     def draw(
         self,
@@ -186,15 +189,14 @@ def _tokenizer_content(tokenizer: Any) -> str:
     return json.dumps({name: content[name] for name in ("added_tokens", "normalizer", "model")}, sort_keys=True)
 
 
-def _is_torn(path: Path) -> bool:
-    """Whether a PNG file breaks off or is damaged: its checksums tell, without decoding it."""
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG file is what was written: its checksums tell, without decoding it."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.verify()
-    except Exception as error:  # Pillow has one for every way in which a file can be broken
-        logger.warning(f"{str(path)!r} is torn and will be drawn again: {error}")
-        return True
-    return False
+    except Exception:  # Pillow has one for every way in which a file can be broken
+        return False
+    return True
 
 
 def text_digest(text: str) -> str:
