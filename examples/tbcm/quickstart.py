@@ -7,13 +7,13 @@
 3. grid.png, metrics.json and the finished model card
 """
 
-import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
+from diffusers_tbcm.command_line import CommandParser
 from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
@@ -41,6 +42,7 @@ TEACHER_DIR = Path(__file__).with_name("sana_emoji_mini")
 MAX_SEQUENCE_LENGTH = 48  # the prompts have at most some 30 tokens: padding to 300 changes nothing but the time
 SEED = 1234
 BATCH_SIZE = 50
+MIN_PROMPTS = 2  # a distance takes a covariance
 GRID_PROMPTS = (
     "a fluent 3d emoji of a dolphin",
     "noto violin",
@@ -86,16 +88,8 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
         **changes,
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launcher += ["--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--num_cpu_threads_per_process", str(os.cpu_count())]  # accelerate's own choice is one thread
     # The embedded teacher reads a prompt the same without the instruction, and on a CPU the instruction costs 100 ms.
@@ -125,12 +119,14 @@ def likeness(pictures: list[Image.Image], references: list[Image.Image]) -> floa
     return round(float(-10 * mse.log10().mean()), 2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--max_train_steps", type=int, default=STEPS)
     parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.prompts < MIN_PROMPTS:
+        parser.error(f"--prompts is {args.prompts}: it takes at least {MIN_PROMPTS}")
     start = time.perf_counter()
 
     # 1. Distil; the same command continues an interrupted run
