@@ -11,10 +11,11 @@ from diffusers_tbcm.files import beside
 from diffusers_tbcm.owned import LOCK, MARKER, OwnedFolder
 
 
+# What another run does to the lock's file, without the seconds that it takes to start.
 HOLD = """
-import sys, time
-from diffusers_tbcm.owned import OwnedFolder
-lock = OwnedFolder(sys.argv[1]).hold()
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
 """
@@ -195,7 +196,7 @@ def test_a_damaged_marker_makes_every_file_somebodys(folder, content):
 
 
 def test_one_process_at_a_time_and_a_dead_one_is_none(folder):
-    other = subprocess.Popen([sys.executable, "-c", HOLD, folder.folder], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, folder.folder / LOCK], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=r"`output_dir` .* belongs to a run that still goes on"):
         folder.hold()

@@ -95,6 +95,14 @@ def test_pictures_of_another_run_are_refused(changes, message, tmp_path):
         PictureFolder(tmp_path, pictures_per_prompt=1, **given | changes)
 
 
+@pytest.mark.parametrize("name", ["000000-00.png", "notes.txt"])
+def test_a_folder_of_other_files_is_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match="holds files, and no settings.json that says of what"):
+        PictureFolder(tmp_path, PROMPTS, 1, {})
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_pipelines_digests_change_with_its_weights_and_scheduler_alone(tmp_path):
     pipeline = tiny_sana_pipeline()
     digests = pipeline_digests(pipeline)

@@ -11,6 +11,7 @@ from runs import assert_same_state, metrics, run_until
 from safetensors.torch import load_file
 from tiny import student_weights
 
+from diffusers_tbcm.files import beside
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import main
@@ -62,7 +63,7 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(flags, tmp_p
     expected = student_weights(run)
     checkpoint = run / "checkpoint-2"
     (checkpoint / MANIFEST).unlink()
-    checkpoint.rename(run / "checkpoint-2.partial")
+    checkpoint.rename(beside(checkpoint))
     (run / "model_index.json").unlink()
     main(flags(checkpointing_steps=1, resume_from_checkpoint="latest"))
     assert all(torch.equal(value, expected[name]) for name, value in student_weights(run).items())
@@ -113,7 +114,6 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(flags, tmp_path, monk
 
 
 def test_metrics_that_cannot_be_written_are_a_warning(flags, tmp_path, monkeypatch, caplog):
-    (tmp_path / "run" / "metrics.jsonl.lock").mkdir(parents=True)
     write = Path.open
 
     def refuse(self, mode="r", *args, **kwargs):

@@ -60,7 +60,7 @@ class PictureFolder(Sequence[Image.Image]):
                     f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
                     " or delete this one to draw anew"
                 )
-        elif self.folder.is_dir() and any(self.folder.glob("*.*")):
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(
                 f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
             )

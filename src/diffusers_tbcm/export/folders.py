@@ -171,8 +171,9 @@ def check_target(output_dir: Path, teacher_folder: Path, *, lora: bool = False) 
     else:
         names += [MODEL_INDEX, CUSTOM_PIPELINE_FILE_NAME, f"{SCHEDULER}/scheduler_config.json"]
         for component in (TRANSFORMER, *find_backbone(teacher_folder).COPIED_COMPONENTS):
-            files = {path.name for path in (teacher_folder / component).iterdir() if path.is_file()}
-            names += [f"{component}/{name}" for name in files - _skipped(str(teacher_folder / component), files)]
+            files = [path.name for path in (teacher_folder / component).iterdir() if path.is_file()]
+            skipped = _skipped(component, files)
+            names += [f"{component}/{name}" for name in files if name not in skipped]
     folder = OwnedFolder(output_dir)
     folder.check()
     folder.check_free(names)

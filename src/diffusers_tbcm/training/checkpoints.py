@@ -43,7 +43,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    failure = None
+    failure: Exception | None = None
     try:
         accelerator.save_state(str(partial))
     except WRITE_ERRORS as error:
@@ -100,6 +100,7 @@ def discard_checkpoint(checkpoint: Path) -> None:
             below.rmdir()
     if not any(checkpoint.iterdir()):
         checkpoint.rmdir()
+    folder.disown(checkpoint.name)
 
 
 def _lacking(sizes: dict[str, int], counts: dict[str, int]) -> str | None:
@@ -257,7 +258,8 @@ def cut_log(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    kept, cut = [], []
+    kept: list[str] = []
+    cut: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         (kept if _stays(line, step) else cut).append(line)
     if not cut:
