@@ -98,7 +98,7 @@ def test_pictures_of_another_run_are_refused(changes, message, tmp_path):
 @pytest.mark.parametrize("name", ["000000-00.png", "notes.txt"])
 def test_a_folder_of_other_files_is_refused(name, tmp_path):
     (tmp_path / name).write_bytes(b"mine")
-    with pytest.raises(ValueError, match="holds files, and no settings.json that says of what"):
+    with pytest.raises(ValueError, match=r"holds files, and no settings.json that says of what"):
         PictureFolder(tmp_path, PROMPTS, 1, {})
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
