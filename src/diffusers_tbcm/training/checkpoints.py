@@ -202,11 +202,25 @@ def check_place(output_dir: str, resume_from_checkpoint: str | None) -> None:
         find_checkpoint(folder, resume_from_checkpoint)
     if holds_run and resume_from_checkpoint not in (None, "latest"):
         checkpoint, _ = find_checkpoint(folder, resume_from_checkpoint)
-        if checkpoint.resolve().parent != folder.resolve():
+        if not checkpoint.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"`output_dir` {output_dir!r} holds another run than that of `resume_from_checkpoint`"
                 f" {resume_from_checkpoint!r}: choose another folder"
             )
+
+
+def last_kept(folder: OwnedFolder, resumed: Path | None, step: int) -> int:
+    """Say up to which step what is in a folder belongs to the run that goes on there.
+
+    Args:
+        folder: the run's.
+        resumed: the checkpoint that it goes on from.
+        step: of that checkpoint.
+
+    Returns:
+        That step; 0 where the checkpoint is of another place, such as `abandoned/`.
+    """
+    return step if resumed is not None and resumed.resolve().parent == folder.folder.resolve() else 0
 
 
 def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
@@ -214,7 +228,7 @@ def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
 
     Args:
         folder: the run's.
-        step: that it goes on from.
+        step: the last that is kept.
         max_train_steps: that it goes to.
 
     Raises:
@@ -241,12 +255,12 @@ def set_aside_later(folder: OwnedFolder, step: int) -> None:
 
     Args:
         folder: the run's.
-        step: that it goes on from.
+        step: the last that is kept.
     """
     for path in [*list_checkpoints(folder.folder), *folder.folder.glob(f"{VALIDATION}/step-*.png")]:
         name = path.relative_to(folder.folder).as_posix()
         if folder.lists(name) and _step_in_name(path) > step:
-            logger.warning(f"The run goes back to step {step}: {name} is now {folder.set_aside(name)}")
+            logger.warning(f"{name} is not of the run that goes on: it is now {folder.set_aside(name)}")
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -41,7 +41,7 @@ from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
 from .accelerators import check_launch
 from .averaging import ShardedEMA
-from .checkpoints import check_way, find_checkpoint, save_checkpoint, set_aside_later
+from .checkpoints import check_way, find_checkpoint, last_kept, save_checkpoint, set_aside_later
 from .interruption import StopRequest
 from .memory import peak_memory
 from .optimizers import build_optimizer
@@ -180,7 +180,7 @@ class Run:
             folder.claim()
             self._hold()
             folder.check_renaming()
-            check_way(folder, self.step, self.settings.max_train_steps)
+            check_way(folder, last_kept(folder, self.resumed, self.step), self.settings.max_train_steps)
             folder.own(METRICS_LOG)
             if not (self.output_dir / MODEL_INDEX).exists():  # a student keeps what it was made with until it goes
                 with folder.written(TRAINING_CONFIG) as partial:
@@ -499,7 +499,7 @@ class Run:
             self.accelerator.load_state(str(self.resumed), strict=not self._partial)
             self.say(f"Resumed from {self.resumed} at step {self.step}")
         if self.accelerator.is_main_process:
-            set_aside_later(self.folder, self.step)
+            set_aside_later(self.folder, last_kept(self.folder, self.resumed, self.step))
         for trained in self._trained:
             if trained.ema is not None:
                 trained.ema.to(self.device)
