@@ -130,8 +130,13 @@ def test_one_without_weights_is_not_loaded(run):
 def test_what_else_lies_in_an_old_one_stays_and_is_no_longer_ours(run):
     accelerator, _, folder = run
     (folder / "checkpoint-2" / "notes.txt").write_text("mine")
+    manifest = read_json(folder / "checkpoint-2" / MANIFEST)
+    (folder / "mine").write_text("mine")
+    manifest["files"]["../mine"] = 4  # somebody's idea of a manifest
+    write_json(folder / "checkpoint-2" / MANIFEST, manifest)
     for step in (11, 12):
         save_checkpoint(accelerator, folder, step, total_limit=1)
+    (folder / "mine").unlink()
     assert sorted(path.name for path in folder.iterdir()) == [MARKER, "checkpoint-12", "checkpoint-2"]
     assert [path.name for path in (folder / "checkpoint-2").iterdir()] == ["notes.txt"]
 

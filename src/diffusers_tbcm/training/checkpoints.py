@@ -89,15 +89,15 @@ def discard_checkpoint(checkpoint: Path) -> None:
     """
     folder = OwnedFolder(checkpoint.parent)
     try:
-        names = [*read_json(checkpoint / MANIFEST)["files"], MANIFEST]
+        ours = {*read_json(checkpoint / MANIFEST)["files"], MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):
         folder.set_aside(checkpoint.name)
         return
-    for name in names:
-        (checkpoint / name).unlink(missing_ok=True)
-    for below in sorted((path for path in checkpoint.rglob("*") if path.is_dir()), reverse=True):
-        if not any(below.iterdir()):
-            below.rmdir()
+    for path in sorted(checkpoint.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.relative_to(checkpoint).as_posix() in ours:
+            path.unlink()
+        elif path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
     if not any(checkpoint.iterdir()):
         checkpoint.rmdir()
     folder.disown(checkpoint.name)
