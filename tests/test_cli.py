@@ -266,7 +266,7 @@ def test_card_writes_the_readme_again(tmp_path, capsys):
     exported = card.read_text()
     card.write_text("spoilt")
     main(["card", str(folder)])
-    assert card.read_text() == exported
+    assert card.read_text() == exported and (folder / "abandoned" / "README.md").read_text() == "spoilt"
     main(["card", str(folder), "--license", "mit", "--model_id", "me/student"])
     assert ModelCard.load(card).data.license == "mit" and 'from_pretrained("me/student"' in card.read_text()
     assert capsys.readouterr().out == f"{card}\n" * 2

@@ -149,8 +149,16 @@ def test_settings_that_no_picture_came_of_bind_nobody(drawn, pipeline, tmp_path)
     right.draw(pipeline, right.missing(), **OPTIONS)
     assert np.array_equal(pixels(right), pixels(drawn))
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"pictures of another run: .*seed is None there and 5 here"):
+    with pytest.raises(ValueError, match=r"holds files, and no settings.json that says of what"):
         PictureFolder(tmp_path, PROMPTS, 2, {"seed": 5})
+
+
+@pytest.mark.parametrize("name", ["000000-00.png", "notes.txt"])
+def test_a_folder_of_other_files_is_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"holds files, and no settings.json that says of what"):
+        PictureFolder(tmp_path, PROMPTS, 1, {})
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_pipelines_digests_change_with_its_weights_and_scheduler_alone(tmp_path):

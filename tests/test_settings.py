@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.training.settings import (
     DistillationSettings,
     PictureSettings,
@@ -125,6 +126,7 @@ def test_every_setting_has_a_type_that_a_command_line_can_give(kind):
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
+    OwnedFolder(tmp_path).claim()
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(ValueError, match=r"`output_dir` .* holds another run"):
         RunSettings(output_dir=str(tmp_path))

@@ -173,12 +173,11 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     return settings
 
 
-def claim_folders(settings: Settings) -> None:
-    """Refuse, before anything is drawn, to write where something is that is not ours."""
+def check_folders(settings: Settings) -> None:
+    """Refuse to write where something is that is not ours."""
     output = OwnedFolder(settings.output_dir)
-    output.claim()
-    output.own(REFERENCE, PLOT)
-    output.check_free([METRICS])
+    output.check()
+    output.check_free([METRICS, REFERENCE, PLOT])
     if settings.update_card:
         OwnedFolder(settings.model, "model").check_free([METRICS])
 
@@ -365,12 +364,13 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     """Take all four steps; the words are those of the command line, which the results record."""
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     check_processes(accelerator)
-    with accelerator.main_process_first():
-        claim_folders(settings)
 
     # 1. Prompts and real pictures
     source = settings.prompts_file or settings.dataset_name or ""
+    check_folders(settings)
     task = prepare(settings, source, accelerator.device)
+    output = OwnedFolder(settings.output_dir)
+    output.claim()
 
     # 2. Pictures
     drawn = draw_models(settings, accelerator, task)
@@ -378,6 +378,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         return
 
     # 3. Measurements
+    output.own(REFERENCE, PLOT)
     reference = make_reference(settings, task, drawn)
     measurements = measure(settings, task, drawn, reference)
 

@@ -19,6 +19,7 @@ from diffusers_tbcm.evaluation.features import MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.record import StudentDescription, load_metrics
+from diffusers_tbcm.owned import OwnedFolder
 from examples.tbcm.evaluate_student import Settings, main, parse_settings
 from examples.tbcm.mini_teacher.emoji_metrics import TEACHER_DIR
 
@@ -242,6 +243,25 @@ def test_bad_input_is_refused_before_anything_is_drawn(changes, message, argumen
     with pytest.raises(ValueError, match=message):
         main(arguments(**changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "notes.txt", "pictures/student-1-steps/000000-00.png"])
+def test_a_folder_that_is_not_ours_is_left_alone(name, arguments, tmp_path):
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(ValueError, match=r"`output_dir` .* holds files that are not this package's"):
+        main(arguments())
+    assert theirs.read_text() == "mine" and len([*(tmp_path / "out").rglob("*.*")]) == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.png", "reference.safetensors"])
+def test_what_is_in_the_way_is_named_before_anything_is_drawn(name, arguments, tmp_path):
+    OwnedFolder(tmp_path / "out").claim()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"did not write, or what was changed since \({name}\)"):
+        main(arguments())
+    assert (tmp_path / "out" / name).read_text() == "mine" and not (tmp_path / "out" / "pictures").exists()
 
 
 def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, tmp_path):

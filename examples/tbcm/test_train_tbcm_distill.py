@@ -23,6 +23,7 @@ from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION
+from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import TBCMSettings, main
 from diffusers_tbcm.training import accelerators, run
@@ -343,7 +344,8 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
 
 
 def test_another_run_is_not_overwritten(flags, tmp_path, capsys):
-    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    OwnedFolder(tmp_path / "run").claim()
+    (tmp_path / "run" / "checkpoint-2").mkdir()
     with pytest.raises(SystemExit):
         parse_settings(TBCMSettings, flags())
     assert "holds another run" in capsys.readouterr().err

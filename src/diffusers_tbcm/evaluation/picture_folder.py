@@ -58,6 +58,10 @@ class PictureFolder(Sequence[Image.Image]):
         self.pictures_per_prompt = pictures_per_prompt
         self.settings = settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
         found = read_json(self.folder / SETTINGS) if (self.folder / SETTINGS).is_file() else {}
+        if not found and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(
+                f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
+            )
         differences = [
             f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
             for name in sorted({*found, *settings})
@@ -67,10 +71,6 @@ class PictureFolder(Sequence[Image.Image]):
             raise ValueError(
                 f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
                 " or delete this one to draw anew"
-            )
-        if not found and self.folder.is_dir() and any(self.folder.glob("*.*")):
-            raise ValueError(
-                f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
             )
         if found != settings:
             write_json(self.folder / SETTINGS, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import PartialState
 from diffusers.utils import logging
 
 from ..command_line import ending_in_words, show_information
-from ..files import PARTIAL_SUFFIX, remove
+from ..files import PARTIAL_SUFFIX
 from ..owned import OwnedFolder
 from ..pipeline_folder import METRICS_LOG
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
@@ -74,6 +74,7 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
             lines = (folder / METRICS_LOG).read_text(encoding="utf-8").splitlines()
             print("\nDry run: everything ran once, in a folder that is now deleted. Its two steps:")
             print("\n".join(lines))
+        run.accelerator.wait_for_everyone()
     return run
 
 
@@ -81,16 +82,8 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
 def _scratch_folder(output_dir: Path) -> Iterator[Path]:
     """A folder on the disk of a run's, the same in all processes, that is not there before and afterwards."""
     scratch = OwnedFolder(output_dir).disk() / f".{output_dir.resolve().name}.dry_run{PARTIAL_SUFFIX}"
-    state = PartialState()
-    try:
-        if state.is_main_process:
-            remove(scratch)  # of a dry run that was killed
-            scratch.mkdir()
-    except OSError as error:
-        raise ValueError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}") from error
-    state.wait_for_everyone()
+    shutil.rmtree(scratch, ignore_errors=True)  # of a dry run that was killed; no process writes before all are here
     try:
         yield scratch / output_dir.resolve().name
     finally:
-        if state.is_main_process:
-            remove(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)

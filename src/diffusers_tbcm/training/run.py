@@ -43,6 +43,7 @@ from .accelerators import check_launch, keep_whole_states
 from .checkpoints import (
     check_way,
     find_checkpoint,
+    last_kept,
     load_checkpoint,
     load_run_state,
     rotate_checkpoints,
@@ -202,7 +203,7 @@ class Run:
             folder.claim()
             self._hold()
             folder.check_renaming()
-            check_way(folder, self.step, self.settings.max_train_steps)
+            check_way(folder, last_kept(folder, self.resumed, self.step), self.settings.max_train_steps)
             folder.own(METRICS_LOG)
             if not (self.output_dir / MODEL_INDEX).exists():  # a student keeps what it was made with until it goes
                 with folder.written(TRAINING_CONFIG) as partial:
@@ -524,7 +525,7 @@ class Run:
         if self.resumed is not None:
             self._load(self.resumed)
         if self.accelerator.is_main_process:
-            set_aside_later(self.folder, self.step)
+            set_aside_later(self.folder, last_kept(self.folder, self.resumed, self.step))
         if self.settings.report_to != "none":
             flags = {name: str(value) for name, value in self.config["flags"].items()}
             try:
