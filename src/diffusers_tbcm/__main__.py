@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -242,7 +243,9 @@ def run_generate(asked: Generation) -> None:
     from tqdm.auto import tqdm
 
     from .evaluation.drawing import draw, load_pipeline
+    from .finite import NotFiniteWarning
 
+    warnings.simplefilter("ignore", NotFiniteWarning)  # `draw` makes an error of it
     pipeline = load_pipeline(asked.model, lora=asked.lora, dtype=getattr(torch, asked.dtype), device=asked.device)
     (asked.out if asked.to_folder else asked.out.parent).mkdir(parents=True, exist_ok=True)
 
