@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import SanaSprintPipeline
 from tiny import generate, tiny_tbcm_pipeline
 
@@ -55,6 +56,18 @@ def test_a_call_within_a_call_leaves_it_alone(pipeline):
 
     assert torch.equal(generate(pipeline, **JOBS["4 steps"], callback_on_step_end=draw_another), expected["4 steps"])
     assert all(torch.equal(picture, expected["image"]) for picture in within) and len(within) == 4
+
+
+def test_an_offloaded_network_draws_one_call_at_a_time(pipeline):
+    add_hook_to_module(pipeline.transformer, ModelHook())
+    expected = generate(pipeline)
+
+    def draw_another(pipe, step, timestep, tensors):
+        with pytest.raises(ValueError, match=r"`transformer` has hooks .* another call is under way"):
+            generate(pipeline)
+
+    assert torch.equal(generate(pipeline, callback_on_step_end=draw_another), expected)
+    assert torch.equal(generate(pipeline), expected)
 
 
 def test_a_callback_stops_its_own_call_only(pipeline):

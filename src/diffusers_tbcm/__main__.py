@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -275,7 +276,9 @@ def run_generate(asked: Generation) -> None:
     from tqdm.auto import tqdm
 
     from .evaluation.drawing import call_options, draw, load_pipeline
+    from .finite import NotFiniteWarning
 
+    warnings.simplefilter("ignore", NotFiniteWarning)  # `draw` makes an error of it
     pipeline = load_pipeline(
         asked.model, lora=asked.lora, variant=asked.variant, dtype=getattr(torch, asked.dtype), device=asked.device
     )

@@ -162,7 +162,7 @@ def drawing_with(transformer: SanaTransformer2DModel, lora_scale: float | None) 
         Nothing.
 
     Raises:
-        ValueError: if the call scales adapters that another call is drawing with, or the other way round.
+        ValueError: while another call is under way, if one of them scales adapters or the network is offloaded.
     """
     scale = 1.0 if lora_scale is None or not getattr(transformer, "peft_config", None) else lora_scale
     with COUNTING:
@@ -171,6 +171,11 @@ def drawing_with(transformer: SanaTransformer2DModel, lora_scale: float | None) 
             raise ValueError(
                 "`attention_kwargs` of a call has a `scale`, which the LoRA layers take on for all calls, and another"
                 " call is under way: wait for it, or give each thread a transformer of its own."
+            )
+        if others and any(hook in vars(layer) for layer in transformer.modules() for hook in OFFLOADING_HOOKS):
+            raise ValueError(
+                "`transformer` has hooks that move or cast its weights, such as those of offloading, and another call"
+                " is under way: wait for it, or give each thread a transformer of its own."
             )
         follow_adapters(transformer, scale)
         CALLS[transformer] = others + 1
