@@ -85,7 +85,9 @@ def _download(teacher: str | PathLike[str], patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(str(teacher), allow_patterns=patterns, ignore_patterns=list(SKIPPED_FILES)))
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise ValueError(f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub that can be reached") from error
+        raise ValueError(
+            f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub that can be reached"
+        ) from error
 
 
 def component_files(
