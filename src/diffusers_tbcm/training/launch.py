@@ -14,7 +14,7 @@ from diffusers.utils import logging
 
 from ..files import PARTIAL_SUFFIX
 from ..owned import OwnedFolder
-from ..pipeline_folder import CHECKPOINT, LORA, METRICS, METRICS_LOG, SAMPLE_GRID, VALIDATION
+from ..pipeline_folder import CARD, CHECKPOINT, LORA, METRICS, METRICS_LOG, SAMPLE_GRID, VALIDATION
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
 from .run import Run
 from .settings import RunSettings
@@ -83,8 +83,11 @@ def _check_places(scratch: Path, output_dir: Path) -> None:
     """Refuse a folder in which something is in the way of what the dry run wrote; steps will be others."""
     for written, target in ((scratch, output_dir), (scratch / LORA, output_dir / LORA)):
         names = [name for name in OwnedFolder(written).names if not name.startswith((CHECKPOINT, VALIDATION))]
-        OwnedFolder(target).check()
-        OwnedFolder(target).check_free([*names, METRICS, SAMPLE_GRID])
+        if CARD in names:  # a student, of which these would tell something else
+            names += [METRICS, SAMPLE_GRID]
+        if names:
+            OwnedFolder(target).check()
+            OwnedFolder(target).check_free(names)
 
 
 @contextmanager
