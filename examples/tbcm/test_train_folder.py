@@ -161,6 +161,18 @@ def test_what_is_in_the_way_is_named_and_nothing_changes(action, name, line, tea
     assert changed(theirs) == []
 
 
+@pytest.mark.parametrize("name", ["README.md", "metrics.json", "scheduler", "metrics.jsonl", "lora/README.md"])
+def test_a_dry_run_finds_what_is_in_the_runs_way(name, line, tmp_path):
+    run = tmp_path / "run"
+    for folder in (run, run / "lora"):
+        OwnedFolder(folder).claim()
+    put(run, name)
+    before = digests(tmp_path)
+    with pytest.raises(ValueError, match=rf"did not write, or what was changed since \({name.removeprefix('lora/')}"):
+        main(line(dry_run=True, rank=2, merge_lora=True))
+    assert digests(tmp_path) == before
+
+
 def test_a_card_that_was_changed_is_not_lost(line, teacher, run, tmp_path, monkeypatch):
     card = run / "README.md"
     card.write_text(card.read_text() + "\nBy hand.\n")

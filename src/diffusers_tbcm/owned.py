@@ -268,9 +268,10 @@ class OwnedFolder:
         """
         self._note({}, gone={name})
 
-    def lists(self, name: str) -> bool:
-        """Say whether something of a name is ours, changed or not."""
-        return name in self._written()
+    @property
+    def names(self) -> list[str]:
+        """What is listed, as paths in the folder."""
+        return list(self._written())
 
     @property
     def _named(self) -> str:

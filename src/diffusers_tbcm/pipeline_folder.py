@@ -34,6 +34,7 @@ CARD = "README.md"
 TRAINING_RECORD = "training.json"  # what the card says about the training
 TRAINING_CONFIG = "training_config.json"  # every flag, the versions, the revision
 METRICS = "metrics.json"
+CHECKPOINT = "checkpoint-"  # and its step: a folder in the run's
 METRICS_LOG = "metrics.jsonl"  # of a run: every logged step
 VALIDATION = "validation"
 LORA = "lora"  # the adapters' folder, in the run's
@@ -236,8 +237,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     Returns:
         The folders `checkpoint-{step}`, by step; those still being written are not among them.
     """
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = [path for path in output_dir.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
 
 
 def license_of(card: Path) -> dict[str, str]:

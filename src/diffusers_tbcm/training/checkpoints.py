@@ -108,7 +108,7 @@ def rotate_checkpoints(output_dir: Path, newest: str, total_limit: int, *, sound
         sound: name of one that stays beside them.
     """
     folder = OwnedFolder(output_dir)
-    others = [other for other in list_checkpoints(output_dir) if other.name != newest and folder.lists(other.name)]
+    others = [other for other in list_checkpoints(output_dir) if other.name != newest and other.name in folder.names]
     for other in others[: max(0, len(others) - total_limit + 1)]:
         if other.name != sound:
             try:
@@ -326,7 +326,7 @@ def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
         ValueError: where something else is in the way.
     """
     checkpoints = list_checkpoints(folder.folder)
-    ahead = [path for path in checkpoints if folder.lists(path.name) and _step_in_name(path) > step]
+    ahead = [path for path in checkpoints if path.name in folder.names and _step_in_name(path) > step]
     folder.check_free(path.name for path in checkpoints if step < _step_in_name(path) <= max_train_steps)
     for checkpoint in ahead:
         try:
@@ -350,7 +350,7 @@ def set_aside_later(folder: OwnedFolder, step: int) -> None:
     """
     for path in [*list_checkpoints(folder.folder), *folder.folder.glob(f"{VALIDATION}/step-*.png")]:
         name = path.relative_to(folder.folder).as_posix()
-        if folder.lists(name) and _step_in_name(path) > step:
+        if name in folder.names and _step_in_name(path) > step:
             logger.warning(f"{name} is not of the run that goes on: it is now {folder.set_aside(name)}")
 
 
