@@ -16,6 +16,7 @@ import matplotlib
 import pandas
 
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.pipeline_folder import list_checkpoints
 from examples.tbcm.mini_teacher.emoji_metrics import Meter, draw, load_evaluation
 from examples.tbcm.quickstart import training_command
 
@@ -41,7 +42,7 @@ def distil(folder: Path, seed: int, steps: int, flags: dict[str, int]) -> dict[s
     if result.exists():
         return json.loads(result.read_text())
     command = training_command(folder, steps, seed=seed, teacher_batch_size=2, **flags)
-    if folder.exists():
+    if list_checkpoints(folder):
         command += ["--resume_from_checkpoint", "latest"]
     subprocess.run(command, check=True)
     # Training alone, from the first logged step to the last; a pause between two runs does not count.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_tbcm.files import beside
+from diffusers_tbcm.files import beside, read_json, write_json
 from diffusers_tbcm.owned import MARKER
 from diffusers_tbcm.training import checkpoints
 from diffusers_tbcm.training.checkpoints import (
@@ -17,6 +17,7 @@ from diffusers_tbcm.training.checkpoints import (
     MANIFEST,
     RUN_STATE,
     checkpoint_step,
+    cut_log,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -193,8 +194,90 @@ def test_no_file_of_a_checkpoint_can_run_code(tmp_path, name, how):
         assert len(errors) == 1
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_by_a_clear_line(run):
+@pytest.mark.parametrize("content", [None, "{}", "[]", '{"told": {}, "content": [], "changes": []}', "\x00\x00"])
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_a_clear_line(run, content):
     _, _, folder = run
     (folder / "checkpoint-10" / RUN_STATE).unlink()
+    if content is not None:
+        (folder / "checkpoint-10" / RUN_STATE).write_text(content)
     with pytest.raises(ValueError, match=r"checkpoint-10' has no readable run.json, .* earlier versions"):
         load_run_state(folder / "checkpoint-10")
+
+
+@pytest.mark.parametrize("lost", ["model", "optimizer"])
+def test_one_whose_files_were_deleted_while_it_was_written_is_none(run, monkeypatch, caplog, lost):
+    accelerator, model, folder = run
+    accelerator.prepare(torch.optim.SGD(model.parameters()))
+    save_state = accelerator.save_state
+
+    def rob(output_dir):
+        save_state(output_dir)
+        for file in Path(output_dir).glob(f"*{lost}*"):
+            file.unlink()
+
+    monkeypatch.setattr(accelerator, "save_state", rob)
+    assert save(accelerator, folder, 11) is None
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-10"]
+    assert f"it has files of 0 {lost}s, not of 1" in caplog.text
+
+
+def test_one_without_weights_is_not_loaded(run):
+    _, _, folder = run
+    manifest = read_json(folder / "checkpoint-10" / MANIFEST)
+    sizes = {name: size for name, size in manifest["files"].items() if "model" not in name}
+    write_json(folder / "checkpoint-10" / MANIFEST, manifest | {"files": sizes})
+    with pytest.raises(ValueError, match="checkpoint-10' is corrupt: it has files of 0 models"):
+        find_checkpoint(folder, "checkpoint-10")
+    assert find_checkpoint(folder, "latest")[1] == 2
+
+
+def test_what_else_lies_in_an_old_one_stays_and_is_no_longer_ours(run):
+    accelerator, _, folder = run
+    (folder / "checkpoint-2" / "notes.txt").write_text("mine")
+    manifest = read_json(folder / "checkpoint-2" / MANIFEST)
+    (folder / "mine").write_text("mine")
+    manifest["files"]["../mine"] = 4  # somebody's idea of a manifest
+    write_json(folder / "checkpoint-2" / MANIFEST, manifest)
+    for step in (11, 12):
+        save(accelerator, folder, step)
+        rotate_checkpoints(folder, f"checkpoint-{step}", 1)
+    (folder / "mine").unlink()
+    assert sorted(path.name for path in folder.iterdir()) == [MARKER, "checkpoint-12", "checkpoint-2"]
+    assert [path.name for path in (folder / "checkpoint-2").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_that_name_that_is_not_ours_stays(run, caplog):
+    accelerator, _, folder = run
+    (folder / "checkpoint-11").mkdir()
+    (folder / "checkpoint-11" / "notes.txt").write_text("mine")
+    assert save(accelerator, folder, 11) is None
+    assert "did not write, or what was changed since (checkpoint-11): move it" in caplog.text
+    assert [path.name for path in (folder / "checkpoint-11").iterdir()] == ["notes.txt"]
+
+
+def test_a_log_loses_no_line_when_it_is_cut(tmp_path):
+    path, left = tmp_path / "metrics.jsonl", tmp_path / "abandoned" / "metrics.jsonl"
+    cut_log(path, 1)
+    assert not path.exists()
+    path.write_text('{"step": 1}\nwritten by hand\n{"step": 2}\n{"step": 3, "lo')
+    cut_log(path, 1)
+    cut_log(path, 1)
+    assert path.read_text() == '{"step": 1}\n'
+    assert left.read_text() == 'written by hand\n{"step": 2}\n{"step": 3, "lo\n'
+    path.write_text('{"step": 1}\n{"step": 9}\n')
+    cut_log(path, 1)
+    assert left.read_text().endswith('{"step": 9}\n') and left.read_text().startswith("written by hand\n")
+
+
+def test_a_disk_that_is_full_when_a_log_is_cut_leaves_it_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    before = path.read_text()
+
+    def full(self, *args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        cut_log(path, 1)
+    assert path.read_text() == before

@@ -59,8 +59,7 @@ def test_a_prompt_becomes_the_picture_that_the_pipeline_draws(student, drawn_in_
     assert expected.shape == (32, 96, 3)
     np.testing.assert_array_equal(pixels(out), expected)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"1 picture in {out}"
-    assert printed[1].startswith("4 steps: ") and printed[1].endswith(" s a picture")
+    assert printed == [f"1 picture in {out}", "4 steps: not timed, as the first picture warms up"]
 
 
 def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(student, drawn_in_python, tmp_path):
@@ -80,6 +79,39 @@ def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(student, drawn_in_
         np.testing.assert_array_equal(pixels(file), drawn_in_python(prompt, steps, seed))
     pictures = {path.read_bytes() for path in out.iterdir()}
     assert len(pictures) == 8  # prompt, steps and seed all matter
+
+
+def test_the_first_picture_is_not_timed(student, monkeypatch, tmp_path, capsys):
+    taken = {(1, 0): 50.0, (1, 1): 1.0, (1, 2): 2.0, (1, 3): 6.0, (4, 0): 7.0, (4, 1): 8.0, (4, 2): 9.0, (4, 3): 9.0}
+    pictures = [Drawing("a dog", steps, seed, Image.new("RGB", (8, 8)), taken[steps, seed]) for steps, seed in taken]
+    monkeypatch.setattr("diffusers_tbcm.evaluation.drawing.draw", lambda *_, **__: iter(pictures))
+    generate(student, tmp_path, "--steps", 1, 4, "--seed", 0, 1, 2, 3)
+    assert capsys.readouterr().out.splitlines()[1:] == ["1 step: 2.00 s a picture", "4 steps: 8.50 s a picture"]
+
+
+def test_a_picture_that_is_none_is_an_error_and_not_kept(tmp_path, recwarn):
+    pipeline = tiny_tbcm_pipeline()
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias[0] = float("nan")
+    pipeline.save_pretrained(tmp_path / "student")
+    with pytest.raises(SystemExit, match=r"The picture of 'a dog' at 2 steps is not finite: .* shows as black"):
+        generate(tmp_path / "student", tmp_path / "dog.png")
+    with pytest.raises(SystemExit, match="is not finite"):
+        generate(tmp_path / "student", tmp_path / "many")
+    assert not (tmp_path / "dog.png").exists() and not list((tmp_path / "many").iterdir())
+    assert not [warning for warning in recwarn if "not finite" in str(warning.message)]  # the error says it
+
+
+@pytest.mark.parametrize("name", ["student-0.6b", "run.v2", "pictures"])
+def test_a_folder_may_have_a_dot(student, tmp_path, name):
+    generate(student, tmp_path / name, "--steps", 1)
+    assert [path.suffix for path in (tmp_path / name).iterdir()] == [".png"]
+
+
+def test_a_folder_that_is_there_may_be_named_like_a_file(student, tmp_path):
+    (tmp_path / "owls.gif").mkdir()
+    generate(student, tmp_path / "owls.gif", "--steps", 1)
+    assert len([*(tmp_path / "owls.gif").iterdir()]) == 1
 
 
 def test_the_instruction_can_be_left_out(student, drawn_in_python, tmp_path):
@@ -156,6 +188,15 @@ def test_a_pipeline_is_loaded_as_asked(student):
         (["--steps", 1, 2], "is one file for 2 pictures: name a folder, or add --grid"),
         (["--prompt", "a dog", "a bird"], "is one file for 2 pictures"),
         (["--prompt", "  "], "--prompt is empty"),
+        (["--guidance_scale", "nan"], "--guidance_scale: nan is no finite number"),
+        (["--guidance_scale=-inf"], "--guidance_scale: -inf is no finite number"),
+        *(
+            (
+                ["--out", f"owl.{suffix}"],
+                f"'owl.{suffix}' ends in .{suffix}, but pictures are saved as .jpeg, .jpg, .png",
+            )
+            for suffix in ("gif", "tiff", "GIF", "avif", "bmp", "pdf", "mp4", "txt")
+        ),
         (["--out", "folder", "--grid"], "--grid is one picture, but --out 'folder' is a folder"),
         (["--out", __file__], "is a file, and no picture's"),
     ],
@@ -225,7 +266,7 @@ def test_card_writes_the_readme_again(tmp_path, capsys):
     exported = card.read_text()
     card.write_text("spoilt")
     main(["card", str(folder)])
-    assert card.read_text() == exported
+    assert card.read_text() == exported and (folder / "abandoned" / "README.md").read_text() == "spoilt"
     main(["card", str(folder), "--license", "mit", "--model_id", "me/student"])
     assert ModelCard.load(card).data.license == "mit" and 'from_pretrained("me/student"' in card.read_text()
     assert capsys.readouterr().out == f"{card}\n" * 2
@@ -324,6 +365,15 @@ def test_no_message_shows_a_token(command, capsys):
         main(command)
     printed = capsys.readouterr().err
     assert "***" in printed and "0123456789" not in printed and "mysecret" not in printed
+
+
+def test_a_wrong_training_command_ends_in_the_scripts_line(tmp_path):
+    command = [sys.executable, "-m", "diffusers_tbcm", "train", "tbcm_distill", "--prompts_file", "none.txt"]
+    command += ["--pretrained_model_name_or_path", "none", "--output_dir", str(tmp_path / "run")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    assert finished.stderr.endswith("train_tbcm_distill.py: error: prompts file 'none.txt' does not exist\n")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)

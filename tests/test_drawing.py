@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline
 
 from diffusers_tbcm.draws import draw_generator
-from diffusers_tbcm.evaluation.drawing import draw, draw_pictures, numbered_generators
+from diffusers_tbcm.evaluation.drawing import draw, draw_pictures, load_pipeline, numbered_generators
 from diffusers_tbcm.text import Text
 
 
@@ -90,3 +90,14 @@ def test_drawings_come_by_prompt_then_steps_then_seed_each_as_if_alone(pipeline)
             drawing.prompt, num_inference_steps=drawing.num_inference_steps, generator=generator, **READING
         )
         assert np.array_equal(drawing.image, alone.images[0]) and drawing.seconds > 0
+
+
+def test_a_half_precision_variant_is_loaded_where_it_is_asked_for(tmp_path):
+    half = tiny_tbcm_pipeline().to(torch.bfloat16)
+    half.save_pretrained(tmp_path, variant="bf16", max_shard_size="5KB")
+    loaded = load_pipeline(tmp_path, variant="bf16", device="cpu")
+    for name in ("transformer", "text_encoder", "vae"):
+        for found, weight in zip(getattr(loaded, name).parameters(), getattr(half, name).parameters(), strict=True):
+            assert found.dtype == torch.float32 and torch.equal(found, weight.float())
+    with pytest.raises((OSError, ValueError), match=r"no file named|model files|variant"):
+        load_pipeline(tmp_path, device="cpu")

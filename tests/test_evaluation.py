@@ -7,15 +7,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffusers_tbcm.evaluation import evaluator
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
     FeatureReference,
     MobileNetFeatures,
+    compare_with_teacher,
     pictures_to_tensor,
     seconds_per_image,
 )
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures
 from diffusers_tbcm.evaluation.metrics import diversity, kernel_distance, precision_recall
+from diffusers_tbcm.export.record import Measurement
 
 
 DIMENSIONS = 6
@@ -56,6 +59,47 @@ def closed_form(first: torch.Tensor, second: torch.Tensor) -> float:
     cross = symmetric_root(root @ second.T.cov() @ root)
     shift = (first.mean(0) - second.mean(0)).square().sum()
     return float(shift + first.T.cov().trace() + second.T.cov().trace() - 2 * cross.trace())
+
+
+@pytest.mark.parametrize("package", evaluator.PACKAGES)
+def test_a_package_that_is_missing_is_named_before_anything_is_drawn(package, monkeypatch):
+    evaluator.check_installed()
+    find = evaluator.find_spec
+    monkeypatch.setattr(evaluator, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ImportError, match=f"evaluation needs {package}"):
+        evaluator.check_installed()
+
+
+def test_diversity_is_compared_with_that_of_the_last_teacher():
+    rows = [
+        Measurement(model, 1, {"diversity": value})
+        for model, value in (("teacher", 8), ("teacher", 4), ("student", 1))
+    ]
+    shares = [row.metrics["diversity / teacher's"] for row in compare_with_teacher(rows)]
+    assert shares == [2, 1, 0.25]
+    assert compare_with_teacher(rows[2:]) == rows[2:]
+    copies = [Measurement("teacher", 1, {"diversity": 0}), *rows[2:]]  # a teacher that draws one and the same
+    assert compare_with_teacher(copies) == copies
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        (None, None, "cannot be loaded"),
+        ({"x": torch.ones(2)}, {"labels": "[]"}, "cannot be loaded"),
+        ({"features": torch.ones(2, 2), "mean": torch.ones(2)}, None, "cannot be loaded"),
+        ({"features": torch.full((2, 2), torch.nan), "mean": torch.ones(2)}, {"labels": "[]"}, "not finite"),
+        ({"features": torch.ones(2, 2), "mean": torch.ones(2)}, {"labels": '["a"]'}, "1 labels for 2 features"),
+    ],
+)
+def test_a_file_that_is_no_reference_is_named(tensors, metadata, message, tmp_path):
+    file = tmp_path / "reference.safetensors"
+    if tensors is None:
+        file.write_bytes(b"no tensors")
+    else:
+        save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"reference\.safetensors'.* {message}"):
+        FeatureReference.load(file)
 
 
 def test_frechet_distance_of_a_set_from_itself_is_zero():
@@ -110,12 +154,12 @@ def test_a_reference_that_cannot_be_used_is_named(tmp_path):
     whole = path.read_bytes()
     for broken in (b"", whole[:-1], b"features"):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"reference\.safetensors' holds no features of an evaluation: "):
+        with pytest.raises(ValueError, match=r"reference file '.*reference\.safetensors' cannot be loaded: "):
             FeatureReference.load(path)
     save_file({"features": torch.zeros(2, 2)}, path)
-    with pytest.raises(ValueError, match="holds no features of an evaluation"):
+    with pytest.raises(ValueError, match=r"reference file .* cannot be loaded"):
         FeatureReference.load(path)
-    with pytest.raises(ValueError, match="holds no features of an evaluation"):
+    with pytest.raises(ValueError, match=r"reference file .* cannot be loaded"):
         FeatureReference.load(tmp_path / "none.safetensors")
     features = torch.full((2, 2), torch.nan)
     save_file({"features": features, "mean": torch.zeros(2)}, path, metadata={"labels": "[]"})

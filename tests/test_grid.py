@@ -28,6 +28,18 @@ def test_image_grid_keeps_a_picture_s_proportions():
         assert cell.crop((0, above_or_below, 128, above_or_below + 32)).getcolors() == [(128 * 32, (255, 255, 255))]
 
 
+def test_image_grid_cuts_a_long_label_and_takes_one_of_several_lines():
+    picture = Image.new("RGB", (8, 8))
+    long, lines = "an endless story " * 300, "a dog\nand a cat\n"
+    for label in (long, "W" * 5000):
+        grid = image_grid([[picture]], ["a"], [label], 128)
+        assert grid.width <= (3 + 1) * 128 + 3 * 8
+        assert grid.width > 3 * 128  # and no shorter than it has to be
+    assert list(image_grid([[picture]], ["a"], [lines]).getdata()) == list(
+        image_grid([[picture]], ["a"], ["a dog and a cat"]).getdata()
+    )
+
+
 def test_image_grid_refuses_rows_that_do_not_fit():
     picture = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="row_labels has 2 labels for 1 rows"):

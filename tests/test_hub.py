@@ -204,6 +204,13 @@ def test_the_pushed_card_has_the_licence_loads_the_repository_and_keeps_what_was
     assert "license" not in (student / "README.md").read_text().split("---")[1]  # the folder stays as it is
 
 
+@pytest.mark.parametrize("argument", ["license", "tag"])
+def test_a_token_is_no_license_and_no_tag(argument, tmp_path):
+    with pytest.raises(ValueError, match=f"{argument} holds a token") as caught:
+        push_pipeline_to_hub(tmp_path, "me/student", **{argument: "hf_abcdefghijklmnop"})
+    assert "abcdef" not in str(caught.value)
+
+
 def test_pushing_again_adds_nothing(hub, pushed):
     assert pushed["again"] == pushed["plain"]
     assert len(hub.titles("me/plain")) == 3 and max(hub.repos["me/plain"].uploads.values()) == 1
@@ -283,6 +290,10 @@ def test_what_fails_publishes_nothing(hub, pushed):
         ("", {"license": None}, "license is None, and .* names none"),
         ("", {"repo_id": "a student"}, "repo_id 'a student' is not of the form"),
         ("", {"token": "hf_with space"}, "token is empty, or has a space"),
+        ("", {"repo_id": "hf_withabcdefghij"}, "repo_id holds a token, which would be published"),
+        ("rm -r tokenizer", {}, "cannot be published: its tokenizer is missing"),
+        ("truncate -s 9000 vae/*.safetensors", {}, "vae/.*safetensors is no safetensors file, or a torn one"),
+        ("mv vae ../vae && ln -s ../vae vae", {}, "vae/config.json is a link to elsewhere"),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(
@@ -294,8 +305,8 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(
     arguments = {"repo_id": "me/student", "token": "hf_x", "license": LICENSE} | arguments
     with pytest.raises(ValueError, match=message) as caught:
         push_pipeline_to_hub(folder, **arguments)
-    assert "hf_with" not in str(caught.value)
     assert push_or_warn(folder, **arguments) is False
+    assert "hf_with" not in str(caught.value) + caplog.text
     assert re.search(message, caplog.text) and f"python -m diffusers_tbcm push {folder} " in caplog.text
 
 

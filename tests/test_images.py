@@ -217,7 +217,13 @@ def test_every_mode_of_8_bits_is_scaled_by_it(mode):
 def test_deep_and_shallow_pictures_are_scaled_by_their_mode():
     expected = np.stack([RAMP] * 3, axis=-1)
     deep = Image.fromarray(AS_16_BITS)
-    for image in (deep, in_file(deep, "PNG"), in_file(deep, "TIFF"), Image.fromarray(AS_16_BITS.astype(">u2"))):
+    for image in (
+        deep,
+        in_file(deep, "PNG"),
+        in_file(deep, "TIFF"),
+        in_file(deep, "PPM"),
+        Image.fromarray(AS_16_BITS.astype(">u2")),
+    ):
         assert_read_alike(image, expected)
     older = Image.fromarray(AS_16_BITS.astype(np.int32))  # as Pillow 10 opens such a PNG file
     older.format = "PNG"

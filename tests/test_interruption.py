@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_tbcm.training import interruption
 from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE, StopRequest
 
 
@@ -51,9 +52,25 @@ def test_before_training_begins_a_signal_ends_the_program_at_once(recorded, numb
     assert recorded == [number]
 
 
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_launcher_that_was_gone_before_all_imports_is_noticed_too(recorded, monkeypatch, launched):
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(interruption, "find_launcher", lambda: None)
+    monkeypatch.setitem(os.environ, "ACCELERATE_DYNAMO_BACKEND", "no")
+    if not launched:  # such as under nohup, whose shell is gone
+        monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    try:
+        with StopRequest() as stop:
+            assert not launched and not stop.received
+    except SystemExit as ended:
+        assert launched and ended.code == RESUMABLE_EXIT_CODE
+    assert recorded == []
+
+
 CHILD = """
 import sys, time
 from pathlib import Path
+from diffusers_tbcm.training import interruption
 from diffusers_tbcm.training.interruption import StopRequest
 with StopRequest() as stop:
     if sys.argv[2] == "training":

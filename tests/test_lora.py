@@ -326,7 +326,24 @@ def test_a_lora_folder_brings_what_its_student_was_distilled_with(tmp_path):
     )
     pipeline = SanaTBCMPipeline.from_pipe(SanaPipeline.from_pretrained(tmp_path / "teacher"))
     pipeline.load_lora_weights(folder)
-    assert pipeline.default_call_options == {"guidance_scale": 2.0, **reading}
+    trained = {"guidance_scale": 2.0, **reading}
+    assert pipeline.default_call_options == trained
+    assert SanaTBCMPipeline.from_pipe(pipeline).default_call_options == trained
+    pipeline.disable_lora()
+    assert pipeline.default_call_options["max_sequence_length"] == 300
+    pipeline.enable_lora()
+    assert pipeline.default_call_options == trained
+    save_lora(disturb(make_lora_student(teacher.transformer, rank=RANK)), tmp_path / "other")  # carries no record
+    pipeline.load_lora_weights(tmp_path / "other", adapter_name="other")
+    pipeline.set_adapters("other")
+    assert pipeline.default_call_options["max_sequence_length"] == 300
+    pipeline.set_adapters("default_0")
+    assert pipeline.default_call_options == trained
+    pipeline.delete_adapters("other")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    assert SanaTBCMPipeline.from_pretrained(tmp_path / "fused").default_call_options == trained
     assert json.loads((folder / "training.json").read_text())["adapter"]["guidance_scale"] == 2.0
     stock_example = (folder / "README.md").read_text().split("```python")[1]
     assert 'options["max_sequence_length"] = 8\noptions["complex_human_instruction"] = None\n' in stock_example

@@ -34,8 +34,8 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def export(teacher, tmp_path):
-    def save(variants=(), scheduler=None, **changes):
-        description = StudentDescription("a dolphin", **{"training": {"steps": 7, "learning rate": 1e-5}, **changes})
+    def save(variants=(), scheduler=None, prompt="a dolphin", **changes):
+        description = StudentDescription(prompt, **{"training": {"steps": 7, "learning rate": 1e-5}, **changes})
         student = tiny_transformer(guidance_embeds=True)
         options = {"variants": variants, "scheduler": scheduler}
         return save_student_pipeline(student, teacher, tmp_path / "student", description, **options)
@@ -89,6 +89,22 @@ def test_the_plain_example_draws_as_the_student_was_distilled(export, monkeypatc
     assert len(asked) == 3
     for call in asked:
         assert call.items() >= {"guidance_scale": 2.0, **reading}.items()
+
+
+def test_a_card_is_readable_however_many_and_long_the_prompts_are(export):
+    prompts = [f"{number} " + "an endless story | " * 300 for number in range(30)]
+    samples = [Sample(prompt, steps, Image.new("RGB", (1024, 768))) for prompt in prompts for steps in (1, 2, 4)]
+    folder = export(samples=samples, prompt=prompts[0])
+    pictures = sorted((folder / "images").iterdir())
+    assert len(pictures) == 48
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.size == (512, 384)
+    text = (folder / "README.md").read_text()
+    assert len(text) < 50_000 and "0 an endless story" in text and "15 an endless story" in text
+    assert "16 an endless" not in text
+    record = json.loads((folder / "training.json").read_text())
+    assert record["samples"][3]["prompt"] == prompts[1]  # the whole of it
 
 
 def test_a_full_card_has_what_the_hub_reads_and_every_picture_it_shows(export):

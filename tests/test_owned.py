@@ -1,6 +1,7 @@
 """A folder of ours: what it takes, what it refuses, and that nothing else in it changes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,43 @@ from diffusers_tbcm.files import beside
 from diffusers_tbcm.owned import LOCK, MARKER, OwnedFolder
 
 
+# What another run does to the lock's file, without the seconds that it takes to start.
 HOLD = """
-import sys, time
-from diffusers_tbcm.owned import OwnedFolder
-lock = OwnedFolder(sys.argv[1]).hold()
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
 """
+
+
+# An export over another on a small disk of its own, and one that the disk has no room for.
+ON_A_VOLUME = """
+import sys
+from pathlib import Path
+from diffusers_tbcm.owned import OwnedFolder
+
+owned = OwnedFolder(sys.argv[1])
+
+def put(size):
+    with owned.replaced(last="index", absent=[], stale=[]) as staged:
+        (staged / "net").mkdir()
+        (staged / "net" / "weights").write_bytes(bytes(size))
+        (staged / "index").write_text(str(size))
+
+owned.claim()
+owned.check_renaming()
+for size in (100, 200):
+    put(size)
+try:
+    put(1_000_000)
+except OSError as error:
+    print(error.strerror)
+print(owned.folder.joinpath("index").read_text(), owned.folder.joinpath("net/weights").stat().st_size)
+print(sorted(path.name for path in owned.folder.iterdir()), owned.foreign(["index", "net/weights"]))
+"""
+NEW_VOLUME = 'mount -t tmpfs -o size=256k none "$1" && exec "$2" -c "$3" "$1"'
+NAMESPACE = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
 
 
 @pytest.fixture
@@ -160,6 +191,17 @@ def test_a_full_disk_leaves_the_earlier_student_and_no_half_of_the_new_one(folde
     assert tree(folder.folder) == {"index": "index", "net/weights": "1"}
 
 
+def test_a_folder_may_be_a_volume_and_the_volume_full(tmp_path):
+    if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here, which a mount of one's own takes")
+    (tmp_path / "volume").mkdir()
+    command = [*NAMESPACE, NEW_VOLUME, "sh", tmp_path / "volume", sys.executable, ON_A_VOLUME]
+    done = subprocess.run(command, capture_output=True, text=True)
+    expected = ["No space left on device", "200 200", f"{[MARKER, 'index', 'net']} []"]
+    assert done.stdout.splitlines() == expected, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
 def test_what_is_set_aside_is_nobodys_but_the_users(folder):
     for text in ("one", "two"):
         with folder.written("sub/step-4.png") as path:
@@ -195,7 +237,7 @@ def test_a_damaged_marker_makes_every_file_somebodys(folder, content):
 
 
 def test_one_process_at_a_time_and_a_dead_one_is_none(folder):
-    other = subprocess.Popen([sys.executable, "-c", HOLD, folder.folder], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, folder.folder / LOCK], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=r"`output_dir` .* belongs to a run that still goes on"):
         folder.hold()

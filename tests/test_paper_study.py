@@ -44,7 +44,7 @@ def test_every_setting_is_accepted_by_its_script_and_differs_in_nothing_else(tab
         assert study_runs.Path(setting.script[0]).is_file()
     for steps in (12, STEPS):
         args = parsed(setting, runs, steps)
-        assert (args.max_train_steps, args.seed, args.resume_from_checkpoint) == (steps, 3, "latest")
+        assert (args.max_train_steps, args.seed, args.resume_from_checkpoint) == (steps, 3, None)
     rows = args.train_batch_size * (args.route_steps - 1 if setting.method == "tbcm" else 1)
     assert abs(rows - study_runs.ROWS_PER_STEP) <= 2
     paths = {"output_dir", "hub_model_id", "prompts_file", "train_data_dir", "latents_cache"}

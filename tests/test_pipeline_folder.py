@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -61,6 +62,20 @@ def _no_text_encoder_weights(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").unlink()
 
 
+def _torn_transformer(folder: Path) -> None:
+    os.truncate(folder / "transformer" / "diffusion_pytorch_model.safetensors", 9000)
+
+
+def _own_code(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["evil", "Tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _broken_card(folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -70,6 +85,10 @@ def _no_text_encoder_weights(folder: Path) -> None:
         (_empty_tokenizer, "tokenizer/tokenizer.json is empty"),
         (_torn_text_encoder, "text_encoder/model.safetensors is no safetensors file, or a torn one"),
         (_no_text_encoder_weights, "no full-precision safetensors weights of its text_encoder"),
+        (_no_vocabulary, "cannot be used: no vocabulary of its tokenizer"),
+        (_torn_transformer, r"cannot be used: transformer/.*safetensors is no safetensors file, or a torn one"),
+        (_own_code, r"has tokenizer \['evil', 'Tokenizer'\]: its code would be evil"),
+        (_broken_card, r"cannot be used: damaged/README.md cannot be read as a model card"),
         (_no_index, "is no pipeline folder: it has no model_index.json"),
         (_other_transformer, "is of no known family: .*FluxTransformer2DModel"),
         (_no_vae, "lacks its vae"),

@@ -44,8 +44,9 @@ def test_text_files_hold_a_prompt_a_line(tmp_path):
         (b"\x1f\x8b\x08\x00 of gzip", "not UTF-8: line 1"),
         (b"PK\x03\x04\x14\x00 of zip", "line 1 holds a NUL"),
         (b"a" * 100_001, "holds a prompt of 100,001 characters: is it one prompt a line"),
-        (b'{"text": "a dog"}\n', "holds JSON in its lines: name it .jsonl"),
-        (b'["a dog", "a cat"]\n', "holds JSON in its lines"),
+        (b'{"text": "a dog"}\n', "holds JSON: name it .json, or .jsonl"),
+        (b'[\n  {"text": "a dog"}\n]\n', "holds JSON: name it"),
+        (b'["a dog", "a cat"]\n', "holds JSON: name it"),
     ],
 )
 def test_bad_prompts_files_are_refused(tmp_path, content, message):

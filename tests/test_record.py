@@ -30,6 +30,16 @@ def test_config_holds_flags_and_versions_and_neither_tokens_nor_paths(tmp_path):
     assert config["versions"]["diffusers_tbcm"] == __version__
     assert {"python", "diffusers", "torch", "transformers"} <= config["versions"].keys()
     assert config["git_revision"] is None
+    more = {
+        "api_key": "k", "train_data_dir": "~/pictures/of mine", "resume_from_checkpoint": "../run/checkpoint-7",
+        "validation_prompts": ["a dog / a cat", "/a/b/c.txt"], "pretrained_model_name_or_path": "owner/teacher",
+        "latents_cache": r"D:\caches\latents", "dataset_name": "file:///data/x/prompts.csv",
+    }  # fmt: skip
+    assert training_config(more, script)["flags"] == {
+        "train_data_dir": "of mine", "resume_from_checkpoint": "checkpoint-7",
+        "validation_prompts": ["a dog / a cat", "c.txt"], "pretrained_model_name_or_path": "owner/teacher",
+        "latents_cache": "latents", "dataset_name": "prompts.csv",
+    }  # fmt: skip
     written = json.dumps(config)
     assert "hf_secret" not in written and str(tmp_path) not in written
 
@@ -54,6 +64,17 @@ def test_metrics_come_back_and_none_are_none(tmp_path):
     rows = [Measurement("teacher", 20, {"FD": 1.5}), Measurement("student", 1, {"FD": 2.25, "PSNR": 20.0})]
     save_metrics(tmp_path, rows, dataset="12 prompts", command="python measure.py", details={"seed": 0})
     assert load_metrics(tmp_path) == Metrics(rows, "12 prompts", "python measure.py", {"seed": 0})
+
+
+def test_metrics_hold_no_paths_and_no_tokens(tmp_path):
+    rows = [Measurement("student", 1, {"FD": 2.0})]
+    command = "python measure.py --prompts_file=/data/x/p.txt --reference_dir '/data of mine/y' --hub_token=t"
+    details = {"reference": "/data/x/real.safetensors", "seed": 0}
+    save_metrics(tmp_path, rows, dataset="12 prompts of /data/x/p.txt", command=command, details=details)
+    assert load_metrics(tmp_path) == Metrics(
+        rows, "12 prompts of p.txt", "python measure.py --prompts_file=p.txt --reference_dir 'y' --hub_token=***",
+        {"reference": "real.safetensors", "seed": 0},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", ["measurements", "dataset", "command"])

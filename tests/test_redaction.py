@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 
 from diffusers_tbcm.redaction import is_secret, redact, redact_command, redact_values
@@ -15,7 +13,7 @@ def machine(monkeypatch):
     monkeypatch.setenv("HOME", f"{TOP}/home/alice smith")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("SHORT_TOKEN", "a")
-    monkeypatch.setattr(Path, "cwd", lambda: Path(f"{TOP}/work/my project"))
+    monkeypatch.setattr("os.getcwd", lambda: f"{TOP}/work/my project")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +45,13 @@ def machine(monkeypatch):
         ("see file:///data/x/p.txt now", "see p.txt now"),
         ("file:/data/x/p.txt", "p.txt"),
         ("../../secret/p.txt", "p.txt"),
+        ("s3://bucket/of/somebody/p.txt", "p.txt"),
+        ("smb://server/share/p.txt and x", "p.txt and x"),
+        ("$HOME/x/p.txt", "p.txt"),
+        ("${SCRATCH}/x/p.txt", "p.txt"),
+        (r"%USERPROFILE%\x\p.txt", "p.txt"),
+        ("https://x.com/?f=%2Fdata%2Fmy%20x%2Fp.txt&y=1", "https://x.com/?f=p.txt&y=1"),
+        ("c:%5CUsers%5Cbob%5Cp.txt", "p.txt"),
         ("--out ../x/y", "--out y"),
         ("runs/alice/p.txt", "p.txt"),
         ("data-alice/2024/p.txt", "p.txt"),
@@ -81,7 +86,7 @@ def test_what_is_this_machines_or_secret_goes(text, public):
         "[TBCM](https://arxiv.org/abs/2511.20410)",
         "the token is yours; `--hub_token takes it`; pad_token=<pad> max_tokens=3",
         "\\alpha\\beta {\\\"o}", "guidance 4.5: 3 steps",
-        "s3://bucket/x", "",
+        "https://img.shields.io/x?url=https%3A%2F%2Fgithub.com%2Fa%2Fb", "$x/y$ costs $5/month, 50%/60%", "",
     ],
 )  # fmt: skip
 def test_what_is_for_everybody_stays(text):
@@ -115,3 +120,15 @@ def test_names_of_secrets():
     secret = ("hub_token", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "password", "token")
     assert all(map(is_secret, secret))
     assert not any(map(is_secret, ("max_tokens", "seed", "TOKENIZERS_PARALLELISM", "monkey", "lora_target_modules")))
+
+
+def test_a_home_at_the_top_and_no_home_or_working_folder_at_all(monkeypatch):
+    def gone():
+        raise FileNotFoundError
+
+    monkeypatch.setenv("HOME", "/alone")
+    monkeypatch.setattr("os.getcwd", gone)
+    kept = "https://example.com/alone/x, data/alone and /aloneness"
+    assert redact(f"{kept}; /alone and /alone/x/p.txt") == f"{kept}; ~ and p.txt"
+    monkeypatch.setenv("HOME", "/")
+    assert redact("/alone and / and /a/b") == "/alone and / and b"

@@ -1,5 +1,7 @@
 """What a run promises whatever the algorithm, on a toy of two models that train in turn."""
 
+import fcntl
+import gc
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from runs import launch as launch_processes
 from safetensors.torch import load_file
 from toy_run import Net, ToySettings, record_points, start, train
 
+from diffusers_tbcm.owned import LOCK, OwnedFolder
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
@@ -279,6 +282,21 @@ def test_nothing_is_recorded_before_it_is_needed_where_that_is_asked_for(setting
         assert seen == ([0, 1, 2] if ahead == 0 else [0, 0, 0])
         seen.clear()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("request_", ["latest", "checkpoint-2", None])
+def test_a_folder_that_another_run_uses_is_refused_before_anything_is_read(settings, tmp_path, request_):
+    if request_ is None:
+        OwnedFolder(tmp_path / "run").claim()
+    else:
+        run_toy(settings(checkpointing_steps=2))
+    gc.collect()  # the run that is over, and its lock
+    with (tmp_path / "run" / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"`output_dir` .* belongs to a run that still goes on"):
+            run_toy(settings(resume_from_checkpoint=request_, max_train_steps=9))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_toy(settings(resume_from_checkpoint=request_, max_train_steps=9))
 
 
 def test_launch_gives_the_exit_codes(settings, monkeypatch, capsys):

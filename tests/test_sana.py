@@ -38,7 +38,7 @@ def test_a_network_says_what_it_is_made_of(family, tmp_path):
     assert family.latent_shape(folder, transformer, None) == (LATENT_CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE)
     assert family.latent_shape(folder, transformer, 32) == (LATENT_CHANNELS, 4, 4)
     assert family.vae_scale_factor(folder) == 8 and family.native_resolution(folder, transformer) == 64
-    with pytest.raises(ValueError, match="resolution is 20: it has to be a positive multiple of 8"):
+    with pytest.raises(ValueError, match="`resolution` is 20: it has to be a positive multiple of 8"):
         family.latent_shape(folder, transformer, 20)
 
 
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_refused_when_loaded(tmp_path, component
 def test_a_text_encoder_or_tokenizer_that_cannot_be_loaded_is_named_in_one_line(tmp_path):
     write_tiny_pipeline(tmp_path)
     (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(ValueError, match=r"tokenizer and text encoder of .* cannot be loaded: ") as refused:
+    with pytest.raises(ValueError, match=r"teacher .* cannot be loaded: ") as refused:
         sana.load_text_pipeline(tmp_path, torch.float32)
     assert "\n" not in str(refused.value)
     for path in (tmp_path / "tokenizer").iterdir():

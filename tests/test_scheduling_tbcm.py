@@ -203,7 +203,9 @@ def test_the_defaults_of_a_call_are_what_the_student_was_distilled_with():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"call_options": {"prompt": "a dog"}}, "`call_options` has 'prompt', but may have guidance_scale"),
+        ({"call_options": {"prompt": "a dog"}}, "`call_options` is {'prompt': 'a dog'}, but has to be a dict of"),
+        ({"call_options": ["height"]}, r"`call_options` is \['height'\]"),
+        ({"call_options": 3}, "`call_options` is 3"),
         ({"guidance_scales": []}, r"`guidance_scales` is \[\]"),
         ({"guidance_scales": [4.0, 0.0]}, r"`guidance_scales` is \[4.0, 0.0\]"),
         ({"prediction_type": "epsilon"}, "`prediction_type` is 'epsilon'"),

@@ -128,7 +128,18 @@ def test_what_could_be_there_and_is_a_link_is_not_followed(name, folder, private
     assert selection.left_out == (["images/"] if name == "images/00.png" else [f"{name} (a link)"])
 
 
-@pytest.mark.parametrize("shown", [".secret/x.png", "../home/x.png", "/tmp/x.png", "images/link.png", "logs/pipe.png"])
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "a" * 5000 + ".png",
+        "a\0b.png",
+        ".secret/x.png",
+        "../home/x.png",
+        "/tmp/x.png",
+        "images/link.png",
+        "logs/pipe.png",
+    ],
+)
 def test_a_card_shows_the_folders_own_pictures_and_no_others(shown, folder, private, whole):
     picture = private.parent / "x.png"
     Image.new("RGB", (8, 8)).save(picture)
@@ -216,6 +227,19 @@ REFUSED = {
     "card is a link": (lambda f, p: replace_by_link(f / "README.md", p), "README.md is a link"),
     "card is a folder": (lambda f, _: hollow(f / "README.md"), "has no README.md"),
     "empty card": (lambda f, _: (f / "README.md").write_text(""), "README.md is empty"),
+    "a card of broken YAML": (
+        lambda f, _: (f / "README.md").write_text("---\na: [\n---\n"), "README.md cannot be read as a model card"
+    ),
+    "a card that runs code": (
+        lambda f, _: (f / "README.md").write_text("---\na: !!python/object/apply:os.getcwd []\n---\n"),
+        "README.md cannot be read as a model card",
+    ),
+    "a card that is no text": (
+        lambda f, _: (f / "README.md").write_bytes(b"---\n---\ncaf\xe9"), "README.md cannot be read as a model card"
+    ),
+    "another's record": (lambda f, _: edit(f / "training.json", lambda r: r | {"license": "mit"}), "not the one that"),
+    "a component of lists": (index_entry(vae=[["diffusers"], "AutoencoderDC"]), "names no vae, which"),
+    "a component that is a flag": (index_entry(vae=True), "names no vae, which"),
     "another record": (lambda f, _: (f / "training.json").write_text("{}"), "not the one that training writes"),
     **{
         f"no {name}": (lambda f, _, name=name: shutil.rmtree(f / name), f"its {name} is missing")
@@ -257,6 +281,18 @@ REFUSED = {
     "weights are a folder": (lambda f, _: hollow(f / WEIGHTS), f"{WEIGHTS} is no regular file"),
     "weights are a pipe": (lambda f, _: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "is no regular file"),
     "weights tell a path": (with_metadata, f"{WEIGHTS} has a path or a token in its header"),
+    "half precision in part": (
+        lambda f, _: shutil.copy(f / WEIGHTS, (f / WEIGHTS).with_suffix(".bf16.safetensors")),
+        "bf16 weights of its vae and none of its text_encoder",
+    ),
+    "torn half precision": (
+        lambda f, _: (f / WEIGHTS).with_suffix(".bf16.safetensors").write_bytes(b"x"), "is no safetensors file"
+    ),
+    "another component's config": (
+        lambda f, _: shutil.copy(f / "transformer/config.json", f / "vae"), "config.json is no config of AutoencoderDC"
+    ),
+    "an empty config": (lambda f, _: (f / "text_encoder/config.json").write_text("{}"), "is no config of Gemma2Model"),
+    "an empty vocabulary": (lambda f, _: (f / "tokenizer/tokenizer.json").write_text("{}"), "holds no vocabulary"),
     "a missing shard": (shards({"a": SHARD, "b": SHARD.replace("1-", "2-")}, SHARD), "00002-of-00002.* is missing"),
     "a shard without its tensor": (shards({"a": SHARD, "b": SHARD}, SHARD), "lacks b, which"),
     "a shard elsewhere": (shards({"a": "../../home/outside.safetensors"}), "which is no shard of its weights"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.training.settings import (
     DistillationSettings,
     PictureSettings,
@@ -103,6 +104,19 @@ def test_help_shows_groups_defaults_and_the_descriptions_lines(tmp_path, capsys)
     assert "a choice (default: plain)" in shown
 
 
+def test_every_setting_says_what_it_does_and_its_default(capsys):
+    for kind in (ScriptSettings, PictureSettings):
+        assert all(field.metadata["help"] for field in dataclasses.fields(kind))
+        with pytest.raises(SystemExit):
+            parse_settings(kind, ["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        for field in dataclasses.fields(kind):
+            if field.default not in (None, dataclasses.MISSING):
+                says = " ".join(field.metadata["help"].split())
+                assert f"{says} (default: {field.default})" in shown, field.name
+        assert "(default: None)" not in shown
+
+
 @pytest.mark.parametrize("kind", [RunSettings, RowSettings, DistillationSettings, PictureSettings])
 def test_every_setting_has_a_type_that_a_command_line_can_give(kind):
     with pytest.raises(SystemExit) as ended:
@@ -112,6 +126,7 @@ def test_every_setting_has_a_type_that_a_command_line_can_give(kind):
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
+    OwnedFolder(tmp_path).claim()
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(ValueError, match=r"`output_dir` .* holds another run"):
         RunSettings(output_dir=str(tmp_path))

@@ -1,10 +1,12 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import CHARACTERS
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -106,3 +108,25 @@ def test_a_text_is_the_mean_of_its_own_tokens(scorer):
 def test_a_folder_without_a_head_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no text_image_head\.safetensors"):
         HeadScorer(tmp_path)
+
+
+def test_a_head_that_cannot_be_used_is_named(tmp_path):
+    shutil.copytree(TEACHER, tmp_path / "teacher", ignore=shutil.ignore_patterns("transformer", "vae"))
+    head = tmp_path / "teacher" / HEAD_FILE
+    whole = head.read_bytes()
+    for broken in (whole[:-1], b"", b"a head"):
+        head.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"text-image head .* cannot be loaded"):
+            HeadScorer(tmp_path / "teacher")
+    save_file({"image.weight": torch.ones(2, 2)}, head, metadata={"accuracy": "{}"})
+    with pytest.raises(ValueError, match=r"text-image head .* cannot be loaded"):
+        HeadScorer(tmp_path / "teacher")
+    weights = load_file(TEACHER / HEAD_FILE)
+    weights["text.weight"][0, 0] = torch.nan
+    save_file(weights, head, metadata={"accuracy": "{}"})
+    with pytest.raises(ValueError, match="holds weights that are not finite"):
+        HeadScorer(tmp_path / "teacher")
+    head.write_bytes(whole)
+    (tmp_path / "teacher" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises((ValueError, OSError), match=r"`tokenizer` reads every prompt alike|[Tt]okenizer"):
+        HeadScorer(tmp_path / "teacher")

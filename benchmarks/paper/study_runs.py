@@ -21,6 +21,7 @@ from diffusers_tbcm.evaluation.evaluator import Evaluator, FeatureReference, Mob
 from diffusers_tbcm.evaluation.metrics import fit_gaussian, symmetric_root
 from diffusers_tbcm.evaluation.text_image import HEAD_FILE, HeadScorer
 from diffusers_tbcm.files import read_json, write_json
+from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.training.checkpoints import AVERAGES
 from examples.tbcm.mini_teacher.emoji_metrics import (
@@ -164,7 +165,8 @@ class Study:
         else:
             files["prompts_file"] = self.teacher / DISTILLATION_PROMPTS_FILE
         arguments = []
-        for name, value in {**files, **setting.all_flags(steps, seed), "resume_from_checkpoint": "latest"}.items():
+        resume = "latest" if list_checkpoints(files["output_dir"]) else False
+        for name, value in {**files, **setting.all_flags(steps, seed), "resume_from_checkpoint": resume}.items():
             if value is not False:
                 values = [] if value is True else value if isinstance(value, list) else [value]
                 arguments += [f"--{name}", *map(str, values)]
@@ -180,9 +182,9 @@ class Study:
             ValueError: where the run's folder holds one with other flags.
         """
         folder = self.run_folder(setting, steps, seed)
-        folder.mkdir(parents=True, exist_ok=True)
         flags = setting.all_flags(steps, seed)
         if not (folder / FLAGS_FILE).exists():
+            OwnedFolder(folder, "work_dir").claim()
             write_json(folder / FLAGS_FILE, flags)
         elif read_json(folder / FLAGS_FILE) != flags:
             raise ValueError(

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, HelpFormatter, ending_in_words
-from diffusers_tbcm.evaluation.drawing import draw, load_pipeline
+from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, ending_in_words
+from diffusers_tbcm.evaluation.drawing import call_options, draw, load_pipeline
 
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "outputs/quickstart"
 STEPS = (1, 2, 4)
 MAX_PICTURES = 8
+MAX_GUIDANCE = 8
 MAX_SEED = 2**31 - 1
 EXAMPLES = (  # of the embedded teacher's world; another student draws what its own teacher does
     "an owl",
@@ -46,7 +47,7 @@ class Result:
 
     Args:
         pictures: each with its caption.
-        seed: of the first picture; the others' follow it.
+        seed: of the first picture; the others' follow it, 0 after the largest.
         report: numbers and time, in Markdown.
     """
 
@@ -58,11 +59,11 @@ class Result:
 def draw_pictures(
     pipeline: SanaTBCMPipeline,
     prompt: str,
-    steps: int,
-    seed: int | None,
-    randomize: bool,
-    guidance_scale: float,
-    num_pictures: int,
+    steps: int = 2,
+    seed: int | None = None,
+    randomize: bool = True,
+    guidance_scale: float | None = None,
+    num_pictures: int = 4,
 ) -> Result:
     """Draw a prompt several times.
 
@@ -72,23 +73,28 @@ def draw_pictures(
         steps: inference steps.
         seed: of the first picture; None where its field is empty.
         randomize: take another seed than this.
-        guidance_scale: as in the pipeline's call.
+        guidance_scale: as in the pipeline's call; None for the student's own.
         num_pictures: how many, from consecutive seeds.
 
     Returns:
         The pictures, their seed and time.
 
     Raises:
-        ValueError: where there is no prompt, or no seed.
+        ValueError: where there is no prompt or no seed, or one of the numbers is out of range.
     """
-    if not prompt.strip():
+    if not (prompt or "").strip():
         raise ValueError("Say what to draw first.")
     if randomize:
         seed = random.randint(0, MAX_SEED)
     elif seed is None:
         raise ValueError("Give a seed, or ask for another one each time.")
-    seeds = range(seed, seed + num_pictures)
-    drawings = list(draw(pipeline, [prompt], steps=[steps], seeds=seeds, guidance_scale=guidance_scale))
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"The seed is {seed}: it takes 0 to {MAX_SEED}.")
+    if not 1 <= num_pictures <= MAX_PICTURES:
+        raise ValueError(f"The number of pictures is {num_pictures}: it takes 1 to {MAX_PICTURES}.")
+    seeds = [(seed + number) % (MAX_SEED + 1) for number in range(num_pictures)]
+    options = call_options(guidance_scale=guidance_scale)
+    drawings = list(draw(pipeline, [prompt], steps=[steps], seeds=seeds, **options))
     seconds = sum(drawing.seconds for drawing in drawings) / num_pictures
     width, height = drawings[0].image.size
     report = f"**{seconds:.2f} s** a picture · {steps} step{'s' * (steps > 1)} · {width} x {height} pixels"
@@ -107,10 +113,18 @@ def build_page(pipeline: SanaTBCMPipeline, name: str) -> "Blocks":
     """
     import gradio as gr
 
-    def press(*values: Any) -> tuple[list[tuple[Image.Image, str]], int, str]:
-        result = draw_pictures(pipeline, *values)
+    # The names are those of the arguments of the page's API
+    def press(
+        prompt: str, steps: int, seed: int | None, randomize: bool, guidance_scale: float, num_pictures: int
+    ) -> tuple[list[tuple[Image.Image, str]], int, str]:
+        try:
+            result = draw_pictures(pipeline, prompt, steps, seed, randomize, guidance_scale, num_pictures)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
         return result.pictures, result.seed, result.report
 
+    own_guidance = pipeline.default_call_options["guidance_scale"]
+    largest_guidance = max(MAX_GUIDANCE, 2 * own_guidance)
     with gr.Blocks(title="TBCM", analytics_enabled=False) as page:
         gr.Markdown(f"# Pictures in 1, 2 or 4 steps\n`{name}`, distilled by TBCM")
         with gr.Row():
@@ -118,7 +132,9 @@ def build_page(pipeline: SanaTBCMPipeline, name: str) -> "Blocks":
                 prompt = gr.Textbox(label="Prompt", placeholder="What to draw", lines=2, autofocus=True)
                 steps = gr.Radio(STEPS, value=2, label="Steps")
                 num_pictures = gr.Slider(1, MAX_PICTURES, value=4, step=1, label="Pictures")
-                guidance_scale = gr.Slider(1, 8, value=4.5, step=0.1, label="Guidance")
+                guidance_scale = gr.Slider(
+                    min(1, own_guidance), largest_guidance, value=own_guidance, step=0.1, label="Guidance"
+                )
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
                     randomize = gr.Checkbox(True, label="Another one each time", container=True)
@@ -144,7 +160,7 @@ def launch_options() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__)
     default = os.environ.get("MODEL_ID", DEFAULT_MODEL)
     parser.add_argument("--model", default=default, help="pipeline folder or Hub id; by default $MODEL_ID")
     parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
@@ -152,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
         parser.error(
-            f"{DEFAULT_MODEL} is not there yet: `make quickstart` distils it, in about 12 minutes on 2 CPU cores."
+            f"{DEFAULT_MODEL} is not there yet: `make quickstart` distils it, in about 9 minutes on 2 CPU cores."
             " Or give --model, or MODEL_ID, another student's folder or Hub id."
         )
     with ending_in_words({}, debug=args.debug):

@@ -27,12 +27,19 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
 
-from diffusers_tbcm.command_line import DEBUG_HELP, HelpFormatter, ending_in_words, show_information
+from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
+from diffusers_tbcm.errors import loading
 from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
-from diffusers_tbcm.evaluation.evaluator import Evaluator, TextImageScorer, check_numbers, compare_with_teacher
+from diffusers_tbcm.evaluation.evaluator import (
+    Evaluator,
+    TextImageScorer,
+    check_installed,
+    check_numbers,
+    compare_with_teacher,
+)
 from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
@@ -53,6 +60,8 @@ PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
 REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
 PLOT = "metrics.png"
+DRAWN_WITH = ("guidance_scale", "height", "width", "max_sequence_length", "instruction")  # which the results record
+MAX_STEPS = 1000  # of the schedulers
 PATIENCE = timedelta(hours=6)  # of processes that wait while one checks the real pictures
 EXCLUSIVE = (  # flags that exclude each other; one of the first two has to be given
     ("prompts_file", "dataset_name"),
@@ -73,6 +82,7 @@ class Settings:
     output_dir: Path
     lora: str | None = flag(None, "LoRA weights to load into it; --model may then be their teacher")
     teacher: str | None = flag(None, "pipeline folder or Hub id of a SanaPipeline to measure beside it")
+    variant: Literal["fp16", "bf16"] | None = flag(None, "half-precision weights to load of the teacher")
     steps: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "the student's"})
     teacher_steps: list[int] = field(
         default_factory=lambda: [20], metadata={"help": "the last is the one compared with"}
@@ -117,7 +127,7 @@ class Settings:
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags, and refuse what is wrong with them before anything is loaded."""
-    parser = SettingsParser(Settings, description=__doc__, formatter_class=HelpFormatter)
+    parser = SettingsParser(Settings, description=__doc__)
     # The parser's own names for it are all underscores or all hyphens; this is that of the training scripts.
     parser.add_argument(
         "--no-complex_human_instruction", dest="complex_human_instruction", action="store_false", help="put it there"
@@ -138,14 +148,14 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         value = getattr(settings, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}: it takes at least 1")
+    if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
+        parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a finite number")
     if settings.seed < 0:
         parser.error(f"--seed is {settings.seed}: it takes at least 0")
-    if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
-        parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a number")
     for name in ("steps", "teacher_steps"):
         values = getattr(settings, name)
-        if min(values) < 1 or len({*values}) < len(values):
-            parser.error(f"--{name} is {values}: it takes different numbers from 1 on")
+        if min(values) < 1 or max(values) > MAX_STEPS or len({*values}) < len(values):
+            parser.error(f"--{name} is {values}: it takes different numbers from 1 to {MAX_STEPS}")
     if settings.bootstrap_resamples < 2:
         parser.error(f"--bootstrap_resamples is {settings.bootstrap_resamples}: it takes at least 2")
     if settings.reference_teacher and settings.teacher is None:
@@ -163,12 +173,11 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     return settings
 
 
-def claim_folders(settings: Settings) -> None:
-    """Refuse, before anything is drawn, to write where something is that is not ours."""
+def check_folders(settings: Settings) -> None:
+    """Refuse to write where something is that is not ours."""
     output = OwnedFolder(settings.output_dir)
-    output.claim()
-    output.own(REFERENCE, PLOT)
-    output.check_free([METRICS])
+    output.check()
+    output.check_free([METRICS, REFERENCE, PLOT])
     if settings.update_card:
         OwnedFolder(settings.model, "model").check_free([METRICS])
 
@@ -200,9 +209,12 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     try:
         DiffusionPipeline.load_config(settings.model)
     except OSError as error:
-        raise ValueError(f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub") from error
+        raise ValueError(
+            f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub that can be reached"
+        ) from error
+    check_installed()
     if settings.teacher is not None:
-        resolve_teacher(settings.teacher)
+        resolve_teacher(settings.teacher, settings.variant)
     if settings.update_card:
         render_model_card(settings.model)
     prompts = load_evaluation_prompts(
@@ -271,7 +283,10 @@ def check_task(settings: Settings, task: Task) -> None:
 def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> list[Drawn]:
     """Draw with the student and, where there is one, its teacher; one pipeline is in memory at a time."""
     dtype = getattr(torch, settings.dtype)
-    student = load_pipeline(settings.model, lora=settings.lora, dtype=dtype, device=accelerator.device)
+    variant = None if settings.lora is None else settings.variant  # then it is a teacher's weights that are loaded
+    student = load_pipeline(
+        settings.model, lora=settings.lora, variant=variant, dtype=dtype, device=accelerator.device
+    )
     size = student.transformer.config.sample_size * student.vae_scale_factor
     options: dict[str, Any] = {
         "height": size,
@@ -306,8 +321,10 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     if settings.teacher is None:
         return drawn
     del student
-    folder = resolve_teacher(settings.teacher)
-    teacher = SanaPipeline.from_pretrained(folder, **dtype_argument(dtype)).to(accelerator.device)
+    folder = resolve_teacher(settings.teacher, settings.variant)
+    with loading("teacher", folder):
+        teacher = SanaPipeline.from_pretrained(folder, variant=settings.variant, **dtype_argument(dtype))
+    teacher.to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
     if settings.reference_teacher:
         runs.append((REFERENCE_RUN, settings.teacher_steps[-1], settings.seed + 1))
@@ -347,12 +364,13 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     """Take all four steps; the words are those of the command line, which the results record."""
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     check_processes(accelerator)
-    with accelerator.main_process_first():
-        claim_folders(settings)
 
     # 1. Prompts and real pictures
     source = settings.prompts_file or settings.dataset_name or ""
+    check_folders(settings)
     task = prepare(settings, source, accelerator.device)
+    output = OwnedFolder(settings.output_dir)
+    output.claim()
 
     # 2. Pictures
     drawn = draw_models(settings, accelerator, task)
@@ -360,12 +378,14 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         return
 
     # 3. Measurements
+    output.own(REFERENCE, PLOT)
     reference = make_reference(settings, task, drawn)
     measurements = measure(settings, task, drawn, reference)
 
     # 4. Results; no path of this machine
     details = {
         "seed": settings.seed,
+        **{name: drawn[0].pictures.settings[name] for name in DRAWN_WITH},
         "pictures": len(drawn[0].pictures),
         "real_pictures": None if reference is None else len(reference.features),
         "intervals": f"95%, bootstrap of {settings.bootstrap_resamples} over prompts",
@@ -392,7 +412,8 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
     show_information()
-    with ending_in_words({item.name: f"--{item.name}" for item in fields(Settings)}, debug=settings.debug):
+    flags = {item.name: f"--{item.name}" for item in fields(Settings)} | {"height": "--resolution"}
+    with ending_in_words(flags, debug=settings.debug):
         evaluate(settings, sys.argv[1:] if argv is None else argv)
 
 

@@ -7,15 +7,16 @@
 3. grid.png, metrics.json and the finished model card
 """
 
-import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
+from diffusers_tbcm.command_line import CommandParser
 from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
@@ -37,10 +39,10 @@ from diffusers_tbcm.owned import OwnedFolder
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
 TEACHER_DIR = Path(__file__).with_name("sana_emoji_mini")
-GUIDANCE_SCALE = 4.5
 MAX_SEQUENCE_LENGTH = 48  # the prompts have at most some 30 tokens: padding to 300 changes nothing but the time
 SEED = 1234
 BATCH_SIZE = 50
+MIN_PROMPTS = 2  # a distance takes a covariance
 GRID_PROMPTS = (
     "a fluent 3d emoji of a dolphin",
     "noto violin",
@@ -86,16 +88,8 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
         **changes,
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launcher += ["--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--num_cpu_threads_per_process", str(os.cpu_count())]  # accelerate's own choice is one thread
     # The embedded teacher reads a prompt the same without the instruction, and on a CPU the instruction costs 100 ms.
@@ -103,7 +97,7 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
     return [*launcher, str(TRAINING_SCRIPT), *arguments]
 
 
-def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int) -> list[Image.Image]:
+def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int, options: dict[str, Any]) -> list[Image.Image]:
     """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
@@ -113,12 +107,8 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int) -> list[Im
         numbered_generators(SEED),
         num_inference_steps=steps,
         batch_size=BATCH_SIZE,
-        guidance_scale=GUIDANCE_SCALE,
-        height=size,
-        width=size,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        complex_human_instruction=None,
         use_resolution_binning=False,
+        **{"height": size, "width": size, **options},
     )
     return list(tqdm(pictures, total=len(prompts), desc=f"{type(pipeline).__name__}, {steps} steps", unit="picture"))
 
@@ -129,12 +119,14 @@ def likeness(pictures: list[Image.Image], references: list[Image.Image]) -> floa
     return round(float(-10 * mse.log10().mean()), 2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--max_train_steps", type=int, default=STEPS)
     parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.prompts < MIN_PROMPTS:
+        parser.error(f"--prompts is {args.prompts}: it takes at least {MIN_PROMPTS}")
     start = time.perf_counter()
 
     # 1. Distil; the same command continues an interrupted run
@@ -152,6 +144,7 @@ def main() -> None:
         teacher.tokenizer, teacher.text_encoder, teacher.vae, make_student(teacher.transformer), TBCMScheduler()
     )
     student = SanaTBCMPipeline.from_pretrained(args.output_dir).to(device)
+    options = student.default_call_options  # all draw as the student was distilled
     pipelines: dict[str, DiffusionPipeline] = {"teacher": teacher, "untrained student": untrained, "student": student}
     lines = [json.loads(line) for line in (TEACHER_DIR / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluation = [line for line in lines if not line["held_out"]][: args.prompts]
@@ -162,8 +155,8 @@ def main() -> None:
     figures: dict[tuple[str, int], dict[str, float]] = {}
     for model, all_steps in MEASURED_STEPS.items():
         for steps in all_steps:
-            drawn[model, steps] = draw(pipelines[model], prompts, steps)
-            one = seconds_per_image(partial(draw, pipelines[model], prompts[:1], steps), repeats=3)
+            drawn[model, steps] = draw(pipelines[model], prompts, steps, options)
+            one = seconds_per_image(partial(draw, pipelines[model], prompts[:1], steps, options), repeats=3)
             features = extractor.extract(drawn[model, steps])
             figures[model, steps] = {
                 "MobileNet-FD": round(reference.frechet_distance(features), 1),
@@ -178,7 +171,7 @@ def main() -> None:
             metrics["PSNR to the teacher's 20 steps (dB)"] = likeness(drawn[model, steps], drawn["teacher", 20])
 
     # 3. Show
-    columns = [draw(pipelines[model], list(GRID_PROMPTS), steps) for model, steps in GRID_COLUMNS]
+    columns = [draw(pipelines[model], list(GRID_PROMPTS), steps, options) for model, steps in GRID_COLUMNS]
     labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
     with OwnedFolder(args.output_dir).written("grid.png") as partial_file:
         image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(partial_file, format="PNG")

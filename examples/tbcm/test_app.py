@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny import tiny_tbcm_pipeline
 
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from examples.tbcm import app
 
 
@@ -51,6 +52,64 @@ def test_empty_fields_are_asked_for(pipeline):
         app.draw_pictures(pipeline, " ", 1, 0, False, 4.5, 1)
     with pytest.raises(ValueError, match="Give a seed"):
         app.draw_pictures(pipeline, "a dog", 1, None, False, 4.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": None}, "Say what to draw first"),
+        ({"seed": -1}, "The seed is -1: it takes 0 to 2147483647"),
+        ({"seed": 2**31}, "The seed is 2147483648"),
+        ({"num_pictures": 0}, "The number of pictures is 0: it takes 1 to 8"),
+        ({"num_pictures": 9}, "The number of pictures is 9"),
+    ],
+)
+def test_what_the_api_is_sent_out_of_range_is_refused(pipeline, changes, message):
+    with pytest.raises(ValueError, match=message):
+        app.draw_pictures(pipeline, **{"prompt": "a dog", "seed": 0, "randomize": False, **changes})
+
+
+def test_every_seed_that_is_shown_can_be_entered_again(pipeline, monkeypatch):
+    monkeypatch.setattr("random.randint", lambda low, high: high)
+    result = app.draw_pictures(pipeline, "a dog", 1, None, True, 4.5, 2)
+    assert [caption for _, caption in result.pictures] == [f"seed {app.MAX_SEED}", "seed 0"]
+    again = app.draw_pictures(pipeline, "a dog", 1, 0, False, 4.5, 1)
+    np.testing.assert_array_equal(np.asarray(result.pictures[1][0]), np.asarray(again.pictures[0][0]))
+
+
+def test_the_guidance_is_the_student_s_own(pipeline):
+    gradio = pytest.importorskip("gradio", reason="the page needs the demo extra: pip install -e '.[demo]'")
+    for scales, own in (([1.5, 2.0, 2.5], 2.0), ([0.5], 0.5), ([20.0], 20.0), (None, 4.5)):
+        student = SanaTBCMPipeline(**pipeline.components | {"scheduler": TBCMScheduler(guidance_scales=scales)})
+        student.set_progress_bar_config(disable=True)
+        blocks = app.build_page(student, "tiny").blocks.values()
+        (slider,) = (block for block in blocks if isinstance(block, gradio.Slider) and block.label == "Guidance")
+        assert slider.value == own and slider.minimum <= own <= slider.maximum
+        result = app.draw_pictures(student, "a dog", 1, 7, False, num_pictures=1)
+        np.testing.assert_array_equal(np.asarray(result.pictures[0][0]), drawn(student, "a dog", 1, 7, own))
+
+
+def test_the_api_has_names_and_a_mistake_is_no_traceback(pipeline, capfd):
+    pytest.importorskip("gradio", reason="the page needs the demo extra: pip install -e '.[demo]'")
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    page = app.build_page(pipeline, "tiny")
+    _, url, _ = page.launch(**app.launch_options(), prevent_thread_lock=True, quiet=True)
+    try:
+        client = Client(url, verbose=False)
+        parameters = client.view_api(return_format="dict")["named_endpoints"]["/draw"]["parameters"]
+        named = ["prompt", "steps", "seed", "randomize", "guidance_scale", "num_pictures"]
+        assert [parameter["parameter_name"] for parameter in parameters] == named
+        pictures, seed, report = client.predict(
+            prompt="a dog", steps=1, seed=7, randomize=False, num_pictures=1, api_name="/draw"
+        )
+        assert seed == 7 and len(pictures) == 1 and "1 step ·" in report
+        with pytest.raises(AppError, match="Say what to draw first"):
+            client.predict(prompt=" ", api_name="/draw")
+    finally:
+        page.close()
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_without_a_student_it_says_how_to_get_one(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_tbcm_pipeline, tiny_transformer
 
@@ -18,6 +19,7 @@ from diffusers_tbcm.evaluation.features import MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.record import StudentDescription, load_metrics
+from diffusers_tbcm.owned import OwnedFolder
 from examples.tbcm.evaluate_student import Settings, main, parse_settings
 from examples.tbcm.mini_teacher.emoji_metrics import TEACHER_DIR
 
@@ -148,6 +150,8 @@ def test_drawing_is_as_the_student_was_distilled_and_as_the_flags_say(arguments,
             file = tmp_path / f"out{len(flags)}" / "pictures" / f"{model}-1-steps" / "settings.json"
             found = json.loads(file.read_text())
             assert {name: found[name] for name in expected} == expected
+        details = load_metrics(tmp_path / f"out{len(flags)}").details
+        assert {name: details[name] for name in expected} == expected
 
 
 def test_fewer_prompts_than_subsets_of_the_kernel_distance_suffice(arguments, few_components, tmp_path):
@@ -168,6 +172,16 @@ def test_a_real_picture_that_cannot_be_read_is_named_before_anything_is_drawn(ar
     with pytest.raises(ValueError, match=r"1 of 12 real pictures cannot be read: picture .*07.png"):
         main(arguments(reference_dir=real))
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_not_finite_are_no_pictures_and_their_run_binds_nobody(arguments, tmp_path):
+    pipeline = tiny_tbcm_pipeline()
+    pipeline.transformer.proj_out.bias.data[0] = torch.nan
+    pipeline.save_pretrained(tmp_path / "overflown")
+    with pytest.raises(ValueError, match=r"picture of '0 red dogs' at 1 step is not finite"):
+        main(arguments(model=tmp_path / "overflown", max_prompts=2))
+    assert not [*(tmp_path / "out").rglob("*.png")]
+    main(arguments(max_prompts=2))  # the same folder, with a student that draws
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(arguments, tmp_path, monkeypatch):
@@ -231,6 +245,25 @@ def test_bad_input_is_refused_before_anything_is_drawn(changes, message, argumen
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "notes.txt", "pictures/student-1-steps/000000-00.png"])
+def test_a_folder_that_is_not_ours_is_left_alone(name, arguments, tmp_path):
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(ValueError, match=r"`output_dir` .* holds files that are not this package's"):
+        main(arguments())
+    assert theirs.read_text() == "mine" and len([*(tmp_path / "out").rglob("*.*")]) == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.png", "reference.safetensors"])
+def test_what_is_in_the_way_is_named_before_anything_is_drawn(name, arguments, tmp_path):
+    OwnedFolder(tmp_path / "out").claim()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"did not write, or what was changed since \({name}\)"):
+        main(arguments())
+    assert (tmp_path / "out" / name).read_text() == "mine" and not (tmp_path / "out" / "pictures").exists()
+
+
 def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, tmp_path):
     reference = TEACHER_DIR / "reference_features.safetensors"
     with pytest.raises(ValueError, match="3 labels of prompts, such as 'blue', are those of no real picture"):
@@ -244,6 +277,7 @@ def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, 
         ({"steps": "1 0"}, "--steps is [1, 0]"),
         ({"steps": "2 2"}, "--steps is [2, 2]"),
         ({"batch_size": 0}, "--batch_size is 0"),
+        ({"steps": "1 1001"}, "--steps is [1, 1001]: it takes different numbers from 1 to 1000"),
         ({"seed": -1}, "--seed is -1: it takes at least 0"),
         ({"guidance_scale": "nan"}, "--guidance_scale is nan"),
         ({"reference_dir": "..", "output_dir": "out"}, "--output_dir is in --reference_dir"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import student_weights, write_tiny_pipeline
 
 from diffusers_tbcm.data.embeddings import PromptEncoder
+from diffusers_tbcm.files import beside
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import main
@@ -43,6 +44,7 @@ def test_kill_9_then_sigterm_then_resume_gives_the_uninterrupted_run_bit_for_bit
     arguments += ["--resume_from_checkpoint", "latest"]
     code, output = run_until(arguments, broken, 8, signal.SIGTERM)
     assert code == RESUMABLE_EXIT_CODE and "--resume_from_checkpoint latest goes on" in output, output
+    assert output.count(f"Resumed from {broken / 'checkpoint-5'} at step 5\n") == 1
     stopped = int(list_checkpoints(broken)[-1].name.removeprefix("checkpoint-"))
     assert 8 <= stopped < 20 and not (broken / "model_index.json").exists()
     main(arguments)
@@ -84,7 +86,7 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(flags, tmp_p
     expected = student_weights(run)
     checkpoint = run / "checkpoint-2"
     (checkpoint / MANIFEST).unlink()
-    checkpoint.rename(run / "checkpoint-2.partial")
+    checkpoint.rename(beside(checkpoint))
     (run / "model_index.json").unlink()
     main(flags(checkpointing_steps=1, resume_from_checkpoint="latest"))
     assert all(torch.equal(value, expected[name]) for name, value in student_weights(run).items())
@@ -135,7 +137,6 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(flags, tmp_path, monk
 
 
 def test_metrics_that_cannot_be_written_are_a_warning(flags, tmp_path, monkeypatch, caplog):
-    (tmp_path / "run" / "metrics.jsonl.lock").mkdir(parents=True)
     write = Path.open
 
     def refuse(self, mode="r", *args, **kwargs):

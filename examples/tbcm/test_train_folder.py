@@ -6,6 +6,7 @@ from hashlib import sha256
 from unittest.mock import MagicMock
 
 import pytest
+from accelerate import Accelerator
 from tiny import student_weights, tiny_transformer
 
 from diffusers_tbcm.export import folders, hub
@@ -15,6 +16,8 @@ from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.owned import LOCK, MARKER, OwnedFolder
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts.train_tbcm_distill import main
+from diffusers_tbcm.training import distillation
+from diffusers_tbcm.training.run import Run
 
 
 DESCRIPTION = StudentDescription("a dog", {"steps": 7})
@@ -158,6 +161,18 @@ def test_what_is_in_the_way_is_named_and_nothing_changes(action, name, line, tea
     assert changed(theirs) == []
 
 
+@pytest.mark.parametrize("name", ["README.md", "metrics.json", "scheduler", "metrics.jsonl", "lora/README.md"])
+def test_a_dry_run_finds_what_is_in_the_runs_way(name, line, tmp_path):
+    run = tmp_path / "run"
+    for folder in (run, run / "lora"):
+        OwnedFolder(folder).claim()
+    put(run, name)
+    before = digests(tmp_path)
+    with pytest.raises(ValueError, match=rf"did not write, or what was changed since \({name.removeprefix('lora/')}"):
+        main(line(dry_run=True, rank=2, merge_lora=True))
+    assert digests(tmp_path) == before
+
+
 def test_a_card_that_was_changed_is_not_lost(line, teacher, run, tmp_path, monkeypatch):
     card = run / "README.md"
     card.write_text(card.read_text() + "\nBy hand.\n")
@@ -243,17 +258,25 @@ def test_a_folder_around_the_teachers_is_refused(line, teacher, tmp_path):
 
 def test_a_run_that_goes_back_sets_the_later_checkpoints_aside(line, run):
     old = digests(run)
-    pictures = [name for name in old if name.startswith("validation/")]
     main(line(resume_from_checkpoint="checkpoint-1", seed=7, max_train_steps=2))
     new = digests(run)
     for name in old:
-        if name.startswith("checkpoint-2/") or name in pictures[-1:]:
+        if name.startswith("checkpoint-2/") or name == "validation/step-2.png":
             assert new[f"abandoned/{name}"] == old[name]
     assert new["checkpoint-2/model.safetensors"] != old["checkpoint-2/model.safetensors"]
     assert all('"step": 2,' in text for text in (run / "abandoned" / "metrics.jsonl").read_text().splitlines())
     main(line(resume_from_checkpoint="latest", seed=7, max_train_steps=3))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [text.split(",")[0] for text in lines] == [f'{{"step": {step}' for step in (1, 2, 3)]
+
+
+def test_a_run_can_go_back_to_what_it_has_left(line, run):
+    main(line(resume_from_checkpoint="checkpoint-1", seed=7, max_train_steps=2))
+    left, other = digests(run / "abandoned" / "checkpoint-2"), digests(run / "checkpoint-2")
+    main(line(resume_from_checkpoint="abandoned/checkpoint-2", max_train_steps=3))
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-3"]
+    assert digests(run / "abandoned" / "checkpoint-2") == left
+    assert digests(run / "abandoned" / "checkpoint-2-2") == other
 
 
 def test_nothing_is_set_aside_that_holds_the_users_files(line, run):
@@ -289,6 +312,36 @@ def test_a_disk_that_cannot_rename_folders_is_found_before_training(line, tmp_pa
         with pytest.raises(ValueError, match="takes no student, as files cannot be renamed in it"):
             main(line(dry_run=dry_run))
     assert not [*tmp_path.rglob("*.tbcm-partial")]
+
+
+def test_an_export_between_steps_that_fails_costs_a_warning(line, tmp_path, monkeypatch, caplog):
+    save, failures = (
+        distillation.save_student_pipeline,
+        [OSError(28, "No space left on device"), ValueError("README.md")],
+    )
+
+    def fail_at_first(*args, **kwargs):
+        if failures:
+            raise failures.pop(0)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(distillation, "save_student_pipeline", fail_at_first)
+    monkeypatch.setattr(Run, "push_due", property(lambda run: run.step < 3))
+    main(line(max_train_steps=3))
+    assert "The student of step 1 was not saved, training goes on: [Errno 28]" in caplog.text
+    assert "The student of step 2 was not saved, training goes on: README.md" in caplog.text
+    assert student_weights(tmp_path / "run")
+
+
+def test_a_tracker_that_cannot_begin_or_end_costs_a_warning(line, tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", full)
+    monkeypatch.setattr(Accelerator, "end_training", full)
+    main(line(report_to="tensorboard"))
+    assert "`report_to` tensorboard failed and is left out" in caplog.text and "could not be closed" in caplog.text
+    assert student_weights(tmp_path / "run")
 
 
 def test_a_full_disk_at_validation_costs_a_warning_and_at_the_export_no_earlier_student(

@@ -23,6 +23,7 @@ from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION
+from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import TBCMSettings, main
 from diffusers_tbcm.training import accelerators, run
@@ -49,6 +50,7 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
     finished = subprocess.run([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.count("3 prompts, after leaving out 0 empty and 0 duplicate ones\n") == 1
     run = tmp_path / "run"
     assert type(DiffusionPipeline.from_pretrained(run)).__name__ == "SanaSprintPipeline"
     pipeline = SanaTBCMPipeline.from_pretrained(run)
@@ -268,7 +270,7 @@ def test_a_filter_that_drops_everything_says_so_and_exports_nothing(flags, tmp_p
         ({"seed": 2**32}, "--seed is 4294967296: the largest is 4294967295"),
         ({"lr_warmup_steps": -1}, "--lr_warmup_steps is -1"),
         ({"weight_decay": -0.1}, "--weight_decay is -0.1"),
-        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler: invalid choice"),
+        ({"lr_scheduler": "piecewise_constant"}, "invalid choice: 'piecewise_constant'"),
         ({"prompts_file": None}, "either --prompts_file or --dataset_name"),
         ({"tangent_final_ratio": 1.5}, "`final_ratio` is 1.5"),
         ({"brightness_threshold": -1}, "--brightness_threshold is -1"),
@@ -342,7 +344,8 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
 
 
 def test_another_run_is_not_overwritten(flags, tmp_path, capsys):
-    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    OwnedFolder(tmp_path / "run").claim()
+    (tmp_path / "run" / "checkpoint-2").mkdir()
     with pytest.raises(SystemExit):
         parse_settings(TBCMSettings, flags())
     assert "holds another run" in capsys.readouterr().err
@@ -370,7 +373,7 @@ def test_a_folder_that_is_no_teacher_is_refused(flags, tmp_path, damage, message
 
 @pytest.mark.parametrize("resolution", [0, 20, -64])
 def test_a_resolution_that_the_autoencoder_does_not_divide_is_refused(flags, resolution):
-    with pytest.raises(ValueError, match=f"resolution is {resolution}: it has to be a positive multiple of 8"):
+    with pytest.raises(ValueError, match=f"`resolution` is {resolution}: it has to be a positive multiple of 8"):
         main(flags(resolution=resolution))
 
 
@@ -383,3 +386,14 @@ def test_a_teacher_in_scaled_time_is_warned_of_and_marks_its_student(flags, tmp_
         SanaTBCMPipeline.from_pretrained(tmp_path / "run")("a dog")
     with pytest.raises(ValueError, match="`validation_prompts` cannot be drawn"):
         main([*arguments, "--validation_prompts", "a dog", "--resume_from_checkpoint", "latest"])
+
+
+def test_a_teacher_of_half_precision_weights_alone_is_distilled(flags, tmp_path):
+    half = tiny_sana_pipeline().to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "teacher", variant="bf16", max_shard_size="5KB")
+    main(flags(pretrained_model_name_or_path=tmp_path / "teacher", variant="bf16", max_train_steps=1))
+    student = SanaTBCMPipeline.from_pretrained(tmp_path / "run")
+    for name in ("vae", "text_encoder"):
+        for found, weight in zip(getattr(student, name).parameters(), getattr(half, name).parameters(), strict=True):
+            assert torch.equal(found, weight.float())
+    assert student("a dog", num_inference_steps=1, max_sequence_length=16).images

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .command_line import DEBUG_HELP, CommandParser, HelpFormatter, ending_in_words
+from .command_line import DEBUG_HELP, CommandParser, ending_in_words, finite_number
 from .files import PICTURE_SUFFIXES
 
 
@@ -36,6 +37,7 @@ MAX_SEED = 2**64 - 1  # torch's
 NAME_LENGTH = 48  # characters of a prompt in a file name
 LABEL_LENGTH = 40  # and beside a grid's row
 MAX_CELL_SIZE = 512  # pixels a side of a grid's pictures
+FILE_SUFFIX = r"\.[a-z][a-z0-9]{2,4}"  # of a file; a folder may be named student-0.6b or run.v2
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Generation:
     Args:
         model: pipeline folder or Hub id.
         lora: folder, file or Hub id of LoRA weights to load into it; None for none.
+        variant: the half-precision weights to load of it; None for the ordinary ones.
         dtype: of weights and computation, by torch's name.
         device: where it runs; None for a GPU where there is one, else the CPU.
         prompts: what to draw, each with every number of steps and every seed.
@@ -58,6 +61,7 @@ class Generation:
 
     model: str
     lora: str | None
+    variant: str | None
     dtype: str
     device: str | None
     prompts: list[str]
@@ -97,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[
     """
     parser = CommandParser(PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="draw pictures", formatter_class=HelpFormatter)
+    generate = commands.add_parser("generate", help="draw pictures")
     add_generate_flags(generate)
 
     train = commands.add_parser("train", help="distil a student: `accelerate launch` of a training script")
@@ -136,12 +140,13 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `generate`, those of `read_generation`."""
     parser.add_argument("--model", required=True, help="pipeline folder or Hub id of a student")
     parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
+    parser.add_argument("--variant", help="load the half-precision weights of --model of this name, such as bf16")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, each in quotes")
     prompts.add_argument("--prompts_file", type=Path, help="text with one prompt a line, or csv, jsonl or parquet")
     parser.add_argument("--steps", type=int, nargs="+", default=[2], help="numbers of inference steps")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each")
-    parser.add_argument("--guidance_scale", type=float, help="the middle of the student's own by default")
+    parser.add_argument("--guidance_scale", type=finite_number, help="the middle of the student's own by default")
     parser.add_argument("--height", type=int, help="pixels; the size of training by default")
     parser.add_argument("--width", type=int)
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt; as in training by default")
@@ -203,6 +208,11 @@ def read_generation(
     to_folder = out.is_dir() or out.suffix.lower() not in PICTURE_SUFFIXES
     if to_folder and out.exists() and not out.is_dir():
         parser.error(f"--out {str(out)!r} is a file, and no picture's: {', '.join(PICTURE_SUFFIXES)}")
+    if to_folder and not out.is_dir() and re.fullmatch(FILE_SUFFIX, out.suffix.lower()):
+        parser.error(
+            f"--out {str(out)!r} ends in {out.suffix}, but pictures are saved as {', '.join(PICTURE_SUFFIXES)}: name"
+            " such a file, or a folder without a suffix"
+        )
     if to_folder and grid:
         parser.error(f"--grid is one picture, but --out {str(out)!r} is a folder: name a file such as grid.png")
     if prompts_file is not None:
@@ -266,8 +276,12 @@ def run_generate(asked: Generation) -> None:
     from tqdm.auto import tqdm
 
     from .evaluation.drawing import call_options, draw, load_pipeline
+    from .finite import NotFiniteWarning
 
-    pipeline = load_pipeline(asked.model, lora=asked.lora, dtype=getattr(torch, asked.dtype), device=asked.device)
+    warnings.simplefilter("ignore", NotFiniteWarning)  # `draw` makes an error of it
+    pipeline = load_pipeline(
+        asked.model, lora=asked.lora, variant=asked.variant, dtype=getattr(torch, asked.dtype), device=asked.device
+    )
     (asked.out if asked.to_folder else asked.out.parent).mkdir(parents=True, exist_ok=True)
 
     in_grid = []
@@ -275,8 +289,9 @@ def run_generate(asked: Generation) -> None:
     total = len(asked.prompts) * len(asked.steps) * len(asked.seeds)
     options = call_options(**asked.options)
     drawings = draw(pipeline, asked.prompts, steps=asked.steps, seeds=asked.seeds, **options)
-    for drawing in tqdm(drawings, total=total, unit="picture"):
-        seconds[drawing.num_inference_steps].append(drawing.seconds)
+    for number, drawing in enumerate(tqdm(drawings, total=total, unit="picture")):
+        if number:  # the first picture's time is that of warming up
+            seconds[drawing.num_inference_steps].append(drawing.seconds)
         if asked.grid:
             in_grid.append(drawing)
         elif asked.to_folder:
@@ -288,7 +303,8 @@ def run_generate(asked: Generation) -> None:
 
     print(f"{total} picture{'s' * (total > 1)} in {asked.out}")
     for steps, taken in seconds.items():
-        print(f"{_steps(steps)}: {median(taken):.2f} s a picture")
+        timed = f"{median(taken):.2f} s a picture" if taken else "not timed, as the first picture warms up"
+        print(f"{_steps(steps)}: {timed}")
 
 
 def file_name(drawing: Drawing, index: int) -> str:

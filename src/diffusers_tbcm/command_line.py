@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import (
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import in_a_line, is_users
 from .redaction import hide_secrets
@@ -21,13 +28,6 @@ INTERRUPTED = 130  # a shell's, of SIGINT
 DEBUG_HELP = "end an error with its traceback"
 
 
-class CommandParser(ArgumentParser):
-    """Ends what does not fit in one line, without secrets or the usage, which is as long as the flags are many."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USERS_MISTAKE, f"{self.prog}: error: {hide_secrets(message)}\n")
-
-
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, but for those that are nothing, and a description in its own lines."""
 
@@ -36,6 +36,24 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
             return f"do not: {action.help}"
         is_switch = action.nargs == 0 and action.const is True
         return action.help if action.default is None or is_switch else super()._get_help_string(action)
+
+
+class CommandParser(ArgumentParser):
+    """Shows defaults, and ends what does not fit in one line, without secrets or the usage with its many flags."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USERS_MISTAKE, f"{self.prog}: error: {hide_secrets(message)}\n")
+
+
+def finite_number(text: str) -> float:
+    """Read a number, and neither infinity nor what is none: the `type` of an argument."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ArgumentTypeError(f"{text} is no finite number")
+    return number
 
 
 def name_flags(message: str, flags: Mapping[str, str]) -> str:

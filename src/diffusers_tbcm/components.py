@@ -92,8 +92,8 @@ def tokenizer_files(folder: Path, home: Path | None = None) -> list[Path]:
         raise ValueError(f"no vocabulary of its {folder.name}: {', '.join(names[0] for names in VOCABULARIES)}")
     vocabularies = [check_file(path, home) for paths in found for path in paths]
     for path in vocabularies:
-        if path.suffix == ".json":
-            read_object(path)
+        if path.suffix == ".json" and not read_object(path):
+            raise ValueError(f"{folder.name}/{path.name} holds no vocabulary")
     return [folder / TOKENIZER_CONFIG, *vocabularies, *_optional(folder, TOKENIZER_EXTRAS, home)]
 
 

@@ -30,22 +30,23 @@ def in_a_line(error: BaseException) -> str:
 
 
 @contextmanager
-def loading(what: str, name: str | PathLike[str]) -> Iterator[None]:
+def loading(
+    what: str, name: str | PathLike[str], *, but: type[Exception] | tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """Name what libraries load in the block, whatever they raise for a file, folder or repository that is damaged.
 
     Args:
         what: it is to be, such as `"model"`.
         name: where it is.
+        but: errors that pass as they are.
 
     Raises:
         ValueError: where it cannot be loaded, with the library's reason.
     """
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged config or file ends in nearly any
-        if is_memory(error):
+        if isinstance(error, but) or is_memory(error):
             raise
         raise ValueError(f"{what} {str(name)!r} cannot be loaded: {in_a_line(error)}") from error
 

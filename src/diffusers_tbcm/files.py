@@ -79,8 +79,14 @@ def written_beside(path: str | PathLike[str], *, place: Callable[[Path, Path], N
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file that holds an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"file {str(path)!r} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"file {str(path)!r} holds no JSON object, but a {type(content).__name__}")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

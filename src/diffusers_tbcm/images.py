@@ -46,8 +46,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if 0 in image.size:
         raise ValueError(f"`image` has no pixels: it is {image.width} x {image.height}.")
-    # Pillow before 11 opens 16-bit grey PNG files as 32-bit integers
-    is_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    # Pillow opens 16-bit grey PPM files, and its older versions PNG files, as 32-bit integers
+    is_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     image = _turned(image)
     if is_16_bits:
         values = np.asarray(image).astype(np.float32)

@@ -21,12 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .backbones.sana import GUIDANCE_EMBEDDER, LORA_TARGET_MODULES, TEACHER_TIME_LAYER, embed_guidance
+from .student_adapters import GUIDANCE_EMBEDDER_FILE, STUDENT_CONFIG_ENTRIES
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-# Beside diffusers' file and not in it: diffusers takes no file with a weight that is not LoRA's.
-GUIDANCE_EMBEDDER_FILE = "guidance_embedder.safetensors"
-CONFIG_ENTRIES = ("guidance_embeds_scale", "timestep_scale")  # what a student's config adds to its teacher's
 
 
 def make_lora_student(
@@ -106,7 +104,7 @@ def save_lora(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = student.get_submodule(GUIDANCE_EMBEDDER).state_dict()
-    config = {name: torch.tensor(student.config[name], dtype=torch.float64) for name in CONFIG_ENTRIES}
+    config = {name: torch.tensor(student.config[name], dtype=torch.float64) for name in STUDENT_CONFIG_ENTRIES}
     header = {} if scheduler_config is None else {LORA_ADAPTER_METADATA_KEY: json.dumps(scheduler_config)}
     save_file({**weights, **config}, folder / GUIDANCE_EMBEDDER_FILE, metadata={"format": "pt", **header})
     lora = student.peft_config["default"]
@@ -146,55 +144,6 @@ def _guidance_bias(
         f"{TEACHER_TIME_LAYER}.lora_B.weight": embedding.new_zeros(len(embedding), lora.r),
         f"{TEACHER_TIME_LAYER}.lora_B.bias": embedding * (lora.r / lora.lora_alpha),
     }
-
-
-def drop_guidance_bias(
-    layers: dict[str, torch.Tensor], metadata: dict[str, Any] | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Leave out what `save_lora` added for stock pipelines: a student embeds guidance itself.
-
-    Args:
-        layers: what `pytorch_lora_weights.safetensors` holds; anything else is given back as it is.
-        metadata: the adapter's config in that file's header.
-
-    Returns:
-        The adapters without biases, and their config.
-    """
-    if f"transformer.{TEACHER_TIME_LAYER}.lora_B.bias" not in layers:
-        return layers, metadata
-    layers = {
-        name: layer
-        for name, layer in layers.items()
-        if TEACHER_TIME_LAYER not in name and not name.endswith(".lora_B.bias")
-    }
-    if metadata is not None:
-        targets = [name for name in metadata["transformer.target_modules"] if name != TEACHER_TIME_LAYER]
-        metadata = {**metadata, "transformer.target_modules": targets, "transformer.lora_bias": False}
-    return layers, metadata
-
-
-def load_guidance_embedder(
-    transformer: SanaTransformer2DModel, tensors: Mapping[str, torch.Tensor]
-) -> SanaTransformer2DModel:
-    """Give a network the guidance embedder that `save_lora` wrote.
-
-    Args:
-        transformer: the teacher, or a student of it; it is left as it is.
-        tensors: what the file holds.
-
-    Returns:
-        A network of the transformer's very parameters and the guidance embedder, in the transformer's dtype.
-
-    Raises:
-        ValueError: if the transformer has hooks, such as those of offloading.
-    """
-    if any(hasattr(module, hook) for module in transformer.modules() for hook in ("_hf_hook", "_diffusers_hook")):
-        raise ValueError("`transformer` has offloading hooks: load the LoRA first and enable offloading after that.")
-    student = _with_own_guidance_embedder(transformer)
-    student.register_to_config(**{name: tensors[name].item() for name in CONFIG_ENTRIES})
-    weights = {name: tensor for name, tensor in tensors.items() if name not in CONFIG_ENTRIES}
-    student.get_submodule(GUIDANCE_EMBEDDER).load_state_dict(weights)
-    return student
 
 
 def drop_frozen_weights(

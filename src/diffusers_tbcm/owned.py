@@ -119,18 +119,20 @@ class OwnedFolder:
         Raises:
             ValueError: where folders cannot be made and files renamed, as on some network disks.
         """
+        staged, moved = (self.folder / f".{name}{PARTIAL_SUFFIX}" for name in ("try", "tried"))
         try:
             for left in self.folder.glob(f".*{PARTIAL_SUFFIX}"):
                 remove(left)
-            staged, moved = (self.folder / name / "file" for name in (f".try{PARTIAL_SUFFIX}", f".to{PARTIAL_SUFFIX}"))
-            for path in (staged, moved):
-                path.parent.mkdir()
-            staged.write_text("renamed\n", encoding="utf-8")
-            staged.replace(moved)
-            moved.parent.replace(staged.parent)
-            remove(staged.parent)
+            for folder in (staged, moved):
+                folder.mkdir()
+            (staged / "file").write_text("renamed\n", encoding="utf-8")
+            (staged / "file").replace(moved / "file")
+            moved.replace(staged)
         except OSError as error:
             raise ValueError(f"{self._named} takes no student, as files cannot be renamed in it: {error}") from error
+        finally:
+            remove(staged)
+            remove(moved)
 
     def foreign(self, names: Iterable[str]) -> list[str]:
         """Say which files are in the way of ours.
@@ -255,12 +257,21 @@ class OwnedFolder:
             target = first.with_name(f"{first.stem}-{number}{first.suffix}")
         target.parent.mkdir(parents=True, exist_ok=True)
         (self.folder / name).rename(target)
-        self._note({}, gone={name})
+        self.disown(name)
         return target
 
-    def lists(self, name: str) -> bool:
-        """Say whether something of a name is ours, changed or not."""
-        return name in self._written()
+    def disown(self, name: str) -> None:
+        """Take something from the list: what is left of it is the user's.
+
+        Args:
+            name: path in the folder.
+        """
+        self._note({}, gone={name})
+
+    @property
+    def names(self) -> list[str]:
+        """What is listed, as paths in the folder."""
+        return list(self._written())
 
     @property
     def _named(self) -> str:

@@ -17,7 +17,15 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .backbones import find_backbone
-from .components import WEIGHT_NAMES, check_file, model_files, scheduler_files, stored_precision, tokenizer_files
+from .components import (
+    WEIGHT_NAMES,
+    check_file,
+    model_files,
+    read_object,
+    scheduler_files,
+    stored_precision,
+    tokenizer_files,
+)
 from .files import read_json
 
 
@@ -26,6 +34,7 @@ CARD = "README.md"
 TRAINING_RECORD = "training.json"  # what the card says about the training
 TRAINING_CONFIG = "training_config.json"  # every flag, the versions, the revision
 METRICS = "metrics.json"
+CHECKPOINT = "checkpoint-"  # and its step: a folder in the run's
 METRICS_LOG = "metrics.jsonl"  # of a run: every logged step
 VALIDATION = "validation"
 LORA = "lora"  # the adapters' folder, in the run's
@@ -102,6 +111,7 @@ def _check_copied(teacher: str | PathLike[str], folder: Path, classes: Mapping[s
         for name in LEGAL_FILES:
             if (folder / name).exists():
                 check_file(folder / name, home)
+        license_of(folder / CARD)
     except ValueError as error:
         raise ValueError(f"teacher {str(teacher)!r} cannot be used: {error}") from error
 
@@ -122,7 +132,9 @@ def _download(teacher: str | PathLike[str], patterns: Sequence[str], ignored: Se
     try:
         return Path(snapshot_download(str(teacher), allow_patterns=[*patterns], ignore_patterns=[*ignored]))
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise ValueError(f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub") from error
+        raise ValueError(
+            f"teacher {str(teacher)!r} is neither a folder nor a model on the Hub that can be reached"
+        ) from error
 
 
 def component_files(
@@ -150,17 +162,22 @@ def component_files(
         ValueError: where one is missing, torn or none of the folder's own, or the component is no library's own.
     """
     entry = model_index.get(name)
-    if not isinstance(entry, list) or len(entry) != 2 or None in entry:
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
         raise ValueError(f"{MODEL_INDEX} names no {name}, which the pipeline needs")
     if entry[0] not in WEIGHT_NAMES:
         raise ValueError(f"{MODEL_INDEX} has {name} {entry}: its code would be {entry[0]}, and not a library's")
     if not (folder / name).is_dir():
         raise ValueError(f"its {name} is missing")
-    if name == SCHEDULER:
-        return scheduler_files(folder / name, home)
     if name.startswith(TOKENIZER):
         return tokenizer_files(folder / name, home)
-    return model_files(folder / name, entry[0], home, variants, stored_precision(folder / name, variant))
+    if name == SCHEDULER:
+        files = scheduler_files(folder / name, home)
+    else:
+        files = model_files(folder / name, entry[0], home, variants, stored_precision(folder / name, variant))
+    config = read_object(files[0])
+    if config.get("_class_name") != entry[1] if entry[0] == "diffusers" else "model_type" not in config:
+        raise ValueError(f"{name}/{files[0].name} is no config of {entry[1]}, which {MODEL_INDEX} has there")
+    return files
 
 
 def digest_component(teacher_folder: str | PathLike[str], name: str, variant: str | None = None) -> str:
@@ -220,13 +237,21 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     Returns:
         The folders `checkpoint-{step}`, by step; those still being written are not among them.
     """
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = [path for path in output_dir.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
 
 
 def license_of(card: Path) -> dict[str, str]:
-    """The licence fields of a model card; none where there is no card or it names none."""
+    """The licence fields of a model card; none where there is no card or it names none.
+
+    Raises:
+        ValueError: where the card cannot be read.
+    """
     if not card.is_file():
         return {}
-    data = ModelCard.load(card).data.to_dict()
+    try:
+        data = ModelCard.load(card).data.to_dict()
+    except Exception as error:  # the client's own, or its YAML reader's
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{card.parent.name}/{card.name} cannot be read as a model card: {reason}") from error
     return {field: data[field] for field in ("license", "license_name", "license_link") if field in data}

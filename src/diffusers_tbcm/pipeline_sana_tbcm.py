@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models import AutoencoderDC, SanaTransformer2DModel
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
@@ -20,10 +25,33 @@ from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from .backbones.sana import INSTRUCTION
+from .call_arguments import (
+    check_attention_kwargs,
+    check_callback,
+    check_choice,
+    check_embeddings,
+    check_flags,
+    check_floats,
+    check_generator,
+    check_image,
+    check_instruction,
+    check_latents,
+    check_prompt,
+    checked_callback,
+    real_number,
+    whole_number,
+)
+from .finite import NOT_FINITE, FiniteImageProcessor, NotFiniteWarning, is_finite
 from .images import fit_image, load_image, pixels_to_pil, resolution_bins
-from .lora import GUIDANCE_EMBEDDER_FILE, drop_guidance_bias, load_guidance_embedder
-from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler
+from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler, recorded_call_options
 from .standalone import standalone_pipeline_source
+from .student_adapters import (
+    OFFLOADING_HOOKS,
+    StudentLoraLoaderMixin,
+    check_can_be_saved,
+    drawing_with,
+    students_of,
+)
 from .text import check_tokenizer
 from .versions import tokenizer_class
 
@@ -32,10 +60,12 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_NUM_INFERENCE_STEPS = 2
 STOCK_CALL_OPTIONS = {"guidance_scale": 4.5, "max_sequence_length": 300, "complex_human_instruction": INSTRUCTION}
-OFFLOADING_HOOKS = frozenset(("_diffusers_hook", "_hf_hook"))  # as diffusers and accelerate name them on a layer
+PICTURE_TYPES = ("pil", "np", "pt")
+CALL_STATE = ("_guidance_scale", "_attention_kwargs", "_num_timesteps", "_all_hooks")  # what a call leaves behind
+ENCODING = threading.Lock()  # a fast tokenizer holds the length that it pads to, and a LoRA layer its scale
 
 
-class SanaTBCMPipeline(SanaSprintPipeline):
+class SanaTBCMPipeline(StudentLoraLoaderMixin, SanaSprintPipeline):
     """
     Text-to-image and image-to-image in few steps with a Sana student distilled by TBCM
     (https://arxiv.org/abs/2511.20410).
@@ -85,7 +115,10 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         if tokenizer is not None and text_encoder is not None:
             check_tokenizer(tokenizer, text_encoder)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        self.image_processor = FiniteImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._init_image: torch.Tensor | None = None
+        self._interrupt = False
+        self._caller: SanaTBCMPipeline | None = None
         self._guidance_warned = False
 
     @classmethod
@@ -100,8 +133,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         """
         Make this pipeline of another Sana pipeline's components, without a copy.
 
-        The sampler of a teacher's [`SanaPipeline`], which cannot sample from a student, gives way to a
-        `TBCMScheduler()`.
+        The sampler is a copy, so that the two pipelines can draw at the same time; that of a teacher's
+        [`SanaPipeline`], which cannot sample from a student, gives way to a `TBCMScheduler()`.
 
         Args:
             pipeline ([`DiffusionPipeline`]):
@@ -115,8 +148,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         Returns:
             [`SanaTBCMPipeline`]: the new pipeline.
         """
-        if not isinstance(pipeline.scheduler, SCMScheduler):
-            components.setdefault("scheduler", TBCMScheduler())
+        samples = isinstance(pipeline.scheduler, SCMScheduler)
+        components.setdefault("scheduler", copy.copy(pipeline.scheduler) if samples else TBCMScheduler())
         names, _ = cls._get_signature_keys(cls)
         shared = {name: component for name, component in pipeline.components.items() if name in names}
         new_pipeline = cls(**{**shared, **components})
@@ -142,7 +175,11 @@ class SanaTBCMPipeline(SanaSprintPipeline):
                 The folder to write.
             args, kwargs:
                 Passed on to [`~DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            `ValueError`: if the transformer has LoRA adapters beside its weights.
         """
+        check_can_be_saved(self.transformer)
         components = self.components
         if self.scheduler is not None:
             components["scheduler"] = self.scheduler.to_stock()
@@ -153,60 +190,6 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         if self.tokenizer is not None and self.tokenizer.is_fast:
             stock.register_to_config(tokenizer=("transformers", tokenizer_class(type(self.tokenizer).__name__)))
         stock.save_pretrained(save_directory, *args, **kwargs)
-
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """
-        Read LoRA layers, without the fixed guidance that a student distilled as LoRA holds for stock pipelines.
-
-        Args:
-            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`), kwargs:
-                As in [`~loaders.SanaLoraLoaderMixin.lora_state_dict`].
-
-        Returns:
-            `dict[str, torch.Tensor]`, or with `return_lora_metadata=True` a `tuple` of it and the adapter's config.
-        """
-        found = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        if kwargs.get("return_lora_metadata"):
-            return drop_guidance_bias(*found)
-        return drop_guidance_bias(found, None)[0]
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Load LoRA layers and, where one lies beside them, the guidance embedder of a student distilled as LoRA.
-
-        With the latter the pipeline may hold the plain teacher: it goes on with a transformer of its own, made of the
-        teacher's weights, and with a scheduler that carries what the student was distilled with. Another pipeline with
-        the same teacher stays as it is.
-
-        Args:
-            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
-                Folder, file or Hub id, or the LoRA layers themselves.
-            adapter_name (`str`, *optional*), hotswap (`bool`, defaults to `False`), kwargs:
-                As in [`~loaders.SanaLoraLoaderMixin.load_lora_weights`].
-
-        Raises:
-            `ValueError`: if there is a guidance embedder to load and offloading is already enabled.
-        """
-        source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, dict):
-            folder = os.path.dirname(os.path.abspath(source)) if os.path.isfile(source) else source
-            where = {**kwargs, "weight_name": GUIDANCE_EMBEDDER_FILE, "use_safetensors": True}
-            try:
-                guidance_embedder, recorded = self.lora_state_dict(folder, **where, return_lora_metadata=True)
-            except OSError:
-                pass  # a LoRA without one, such as a style for a student
-            else:
-                self.register_modules(transformer=load_guidance_embedder(self.transformer, guidance_embedder))
-                if recorded is not None:  # what the student was distilled with
-                    self.scheduler = TBCMScheduler.from_config(self.scheduler.config, **recorded)
-        super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
 
     def encode_prompt(
         self,
@@ -251,34 +234,46 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         Returns:
             `tuple` of `torch.Tensor`: embeddings of shape `(prompts * num_images_per_prompt, tokens, hidden)` and
             their mask of shape `(prompts * num_images_per_prompt, tokens)`.
+
+        Raises:
+            `ValueError`: naming the argument or the component that does not fit, and what to do.
         """
         if max_sequence_length is None:
             max_sequence_length = self.default_call_options["max_sequence_length"]
         if complex_human_instruction == "as trained":
             complex_human_instruction = self._recorded_options.get("complex_human_instruction")
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         if prompt_embeds is None:
+            self._check_can_read_prompts()
+            check_prompt(prompt)
+            check_instruction(complex_human_instruction)
+            max_sequence_length = whole_number("max_sequence_length", max_sequence_length)
             prompts = [prompt] if isinstance(prompt, str) else prompt
             distinct = list(dict.fromkeys(prompts))
             rows = [distinct.index(text) for text in prompts]
-            if lora_scale is not None:
-                scale_lora_layers(self.text_encoder, lora_scale)
-            encoded = self._get_gemma_prompt_embeds(
-                distinct,
-                device=self._execution_device if device is None else device,
-                dtype=self.text_encoder.dtype,
-                clean_caption=clean_caption,
-                max_sequence_length=max_sequence_length,
-                complex_human_instruction=complex_human_instruction,
-            )
-            if lora_scale is not None:
-                unscale_lora_layers(self.text_encoder, lora_scale)
+            with ENCODING:
+                if lora_scale is not None:
+                    scale_lora_layers(self.text_encoder, lora_scale)
+                encoded = self._get_gemma_prompt_embeds(
+                    distinct,
+                    device=self._execution_device if device is None else device,
+                    dtype=self.text_encoder.dtype,
+                    clean_caption=clean_caption,
+                    max_sequence_length=max_sequence_length,
+                    complex_human_instruction=complex_human_instruction,
+                )
+                if lora_scale is not None:
+                    unscale_lora_layers(self.text_encoder, lora_scale)
             # The first token and the last ones, without the instruction. Slices: the device would have to wait for a
             # list of indices.
             last = encoded[0].shape[1] - (max_sequence_length - 1)
             prompt_embeds, prompt_attention_mask = (
                 torch.stack([torch.cat([value[row, :1], value[row, last:]]) for row in rows]) for value in encoded
             )
-        assert prompt_attention_mask is not None  # `check_inputs` asks for one
+        elif prompt_attention_mask is None:
+            raise ValueError("Must provide `prompt_attention_mask` when specifying `prompt_embeds`.")
+        else:
+            prompt_embeds, prompt_attention_mask = prompt_embeds.to(device), prompt_attention_mask.to(device)
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         prompt_attention_mask = prompt_attention_mask.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, prompt_attention_mask
@@ -311,7 +306,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         if not config.guidance_embeds:
             raise ValueError(
                 "`transformer.config.guidance_embeds` is False: this is a teacher, not a distilled student. Load a"
-                " student that TBCM has distilled, or run the teacher in a `SanaPipeline`."
+                " student that TBCM has distilled, switch its LoRA on, or run the teacher in a `SanaPipeline`."
             )
         if config.timestep_scale > 1:
             raise ValueError(
@@ -338,6 +333,10 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
         )
+        if prompt_embeds is not None:
+            check_embeddings(prompt_embeds, prompt_attention_mask, config.caption_channels)
+        elif prompt_attention_mask is not None:
+            raise ValueError("`prompt_attention_mask` is given without the `prompt_embeds` that it belongs to.")
 
     def prepare_latents(
         self,
@@ -364,8 +363,13 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             multiplied by `sigma_data`.
 
         Raises:
-            `ValueError`: if the images do not divide the batch.
+            `ValueError`: if generators or latents are not those of so many images of that size, or the images to
+                start from do not divide the batch.
         """
+        check_generator(generator, batch_size)
+        if latents is not None:
+            size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+            check_latents(latents, (batch_size, num_channels_latents, *size))
         noise = super().prepare_latents(
             batch_size, num_channels_latents, height, width, dtype, device, generator, latents
         )
@@ -396,16 +400,22 @@ class SanaTBCMPipeline(SanaSprintPipeline):
 
         Returns:
             `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`: the images.
+
+        Raises:
+            `ValueError`: for another `output_type`.
         """
+        check_choice("output_type", output_type, PICTURE_TYPES)
         latents = (latents / self.scheduler.config.sigma_data).to(self.vae.dtype)
         images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-        if output_type == "pil":
-            return pixels_to_pil(self.image_processor.postprocess(images, output_type="pt"))
-        return self.image_processor.postprocess(images, output_type=output_type)
+        images = self.image_processor.postprocess(images, output_type="pt" if output_type == "pil" else output_type)
+        _warn_unless_finite(images)
+        return pixels_to_pil(images) if output_type == "pil" else images
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
         """
         Show the steps done; custom timesteps count without their final 0, which the stock loop counts as a step.
+
+        The pipeline that was called shows from here on what the call knows, such as `num_timesteps`.
 
         Args:
             iterable (*optional*), total (`int`, *optional*):
@@ -414,6 +424,8 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         Returns:
             `tqdm.tqdm`: the bar.
         """
+        if self._caller is not None:
+            self._caller._show(self)
         return super().progress_bar(iterable, None if total is None else self.num_timesteps)
 
     def __call__(
@@ -541,26 +553,36 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         Raises:
             `ValueError`: naming the argument or the component that does not fit, and what to do.
         """
-        if num_inference_steps is None:
-            num_inference_steps = DEFAULT_NUM_INFERENCE_STEPS if timesteps is None else len(timesteps) - 1
-
+        self._check_components(prompt, output_type)
         defaults = self.default_call_options
-        if guidance_scale is None:
-            guidance_scale = defaults["guidance_scale"]
         if max_sequence_length is None:
             max_sequence_length = defaults["max_sequence_length"]
         if complex_human_instruction == "as trained":
             complex_human_instruction = defaults["complex_human_instruction"]
+        guidance_scale = real_number(
+            "guidance_scale", defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        )
+        real_number("eta", eta)
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
+        check_flags(return_dict=return_dict, clean_caption=clean_caption)
+        check_choice("output_type", output_type, (*PICTURE_TYPES, "latent"))
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        lora_scale = check_attention_kwargs(attention_kwargs)
+        if num_inference_steps is None and timesteps is None:
+            num_inference_steps = DEFAULT_NUM_INFERENCE_STEPS
 
         sample_size = self.transformer.config.sample_size
         native_size = sample_size * self.vae_scale_factor
-        height = defaults.get("height", native_size) if height is None else height
-        width = defaults.get("width", native_size) if width is None else width
+        height = whole_number("height", defaults.get("height", native_size) if height is None else height)
+        width = whole_number("width", defaults.get("width", native_size) if width is None else width)
 
         # The stock pipeline bins where sample_size is 32, to the 1024-pixel sizes whatever the autoencoder.
         stock_binning = sample_size == 32 and native_size == 1024
         if use_resolution_binning is None:  # among the sizes of the network's own training
             use_resolution_binning = stock_binning and defaults.get("height", native_size) == native_size
+        check_flags(use_resolution_binning=use_resolution_binning)
         own_binning = use_resolution_binning and not stock_binning
         resize = own_binning and output_type != "latent"
 
@@ -570,42 +592,48 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             height, width = self.image_processor.classify_height_width_bin(height, width, ratios=bins)
 
         self._warn_of_guidance(guidance_scale)
-        self._init_image = None
-        if image is not None:
-            if latents is not None:
-                raise ValueError("`latents` and `image` are both given, but sampling starts from one; leave one out.")
-            if not 0 < strength <= 1:
-                raise ValueError(f"`strength` is {strength}, but has to lie in (0, 1].")
-            self._init_image = load_image(image, image_height, image_width, self._size_multiple)
-            self.scheduler.set_timesteps(num_inference_steps, timesteps, None, max_timesteps, intermediate_timesteps)
-            timesteps, max_timesteps, intermediate_timesteps = self.scheduler.timesteps * strength, None, None
+        with self._call(lora_scale) as call:
+            call.scheduler.set_timesteps(num_inference_steps, timesteps, None, max_timesteps, intermediate_timesteps)
+            num_inference_steps = call.scheduler.num_inference_steps
+            if image is not None:
+                if latents is not None:
+                    raise ValueError("`latents` and `image` are both given, but sampling starts from one; leave one.")
+                strength = real_number("strength", strength)
+                if not 0 < strength <= 1:
+                    raise ValueError(f"`strength` is {strength}, but has to lie in (0, 1].")
+                check_image(image)
+                call._init_image = load_image(image, image_height, image_width, self._size_multiple)
+                check_floats("image", call._init_image)
+                timesteps, max_timesteps, intermediate_timesteps = call.scheduler.timesteps * strength, None, None
 
-        images = super().__call__(
-            prompt=prompt,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            max_timesteps=max_timesteps,
-            intermediate_timesteps=intermediate_timesteps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            output_type="pt" if resize or output_type == "pil" else output_type,
-            return_dict=False,
-            clean_caption=clean_caption,
-            use_resolution_binning=use_resolution_binning and stock_binning,
-            attention_kwargs=attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-        )[0]
+            images = SanaSprintPipeline.__call__(
+                call,
+                prompt=prompt,
+                num_inference_steps=num_inference_steps,
+                timesteps=timesteps,
+                max_timesteps=max_timesteps,
+                intermediate_timesteps=intermediate_timesteps,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                height=height,
+                width=width,
+                eta=eta,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                prompt_attention_mask=prompt_attention_mask,
+                output_type="pt" if resize or output_type == "pil" else output_type,
+                return_dict=False,
+                clean_caption=clean_caption,
+                use_resolution_binning=use_resolution_binning and stock_binning,
+                attention_kwargs=attention_kwargs,
+                callback_on_step_end=None if callback_on_step_end is None else checked_callback(callback_on_step_end),
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                max_sequence_length=max_sequence_length,
+                complex_human_instruction=complex_human_instruction,
+            )[0]
 
+        _warn_unless_finite(images)
         if resize:
             images = self.image_processor.resize_and_crop_tensor(images, image_width, image_height)
         if output_type == "pil":
@@ -614,6 +642,53 @@ class SanaTBCMPipeline(SanaSprintPipeline):
             images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
         return SanaPipelineOutput(images=images) if return_dict else (images,)
 
+    @contextmanager
+    def _call(self, lora_scale: float | None) -> Iterator[SanaTBCMPipeline]:
+        """
+        A copy of the pipeline that holds the state of one call, so that several threads may draw.
+
+        It has the networks of the pipeline and a sampler of its own. The pipeline shows what the last call has left.
+        """
+        self._interrupt = False
+        call = copy.copy(self)
+        call.scheduler = copy.copy(self.scheduler)
+        call._caller, call._init_image = self, None
+        with drawing_with(self.transformer, lora_scale):
+            yield call
+        self._show(call)
+
+    def _show(self, call: SanaTBCMPipeline) -> None:
+        """Take over what a call has left, unless another sampler has been set meanwhile."""
+        for name in CALL_STATE:
+            if hasattr(call, name):
+                setattr(self, name, getattr(call, name))
+        if self.scheduler.config is call.scheduler.config:
+            self.scheduler = call.scheduler
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after this step: a callback's pipeline stops its own call, the pipeline all under way."""
+        started = self.scheduler.step_index is not None
+        return started and (self._interrupt or (self._caller is not None and self._caller._interrupt))
+
+    def _check_components(self, prompt: Any, output_type: Any) -> None:
+        """Refuse to draw without the components that this takes."""
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` is None: this pipeline was loaded without it and cannot draw.")
+        if self.vae is None and output_type != "latent":
+            raise ValueError("`vae` is None: load the pipeline with it, or pass `output_type='latent'`.")
+        if prompt is not None:
+            self._check_can_read_prompts()
+
+    def _check_can_read_prompts(self) -> None:
+        for name in ("tokenizer", "text_encoder"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"`prompt` is given, but `{name}` is None: load the pipeline with it, or pass `prompt_embeds` and"
+                    " `prompt_attention_mask`."
+                )
+
     @property
     def default_call_options(self) -> dict[str, Any]:
         """The arguments that a call takes where it is not told: those of the student's training, else stock ones."""
@@ -621,8 +696,15 @@ class SanaTBCMPipeline(SanaSprintPipeline):
 
     @property
     def _recorded_options(self) -> dict[str, Any]:
-        """What the checkpoint carries of `default_call_options`; there may be no scheduler, or a stock one."""
-        return getattr(self.scheduler, "default_call_options", {})
+        """What the checkpoint, or the LoRA of a student in effect, carries of `default_call_options`."""
+        return recorded_call_options(self._scheduler_config)
+
+    @property
+    def _scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's config with what the LoRA of students in effect changes; there may be no scheduler."""
+        students = None if self.transformer is None else students_of(self.transformer)
+        recorded = {} if students is None else students.scheduler_config
+        return {**({} if self.scheduler is None else self.scheduler.config), **recorded}
 
     @property
     def _execution_device(self) -> torch.device:
@@ -631,7 +713,7 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         devices = {next(network.parameters()).device for network in networks}
         layers: list[torch.nn.Module] = [*networks]
         for layer in layers:  # grows by the layers found
-            if not OFFLOADING_HOOKS.isdisjoint(layer.__dict__):
+            if any(hook in layer.__dict__ for hook in OFFLOADING_HOOKS):
                 return super()._execution_device
             layers.extend(part for part in layer._modules.values() if part is not None)
         return devices.pop() if len(devices) == 1 else super()._execution_device
@@ -642,10 +724,15 @@ class SanaTBCMPipeline(SanaSprintPipeline):
         return self.vae_scale_factor * self.transformer.config.patch_size
 
     def _warn_of_guidance(self, guidance_scale: float) -> None:
-        scales = self.scheduler.config.guidance_scales
+        scales = self._scheduler_config.get("guidance_scales")
         if scales and not min(scales) <= guidance_scale <= max(scales) and not self._guidance_warned:
             self._guidance_warned = True
             logger.warning(
                 f"`guidance_scale` is {guidance_scale}, but this student was distilled at {min(scales)} to"
                 f" {max(scales)} and has not learnt what lies beyond; pass a `guidance_scale` from there."
             )
+
+
+def _warn_unless_finite(images: Any) -> None:
+    if not is_finite(images):
+        warnings.warn(f"What was drawn {NOT_FINITE}", NotFiniteWarning, stacklevel=3)

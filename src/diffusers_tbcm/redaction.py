@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 
 HIDDEN = "***"
+PUBLIC_SCHEMES = {"doi", "ftp", "git", "hf", "http", "https", "ssh"}  # others lead to files and stores of one's own
 HOME = "~"  # in place of a path that ends in a user's name
 MIN_SECRET = 8  # characters; shorter values would be found in ordinary words
 USER_VARIABLES = ("USER", "LOGNAME", "USERNAME")
@@ -39,18 +39,22 @@ _NAMED_SECRETS = re.compile(
     rf"|({_SECRET_NAME.replace('(?:--?)?', '--?')}\s+)(?:(?=\S*\d)\S{{6,}}|\S{{12,}})",  # and no word of a sentence
     re.IGNORECASE,
 )
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s\"'`<>]+)")
+_URL = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*://[^\s\"'`<>]+)")
 _QUERY = re.compile(r"([?&#][\w.-]*(?:token|key|secret|sig|password|credential|auth)[\w.-]*=)[^&\s#]+", re.I)
 _NAME = r"(?:\\ |[^\s/\\\"'`<>|])+"  # a part of a path in running text
 _START = r"(?<![^\s\"'`=:,;(\[{|>@!&])"
 _PATHS = re.compile(
-    rf"[\w.+-]+@[\w.-]+:[~/\w](?:[/\\]*{_NAME})*"  # user@host:path
+    rf"(?<![\w.+-])[\w.+-]+@[\w.-]+:[~/\w](?:[/\\]*{_NAME})*"  # user@host:path
     rf"|(?<![A-Za-z0-9])[A-Za-z]:[\\/]+{_NAME}(?:[\\/]+{_NAME})*[\\/]*"  # C:\path
     rf"|{_START}\\\\+{_NAME}(?:\\+{_NAME})+\\*"  # \\server\path
+    rf"|{_START}(?:\$\{{?[A-Z_]{{3,}}\}}?|%[A-Z_]{{3,}}%)(?:[/\\]+{_NAME})+[/\\]*"  # $HOME/path
     rf"|{_START}~(?:[A-Za-z_][\w.-]*)?(?:/+{_NAME})+/*"  # ~/path
     rf"|{_START}/+{_NAME}(?:/+{_NAME})+/*"  # /path
 )
-_RELATIVE = re.compile(r"(?<!\w)[\w.@+%-]+(?:[/\\]+[\w.@+%-]+)+[/\\]*")
+_ENCODED = re.compile(
+    r"(?<![\w.%-])(?:[A-Za-z](?::|%3A))?(?:%(?:2F|5C)(?:[^\s%\"'`&<>]|%(?!2F|5C)[0-9A-F]{2})+){2,}", re.IGNORECASE
+)
+_RELATIVE = re.compile(r"(?<![\w.@+%-])[\w.@+%-]+(?:[/\\]+[\w.@+%-]+)+[/\\]*")
 _WHOLE_PATH = re.compile(r"(?:/+|~(?:[A-Za-z_][\w.-]*)?/+|file:/+|[A-Za-z]:[\\/]+|\\\\+)(?=\S)[^\n]*[^\s]")
 _QUOTED = re.compile(r"([\"'`])((?:--?[\w-]+=)?)((?:[/~]|[A-Za-z]:[\\/]|\\\\|file:/)[^\"'`\n]*)\1")
 
@@ -58,9 +62,9 @@ _QUOTED = re.compile(r"([\"'`])((?:--?[\w-]+=)?)((?:[/~]|[A-Za-z]:[\\/]|\\\\|fil
 def redact(text: str, secrets: Collection[str] = ()) -> str:
     """Strip what is this machine's or secret from a text.
 
-    Of a path outside the working folder, of one with the user's name, of a `file://` address and of one behind `~` the
-    last part remains. Addresses lose their credentials, tokens become `***`. Everything else stays: addresses, ids of
-    repositories, relative paths.
+    Of a path outside the working folder, of one with the user's name, of one behind `~`, and of an address that is not
+    public, such as `file://`, the last part remains. Addresses lose their credentials, tokens become `***`. Everything
+    else stays: addresses, ids of repositories, relative paths.
 
     Args:
         text: running text, a command line, or a path that may have spaces in it.
@@ -75,14 +79,16 @@ def redact(text: str, secrets: Collection[str] = ()) -> str:
     text = _QUOTED.sub(
         lambda match: match[1] + match[2] + (_last_part(match[3]) if _is_path(match[3]) else match[3]) + match[1], text
     )
-    for folder in {str(Path.home()), str(Path.cwd())} - {"/"}:  # their names may have spaces
-        text = re.sub(rf"{re.escape(folder)}(?:/+{_NAME})*/*(?![\w.-])", lambda match: _last_part(match[0]), text)
+    text = _ENCODED.sub(lambda match: _last_part(unquote(match[0])), text)
     pieces = _URL.split(text)
-    users = _users()
+    users, own_folders = _users(), _own_folders()
     for index, piece in enumerate(pieces):
         if index % 2:
             pieces[index] = _clean_address(piece)
         else:
+            for folder in own_folders:  # their names may have spaces
+                own = rf"(?<![\w./~-]){re.escape(folder)}(?:/+{_NAME})*/*(?![\w.-])"
+                piece = re.sub(own, lambda match: _last_part(match[0]), piece)
             piece = _PATHS.sub(lambda match: _last_part(match[0]), piece)
             pieces[index] = _RELATIVE.sub(lambda match: _clean_relative(match[0], users), piece)
     return "".join(pieces)
@@ -152,8 +158,17 @@ def _environment_secrets() -> list[str]:
 
 def _users() -> set[str]:
     """The names by which this machine knows its user, in lower case."""
-    names = {os.environ.get(variable, "") for variable in USER_VARIABLES} | {Path.home().name}
+    names = {os.environ.get(variable, "") for variable in USER_VARIABLES} | {os.path.basename(os.path.expanduser("~"))}
     return {name.lower() for name in names if len(name) > 1}
+
+
+def _own_folders() -> set[str]:
+    """The user's home and the working folder; neither has to be there."""
+    try:
+        folders = {os.path.expanduser("~"), os.getcwd()}
+    except OSError:
+        folders = {os.path.expanduser("~")}
+    return folders - {"/", "~"}
 
 
 def _is_path(text: str) -> bool:
@@ -173,7 +188,7 @@ def _last_part(path: str) -> str:
 
 def _clean_address(address: str) -> str:
     scheme, _, rest = address.partition("://")
-    if scheme.lower() == "file":
+    if not PUBLIC_SCHEMES & {*scheme.lower().split("+")}:
         return _last_part(f"file:/{rest}")
     host, slash, path = rest.partition("/")
     return _QUERY.sub(rf"\1{HIDDEN}", f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")

@@ -11,6 +11,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_scm import SCMScheduler, SCMSchedulerOutput
 
+from .call_arguments import real_number, whole_number
+
 
 MAX_TIMESTEP = math.pi / 2  # pure noise
 MAX_TIMESTEP_FLOAT32 = torch.tensor(MAX_TIMESTEP, dtype=torch.float32).item()  # as schedules hold it, 4e-8 more
@@ -24,6 +26,7 @@ TIMESTEPS_BY_STEPS = {
     "4": [MAX_TIMESTEP, 3 * math.pi / 8, math.pi / 4, math.pi / 8, 0.0],
 }
 OWN_CONFIG_ENTRIES = ("timesteps_by_steps", "guidance_scales", "call_options")  # what an SCMScheduler does not know
+DISTILLED_WITH = ("guidance_scales", "call_options")  # those that a student's LoRA carries too
 CALL_OPTIONS = ("guidance_scale", "height", "width", "max_sequence_length", "complex_human_instruction")
 
 
@@ -71,7 +74,7 @@ class TBCMScheduler(SCMScheduler):
     ):
         if prediction_type != "trigflow":
             raise ValueError(f"`prediction_type` is {prediction_type!r}, but TBCM students predict 'trigflow' only.")
-        if not sigma_data > 0:
+        if not real_number("sigma_data", sigma_data) > 0:
             raise ValueError(f"`sigma_data` is {sigma_data}, but a standard deviation has to be positive.")
         if timesteps_by_steps is None:
             timesteps_by_steps = TIMESTEPS_BY_STEPS
@@ -82,11 +85,12 @@ class TBCMScheduler(SCMScheduler):
                     f"`timesteps_by_steps[{steps!r}]` has {len(checked)} timesteps; its key has to be the string"
                     f" {str(len(checked) - 1)!r}, one less, because the last timestep is the 0 where sampling ends."
                 )
-        if guidance_scales is not None and not (guidance_scales and min(guidance_scales) > 0):
+        if guidance_scales is not None and not (
+            guidance_scales and min(real_number("guidance_scales", scale) for scale in guidance_scales) > 0
+        ):
             raise ValueError(f"`guidance_scales` is {guidance_scales}, but has to hold positive scales, or be None.")
-        unknown = sorted({*(call_options or {})} - {*CALL_OPTIONS})
-        if unknown:
-            raise ValueError(f"`call_options` has {unknown[0]!r}, but may have {', '.join(CALL_OPTIONS)} only.")
+        if call_options is not None and not (isinstance(call_options, Mapping) and {*call_options} <= {*CALL_OPTIONS}):
+            raise ValueError(f"`call_options` is {call_options}, but has to be a dict of {', '.join(CALL_OPTIONS)}.")
 
         super().__init__(num_train_timesteps, prediction_type, sigma_data)
         self.register_to_config(timesteps_by_steps=timesteps_by_steps)
@@ -100,9 +104,7 @@ class TBCMScheduler(SCMScheduler):
             `dict[str, Any]`: the config's `call_options` and, where it knows them, the middle one of the
             `guidance_scales` as `guidance_scale`.
         """
-        scales = self.config["guidance_scales"]
-        middle = {} if scales is None else {"guidance_scale": median_low(scales)}
-        return {**middle, **(self.config["call_options"] or {})}
+        return recorded_call_options(self.config)
 
     def to_stock(self) -> SCMScheduler:
         """
@@ -160,17 +162,16 @@ class TBCMScheduler(SCMScheduler):
             if max_timesteps is not None:
                 raise ValueError(f"`max_timesteps` is {max_timesteps}, but `timesteps` is given too; pass only one.")
             schedule = _check_timesteps(timesteps, name="timesteps")
-            if num_inference_steps not in (None, len(schedule) - 1):
+            if num_inference_steps is not None and whole_number("num_inference_steps", num_inference_steps) != (
+                len(schedule) - 1
+            ):
                 raise ValueError(
                     f"`num_inference_steps` is {num_inference_steps}, but `timesteps` holds {len(schedule) - 1} steps"
                     " and the final 0; leave `num_inference_steps` out or make it agree."
                 )
         else:
-            if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-                raise ValueError(
-                    f"`num_inference_steps` is {num_inference_steps!r}; pass an integer of at least 1, or `timesteps`."
-                )
-            schedule = self._default_timesteps(num_inference_steps, device, max_timesteps, intermediate_timesteps)
+            steps = whole_number("num_inference_steps", num_inference_steps)
+            schedule = self._default_timesteps(steps, device, max_timesteps, intermediate_timesteps)
         if device is not None and schedule.device.type == "cpu":
             # Filled in on the device: a copy from the host would wait until the device has done all it has to do.
             schedule = torch.stack([torch.full((), angle, device=device) for angle in schedule.tolist()])
@@ -190,7 +191,8 @@ class TBCMScheduler(SCMScheduler):
         if max_timesteps is None and intermediate_timesteps is None and named is not None:
             return torch.tensor(named, dtype=torch.float32)
 
-        first = MAX_TIMESTEP if max_timesteps in (None, STOCK_MAX_TIMESTEP) else max_timesteps
+        first = MAX_TIMESTEP if max_timesteps is None else real_number("max_timesteps", max_timesteps)
+        first = MAX_TIMESTEP if first == STOCK_MAX_TIMESTEP else first
         if not 0 < first <= MAX_TIMESTEP_FLOAT32:
             raise ValueError(f"`max_timesteps` is {max_timesteps}, but has to lie in (0, pi/2], in radians.")
         if intermediate_timesteps is None:
@@ -201,6 +203,7 @@ class TBCMScheduler(SCMScheduler):
                 f"`intermediate_timesteps` is {intermediate_timesteps}, but `num_inference_steps` is"
                 f" {num_inference_steps} and not 2; pass `timesteps` to choose every angle."
             )
+        intermediate_timesteps = real_number("intermediate_timesteps", intermediate_timesteps)
         if not 0 < intermediate_timesteps < first:
             raise ValueError(
                 f"`intermediate_timesteps` is {intermediate_timesteps}, but has to lie between 0 and {first} radians."
@@ -305,9 +308,28 @@ class TBCMScheduler(SCMScheduler):
         return noisy.to(original_samples.dtype)
 
 
+def recorded_call_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Read `default_call_options` from a scheduler's config.
+
+    Args:
+        config (`Mapping[str, Any]`):
+            That of a [`TBCMScheduler`], or any other, which carries none.
+
+    Returns:
+        `dict[str, Any]`: arguments of the pipeline's call by name.
+    """
+    scales = config.get("guidance_scales")
+    middle = {} if scales is None else {"guidance_scale": median_low(scales)}
+    return {**middle, **(config.get("call_options") or {})}
+
+
 def _check_timesteps(timesteps: Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
     """Turn angles into the float32 schedule that they describe, or say what is wrong with them."""
-    schedule = torch.as_tensor(timesteps, dtype=torch.float32)
+    try:
+        schedule = torch.as_tensor(timesteps, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):  # no numbers at all
+        schedule = torch.empty(0)
     descending = schedule.ndim == 1 and len(schedule) > 1 and bool((schedule[:-1] > schedule[1:]).all())
     if not descending or schedule[0] > MAX_TIMESTEP_FLOAT32 or schedule[-1] != 0:
         raise ValueError(

@@ -3,12 +3,16 @@
 Run from the checkout, it writes the pictures that the embedded teacher was taught, with all their captions, as a
 folder that `datasets` reads:
 
-    python -m examples.tbcm.mini_teacher.emoji_data --noto_dir ... --fluent_dir ... --output_dir ...
+    npm pack emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+    mkdir noto fluent
+    tar -xzf emoji-datasource-google-16.0.0.tgz -C noto --strip-components 1
+    tar -xzf lobehub-fluent-emoji-3d-1.1.0.tgz -C fluent --strip-components 1
+    python -m examples.tbcm.mini_teacher.emoji_data --noto_dir noto --fluent_dir fluent --output_dir pictures
 """
 
-import argparse
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, ending_in_words
 from diffusers_tbcm.images import to_rgb
 
 
@@ -117,16 +122,18 @@ def write_image_folder(images: torch.Tensor, captions: list[list[str]], folder: 
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--noto_dir", type=Path, required=True, help="unpacked npm package emoji-datasource-google")
     parser.add_argument("--fluent_dir", type=Path, required=True, help="unpacked npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="the teacher's, which chooses what is held out")
-    args = parser.parse_args()
-    taught = [picture for picture in list_emoji(args.noto_dir, args.fluent_dir, args.seed) if picture.taught]
-    write_image_folder(load_images(taught), [all_captions(picture) for picture in taught], args.output_dir)
-    print(f"{len(taught)} pictures in {args.output_dir}")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    args = parser.parse_args(argv)
+    with ending_in_words({}, debug=args.debug):
+        taught = [picture for picture in list_emoji(args.noto_dir, args.fluent_dir, args.seed) if picture.taught]
+        write_image_folder(load_images(taught), [all_captions(picture) for picture in taught], args.output_dir)
+        print(f"{len(taught)} pictures in {args.output_dir}")
 
 
 if __name__ == "__main__":

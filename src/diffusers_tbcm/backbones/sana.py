@@ -10,6 +10,7 @@ from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepG
 from torch import nn
 
 from ..components import stored_precision
+from ..errors import loading
 from ..files import read_json
 from ..text import Text, check_tokenizer
 from ..transfer import check_weights
@@ -53,14 +54,16 @@ def load_transformer(folder: Path, variant: str | None = None) -> SanaTransforme
         ValueError: where a weight is not finite.
     """
     precision = stored_precision(folder / "transformer", variant) or None
-    transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", variant=precision)
+    with loading("teacher", folder):
+        transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", variant=precision)
     return check_weights(transformer.float(), "transformer")
 
 
 def load_vae(folder: Path, variant: str | None = None) -> AutoencoderDC:
     """Load the autoencoder of a pipeline folder, in float32; arguments and errors are those of `load_transformer`."""
     precision = stored_precision(folder / "vae", variant) or None
-    vae = AutoencoderDC.from_pretrained(folder, subfolder="vae", variant=precision)
+    with loading("teacher", folder):
+        vae = AutoencoderDC.from_pretrained(folder, subfolder="vae", variant=precision)
     return check_weights(vae.float(), "vae")
 
 
@@ -79,13 +82,10 @@ def load_text_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = N
         ValueError: where a weight is not finite, or the tokenizer is none or not the text encoder's.
     """
     precision = stored_precision(folder / "text_encoder", variant) or None
-    try:
+    with loading("teacher", folder):
         pipeline = SanaPipeline.from_pretrained(
             folder, vae=None, transformer=None, variant=precision, **dtype_argument(dtype)
         )
-    except Exception as error:  # of the libraries that read a tokenizer, one each
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"tokenizer and text encoder of {str(folder)!r} cannot be loaded: {reason}") from error
     check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
     check_weights(pipeline.text_encoder, "text_encoder").requires_grad_(False)
     return pipeline
@@ -167,11 +167,11 @@ def latent_shape(folder: Path, transformer: SanaTransformer2DModel, resolution: 
     factor = vae_scale_factor(folder)
     multiple = factor * config["patch_size"]
     if resolution < multiple or resolution % multiple:
-        raise ValueError(f"resolution is {resolution}: it has to be a positive multiple of {multiple} pixels")
+        raise ValueError(f"`resolution` is {resolution}: it has to be a positive multiple of {multiple} pixels")
     size = resolution // factor
     if config["interpolation_scale"] is not None and size != config["sample_size"]:
         native = config["sample_size"] * factor
-        raise ValueError(f"resolution is {resolution}: this teacher's position embedding is for {native} pixels")
+        raise ValueError(f"`resolution` is {resolution}: this teacher's position embedding is for {native} pixels")
     return config["in_channels"], size, size
 
 

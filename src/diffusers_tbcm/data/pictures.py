@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
@@ -303,5 +304,5 @@ def _captions(entry: Any, column: str) -> tuple[str, ...]:
     """What is written of one picture, without the empty ones."""
     captions = [entry] if entry is None or isinstance(entry, str) else entry
     if not isinstance(captions, list) or not all(caption is None or isinstance(caption, str) for caption in captions):
-        raise ValueError(f"column {column!r} is neither text nor a list of texts: it holds {entry!r}")
+        raise ValueError(f"column {column!r} is neither text nor a list of texts: it holds {reprlib.repr(entry)}")
     return tuple(caption.strip() for caption in captions if caption and caption.strip())

@@ -1,6 +1,7 @@
 """Prompts: where they come from, to train on and to evaluate on."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -198,11 +199,11 @@ def _text(prompt: object, place: str) -> str:
     if prompt is None:
         return ""
     if not isinstance(prompt, str):
-        raise ValueError(f"{place!r} is not text: it holds {prompt!r}")
+        raise ValueError(f"{place!r} is not text: it holds {reprlib.repr(prompt)}")
     if len(prompt) > MAX_CHARACTERS:
         raise ValueError(f"{place!r} holds a prompt of {len(prompt):,} characters: is it one prompt a line?")
     if "\0" in prompt or any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"{place!r} holds {prompt!r}, which is no text: it has a NUL or half a character")
+        raise ValueError(f"{place!r} holds {reprlib.repr(prompt)}, which is no text: it has a NUL or half a character")
     return prompt
 
 
@@ -222,14 +223,17 @@ def _check_file(path: Path, suffix: str) -> None:
 def _prompt_lines(path: Path) -> Iterator[str]:
     """The lines of a text file; those of a table or of JSON are refused, where they can be told from prompts."""
     first = next(_lines(path), "").strip()
-    if first.startswith(("{", "[")):
-        try:
-            json.loads(first)
-        except ValueError:
-            pass  # a prompt in brackets
-        else:
-            raise ValueError(f"prompts file {str(path)!r} holds JSON in its lines: name it .jsonl")
+    if first in ("[", "{") or (first.startswith(("[", "{")) and _is_json(first)):
+        raise ValueError(f"prompts file {str(path)!r} holds JSON: name it .json, or .jsonl for JSON line by line")
     yield from _lines(path)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):  # a prompt in brackets
+        return False
+    return True
 
 
 def _lines(path: Path) -> Iterator[str]:

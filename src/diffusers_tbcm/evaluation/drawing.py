@@ -15,10 +15,16 @@ from PIL import Image
 
 from ..backbones.sana import INSTRUCTION
 from ..draws import draw_generator
+from ..errors import in_a_line, loading
+from ..finite import NOT_FINITE, is_finite
+from ..images import pixels_to_pil
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..text import Text
 from ..versions import dtype_argument
+
+
+STUDENT_SCHEDULER = SCMScheduler.__name__  # in a published model_index.json
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ def load_pipeline(
     model: str | PathLike[str],
     *,
     lora: str | PathLike[str] | None = None,
+    variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> SanaTBCMPipeline:
@@ -52,6 +59,7 @@ def load_pipeline(
     Args:
         model: pipeline folder or Hub id.
         lora: folder, file or Hub id of LoRA weights to load into it.
+        variant: the half-precision weights to load of it, such as `"bf16"`; None for the ordinary ones.
         dtype: of weights and computation.
         device: by default the first GPU where there is one, else the CPU.
 
@@ -59,25 +67,53 @@ def load_pipeline(
         The pipeline, without progress bars of its own.
 
     Raises:
-        ValueError: where `model` or `lora` is not found, or `model` without `lora` is no student.
+        ValueError: where `model` or `lora` is not found or damaged, `model` without `lora` is no student, or `device`
+            is none of this machine's.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else find_device(device)
     try:
-        config = SanaTBCMPipeline.load_config(str(model))
+        with loading("model", model, but=OSError):
+            is_student = SanaTBCMPipeline.load_config(str(model)).get("scheduler") == ["diffusers", STUDENT_SCHEDULER]
     except OSError as error:
-        raise ValueError(f"model {str(model)!r} is neither a pipeline folder nor a model on the Hub") from error
-    is_student = config.get("scheduler") == ["diffusers", SCMScheduler.__name__]
+        raise ValueError(
+            f"model {str(model)!r} is neither a pipeline folder nor a model on the Hub that can be reached"
+        ) from error
     if not is_student and lora is None:
         raise ValueError(f"model {str(model)!r} is no few-step student: give one, or the LoRA that makes it one")
     # A student brings its own timesteps; a teacher's scheduler belongs to the teacher's many steps.
     scheduler = {} if is_student else {"scheduler": TBCMScheduler()}
-    pipeline = SanaTBCMPipeline.from_pretrained(str(model), **dtype_argument(dtype), **scheduler)
+    with loading("model", model):
+        pipeline = SanaTBCMPipeline.from_pretrained(str(model), variant=variant, **dtype_argument(dtype), **scheduler)
     if lora is not None:
         try:
-            pipeline.load_lora_weights(str(lora))
+            with loading("lora", lora, but=OSError):
+                pipeline.load_lora_weights(str(lora))
         except OSError as error:
-            raise ValueError(f"lora {str(lora)!r} is neither LoRA weights nor a model on the Hub") from error
+            raise ValueError(
+                f"lora {str(lora)!r} is neither LoRA weights nor a model on the Hub that can be reached"
+            ) from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(device)
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """Make sure that there is a device which computes.
+
+    Args:
+        name: torch's, such as `"cuda:1"`.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: where this machine, or this torch, has none of that name.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch's way to say that it was built without
+        raise ValueError(f"`device` is {str(name)!r}, which cannot be used here: {in_a_line(error)}") from error
+    return device
 
 
 def call_options(*, complex_human_instruction: bool | None = None, **options: Any) -> dict[str, Any]:
@@ -118,6 +154,9 @@ def draw_pictures(
 
     Yields:
         The pictures, in order.
+
+    Raises:
+        ValueError: for a picture of NaN or infinity, which would be black.
     """
     generators = iter(generators)
     batch_size = batch_size or max(1, len(prompts))
@@ -128,12 +167,19 @@ def draw_pictures(
             asked = {"prompt_embeds": batch.embeds, "prompt_attention_mask": batch.mask}
         else:
             asked = {"prompt": list(batch)}
-        yield from pipeline(
+        pixels = pipeline(
             **asked,
             num_inference_steps=num_inference_steps,
             generator=list(islice(generators, len(batch))),
+            output_type="pt",
             **options,
         ).images
+        for number, (picture, image) in enumerate(zip(pixels, pixels_to_pil(pixels), strict=True), start):
+            if not is_finite(picture):
+                prompt = f"prompt {number}" if isinstance(prompts, Text) else repr(prompts[number])
+                steps = f"{num_inference_steps} step{'s' * (num_inference_steps > 1)}"
+                raise ValueError(f"The picture of {prompt} at {steps} {NOT_FINITE}")
+            yield image
 
 
 def numbered_generators(seed: int) -> Iterator[torch.Generator]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from statistics import median
 from typing import Protocol
 
@@ -40,7 +41,19 @@ __all__ = [
     "seconds_per_image",
 ]
 
+PACKAGES = ("matplotlib", "pandas", "scipy", "torchmetrics")  # the eval extra's, beside what makes features
 RETRIEVED = (1, 5)  # top-k retrieval is given for these k
+
+
+def check_installed() -> None:
+    """Miss a package that measuring takes before drawing for it.
+
+    Raises:
+        ImportError: naming the package.
+    """
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            raise ImportError(f"evaluation needs {package}, which is not installed: pip install {package}")
 
 
 def check_numbers(

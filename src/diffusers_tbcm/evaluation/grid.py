@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+MAX_LABEL_CELLS = 3
+ELLIPSIS = " ..."
 
 
 def image_grid(
@@ -18,7 +24,7 @@ def image_grid(
     Args:
         rows: the pictures, row by row; each is scaled to fit a cell, in its own proportions.
         column_labels: one a column.
-        row_labels: one a row.
+        row_labels: one a row; one that is wider than three cells is cut.
         cell_size: pixels a side of a cell.
 
     Returns:
@@ -35,6 +41,7 @@ def image_grid(
 
     font = ImageFont.load_default(cell_size // 8)
     gap = cell_size // 16
+    row_labels = [_fitted(label, font, MAX_LABEL_CELLS * cell_size) for label in row_labels]
     left = gap + int(max(font.getlength(label) for label in row_labels)) + gap
     top = gap + cell_size // 8 + gap
     size = (left + len(column_labels) * (cell_size + gap), top + len(rows) * (cell_size + gap))
@@ -51,3 +58,12 @@ def image_grid(
             )
             grid.paste(cell, (left + column * (cell_size + gap), y))
     return grid
+
+
+def _fitted(label: str, font: Any, width: int) -> str:
+    """A label in one line, cut to a width in pixels."""
+    label = " ".join(label.split())
+    if font.getlength(label) <= width:
+        return label
+    kept = bisect_right(range(len(label)), width, key=lambda length: font.getlength(label[:length] + ELLIPSIS)) - 1
+    return label[: max(0, kept)] + ELLIPSIS

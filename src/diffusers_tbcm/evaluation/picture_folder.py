@@ -38,6 +38,9 @@ class PictureFolder(Sequence[Image.Image]):
         pictures_per_prompt: M; a folder takes more of every prompt later.
         settings: what a picture depends on beside its prompt, JSON values by name.
 
+    Attributes:
+        settings: those, and a digest of the prompts.
+
     Raises:
         ValueError: where the folder holds pictures of other settings or prompts, or files of another's; the message
             says which differ.
@@ -53,8 +56,12 @@ class PictureFolder(Sequence[Image.Image]):
         self.folder = Path(folder)
         self.prompts = prompts
         self.pictures_per_prompt = pictures_per_prompt
-        settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
+        self.settings = settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
         found = read_json(self.folder / SETTINGS) if (self.folder / SETTINGS).is_file() else {}
+        if not found and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(
+                f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
+            )
         differences = [
             f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
             for name in sorted({*found, *settings})
@@ -64,10 +71,6 @@ class PictureFolder(Sequence[Image.Image]):
             raise ValueError(
                 f"{str(folder)!r} holds pictures of another run: {'; '.join(differences)}. Choose another folder,"
                 " or delete this one to draw anew"
-            )
-        if not found and self.folder.is_dir() and any(self.folder.glob("*.*")):
-            raise ValueError(
-                f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
             )
         if found != settings:
             write_json(self.folder / SETTINGS, settings)
@@ -103,13 +106,16 @@ class PictureFolder(Sequence[Image.Image]):
         return self.folder / f"{prompt:06}-{picture:02}.png"
 
     def missing(self) -> list[int]:
-        """Say which pictures are yet to be drawn; those whose files are torn are named in a warning, and among them.
+        """Say which pictures are yet to be drawn; files that are not whole are named and count among them.
 
         Returns:
             Their indices.
         """
         names = {path.name for path in self.folder.glob("*.png")}
-        return [i for i in range(len(self)) if self.path(i).name not in names or _is_torn(self.path(i))]
+        torn = {name for name in names if not _is_whole(self.folder / name)}
+        if torn:
+            logger.warning(f"{len(torn)} pictures of {str(self.folder)!r} are torn and drawn again: {min(torn)}, ...")
+        return [index for index in range(len(self)) if self.path(index).name not in names - torn]
 
     def draw(
         self,
@@ -183,15 +189,14 @@ def _tokenizer_content(tokenizer: Any) -> str:
     return json.dumps({name: content[name] for name in ("added_tokens", "normalizer", "model")}, sort_keys=True)
 
 
-def _is_torn(path: Path) -> bool:
-    """Whether a PNG file breaks off or is damaged: its checksums tell, without decoding it."""
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG file is what was written: its checksums tell, without decoding it."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.verify()
-    except Exception as error:  # Pillow has one for every way in which a file can be broken
-        logger.warning(f"{str(path)!r} is torn and will be drawn again: {error}")
-        return True
-    return False
+    except Exception:  # Pillow has one for every way in which a file can be broken
+        return False
+    return True
 
 
 def text_digest(text: str) -> str:

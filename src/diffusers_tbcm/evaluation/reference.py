@@ -10,11 +10,11 @@ from os import PathLike
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import in_a_line
+from ..errors import loading
 from ..files import written_beside
 from .features import NUM_COMPONENTS
 from .metrics import fit_gaussian, frechet_distance, symmetric_root
@@ -98,17 +98,16 @@ class FeatureReference:
         Raises:
             ValueError: where the file is no such reference, or its numbers are not finite.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                labels = tuple(json.loads(file.metadata()["labels"]))
+        with loading("reference file", path), safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            labels = tuple(json.loads(file.metadata()["labels"]))
             found = cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
-        except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{str(path)!r} holds no features of an evaluation: {in_a_line(error)}") from error
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError(f"{str(path)!r} holds features that are not finite")
+            raise ValueError(f"reference file {str(path)!r} holds features that are not finite")
         if labels and len(labels) != len(found.features):
-            raise ValueError(f"{str(path)!r} has {len(labels)} labels for {len(found.features)} features")
+            raise ValueError(
+                f"reference file {str(path)!r} has {len(labels)} labels for {len(found.features)} features"
+            )
         return found
 
     def project(self, features: Tensor) -> Tensor:

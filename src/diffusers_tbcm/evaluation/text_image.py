@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
+from ..errors import loading
 from ..files import written_beside
 from ..images import to_rgb
+from ..text import check_tokenizer
 from .features import FeatureExtractor, MobileNetFeatures
 
 
@@ -46,7 +48,10 @@ class CLIPScorer:
             self.model = CLIPModel.from_pretrained(str(model)).eval().to(device)
             self.processor = CLIPProcessor.from_pretrained(str(model))
         except (OSError, HFValidationError) as error:
-            raise ValueError(f"CLIP model {str(model)!r} is neither a folder nor a model on the Hub") from error
+            raise ValueError(
+                f"CLIP model {str(model)!r} is neither a folder nor a model on the Hub that can be reached"
+            ) from error
+        check_tokenizer(self.processor.tokenizer, self.model.text_model)
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int = 32) -> Tensor:
@@ -128,7 +133,7 @@ class HeadScorer:
         device: where it runs.
 
     Raises:
-        ValueError: where the folder has no head.
+        ValueError: where the folder has no head, or one that is torn or not finite, or its tokenizer reads no prompt.
     """
 
     name = "text-image head score"
@@ -137,16 +142,20 @@ class HeadScorer:
         path = Path(folder) / HEAD_FILE
         if not path.is_file():
             raise ValueError(f"folder {str(folder)!r} has no {HEAD_FILE}")
-        with safe_open(path, framework="pt") as file:
+        with loading("text-image head", path), safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
             self.accuracy: dict[str, Any] = json.loads(file.metadata()["accuracy"])
-        size, image_features = weights["image.weight"].shape
-        self.head = TextImageHead(image_features, weights["text.weight"].shape[1], size)
-        self.head.load_state_dict(weights)
+            size, image_features = weights["image.weight"].shape
+            self.head = TextImageHead(image_features, weights["text.weight"].shape[1], size)
+            self.head.load_state_dict(weights)
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError(f"text-image head {str(path)!r} holds weights that are not finite")
         self.head.eval().to(device)
         self.extractor: FeatureExtractor = MobileNetFeatures().to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
-        self.text_encoder = AutoModel.from_pretrained(Path(folder) / "text_encoder").eval().to(device)
+        with loading("text encoder", folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+            self.text_encoder = AutoModel.from_pretrained(Path(folder) / "text_encoder").eval().to(device)
+        check_tokenizer(self.tokenizer, self.text_encoder)
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int = 64) -> Tensor:

@@ -38,7 +38,7 @@ from ..pipeline_folder import (
 )
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..redaction import redact_values
-from ..scheduling_tbcm import OWN_CONFIG_ENTRIES, TBCMScheduler
+from ..scheduling_tbcm import DISTILLED_WITH, TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
@@ -46,6 +46,8 @@ from .record import StudentDescription
 from .selection import publishable, redact_header
 
 
+MAX_SAMPLES = 48  # pictures of a card: 16 prompts at 1, 2 and 4 steps
+MAX_SAMPLE_SIZE = 512  # pixels a side
 SANA_PIPELINE_TIME = 1000  # diffusers' SanaPipeline feeds the network this, times s, times the config's scale
 
 
@@ -152,8 +154,8 @@ def save_student_lora(
     if guidance_scale is None:
         guidance_scale = scheduler.default_call_options.get("guidance_scale", STOCK_CALL_OPTIONS["guidance_scale"])
     with _staged(output_dir, last=LORA_FILE) as folder:
-        own_entries = {name: scheduler.config[name] for name in OWN_CONFIG_ENTRIES}
-        save_lora(student, folder, guidance_scale if stock else None, own_entries)
+        distilled_with = {name: scheduler.config[name] for name in DISTILLED_WITH}
+        save_lora(student, folder, guidance_scale if stock else None, distilled_with)
         record = _record(description, student, teacher, teacher_folder, output_dir)
         adapter = {
             "guidance_scale": guidance_scale,
@@ -305,10 +307,12 @@ def _describe(folder: Path, teacher_folder: Path, description: StudentDescriptio
         if (teacher_folder / name).is_file():
             _copy_published(teacher_folder / name, folder / name)
     pictures = []
-    for index, sample in enumerate(description.samples):
+    for index, sample in enumerate(description.samples[:MAX_SAMPLES]):
         file = f"{SAMPLES}/{index:02}.png"
         (folder / SAMPLES).mkdir(exist_ok=True)
-        sample.image.save(folder / file)
+        shown = sample.image.copy()
+        shown.thumbnail((MAX_SAMPLE_SIZE, MAX_SAMPLE_SIZE))  # leaves smaller ones as they are
+        shown.save(folder / file)
         pictures.append({"prompt": sample.prompt, "num_inference_steps": sample.num_inference_steps, "file": file})
     write_json(folder / TRAINING_RECORD, redact_values({**record, "samples": pictures}))
     if description.config is not None:

@@ -22,7 +22,7 @@ from packaging.version import Version
 from ..errors import Failure
 from ..files import json_text
 from ..pipeline_folder import CARD, TRAINING_RECORD, license_of
-from ..redaction import redact
+from ..redaction import hide_secrets, redact
 from .selection import select_files
 
 
@@ -53,6 +53,7 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
     installed = huggingface_hub.__version__
     if Version(installed) < Version(MIN_HUB_VERSION):
         raise Failure(f"pushing needs huggingface_hub {MIN_HUB_VERSION}; {installed} is installed: update it")
+    _check_no_token(repo_id=repo_id)
     api = HfApi(token=_checked_token(token))
     with _explained_errors(repo_id):
         validate_repo_id(repo_id)
@@ -108,6 +109,7 @@ def push_pipeline_to_hub(
         ValueError: naming the argument that cannot be pushed or pushed with, and what to do.
         RuntimeError: where the Hub cannot be reached, does not take the push, or another push came between.
     """
+    _check_no_token(repo_id=repo_id, license=license, tag=tag)
     folder = Path(folder)
     secrets = [secret.strip() for secret in (token, get_token()) if secret]
     selection = select_files(folder, include_training_state=include_training_state, secrets=secrets)
@@ -120,7 +122,7 @@ def push_pipeline_to_hub(
         old_id, step = record["model_id"], record["training"].get("steps")
         record |= {"model_id": repo_id, "license": record["license"] or {"license": license}}
         files[TRAINING_RECORD] = json_text(record).encode()
-        tag = f"step-{step}" if tag is None and step is not None else tag
+        tag = f"step-{step}" if tag is None and isinstance(step, int) else tag
     card = CommitOperationAdd(CARD, _card_for_repo(_content(files.pop(CARD)), old_id, repo_id, license).encode())
     if selection.left_out:
         names = ", ".join(map(repr, selection.left_out[:MAX_NAMED]))
@@ -162,7 +164,9 @@ def push_or_warn(folder: str | PathLike[str], repo_id: str, *, token: str | None
             ["python", "-m", "diffusers_tbcm", "push", str(folder), repo_id]
             + ([] if license is None else ["--license", license])
         )
-        logger.warning(f"{folder} was not pushed: {error}\nIt is whole on disk. Push it later:\n  {command}")
+        logger.warning(
+            f"{folder} was not pushed: {error}\nIt is whole on disk. Push it later:\n  {hide_secrets(command)}"
+        )
         return False
     return True
 
@@ -238,6 +242,13 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
         api.create_tag(repo_id, tag=tag, revision=commit)
 
     _retry(set_tag)
+
+
+def _check_no_token(**arguments: str | None) -> None:
+    """Refuse a token in the place of what is published."""
+    for name, value in arguments.items():
+        if value is not None and hide_secrets(value) != value:
+            raise ValueError(f"{name} holds a token, which would be published: tokens go into HF_TOKEN")
 
 
 def _checked_token(token: str | None) -> str | None:

@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 TAGS = ("text-to-image", "diffusers", "sana", "distillation", "few-step")
 IMAGE_FREE_TAGS = ("tbcm", "image-free-distillation")
 TASK = "text-to-image"
+MAX_CAPTION = 300  # characters of a prompt
 SHOWN_STEPS = (1, 2, 4)  # by the examples
 
 
@@ -72,7 +73,7 @@ def render_model_card(
         template_path=str(_template_path()),
         **{name: record[name] for name in ("teacher", "training", "resolution", "image_free")},
         model_id=model_id,
-        prompt=json.dumps(record["prompt"], ensure_ascii=False),
+        prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
         adapter=adapter,
         call_options=_beyond_stock(call_options),
         intermediate=_rounded(angles[2])[1],
@@ -108,7 +109,7 @@ def _widget(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None
     """The gallery of a model's page on the Hub."""
     return [
         {
-            "text": sample["prompt"],
+            "text": _caption(sample["prompt"]),
             "parameters": {"num_inference_steps": sample["num_inference_steps"]},
             "output": {"url": sample["file"]},
         }
@@ -143,6 +144,11 @@ def _beyond_stock(call_options: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _caption(prompt: str) -> str:
+    """A prompt as the card shows it, which a page of text would make unreadable."""
+    return prompt if len(prompt) <= MAX_CAPTION else prompt[:MAX_CAPTION].rstrip() + " ..."
+
+
 def _rounded(times: torch.Tensor) -> list[float]:
     return [round(time, 4) for time in times.tolist()]
 
@@ -151,7 +157,7 @@ def _samples_by_prompt(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[i
     """The sample pictures' files by prompt and number of steps."""
     table: dict[str, dict[int, str]] = {}
     for sample in samples:
-        table.setdefault(sample["prompt"], {})[sample["num_inference_steps"]] = sample["file"]
+        table.setdefault(_caption(sample["prompt"]), {})[sample["num_inference_steps"]] = sample["file"]
     return table
 
 

@@ -47,7 +47,7 @@ class StudentDescription:
         prompt: what the card's examples draw.
         training: the card's training table, JSON values by name.
         config: `training_config.json`, as `training_config` makes it; None writes none.
-        samples: what the student drew.
+        samples: what the student drew; the first 48 are shown, at 512 pixels a side at most.
         resolution: what the student was distilled at, in pixels a side; by default its own size.
         license: the student's; by default what the teacher's card says, and none where that says nothing.
         model_id: what the card's examples load; the folder's name by default.

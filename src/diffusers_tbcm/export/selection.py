@@ -31,6 +31,8 @@ from ..pipeline_folder import (
     TRANSFORMER,
     VARIANTS,
     component_files,
+    holding_weights,
+    license_of,
     list_checkpoints,
 )
 from ..redaction import redact, redact_values
@@ -154,9 +156,11 @@ def _chosen_files(folder: Path) -> list[Path]:
     if not (folder / CARD).is_file():
         raise ValueError(f"it has no {CARD}: write its card, which every published model carries")
     files.append(check_file(folder / CARD))
+    license_of(folder / CARD)
     if _is_own(folder / TRAINING_RECORD):
         record = read_object(folder / TRAINING_RECORD)
-        if not {"model_id", "license"} <= record.keys() or not isinstance(record.get("training"), dict):
+        kinds = (("model_id", str), ("license", dict), ("training", dict))
+        if not all(isinstance(record.get(name), kind) for name, kind in kinds):
             raise ValueError(f"its {TRAINING_RECORD} is not the one that training writes")
     files += [folder / name for name in (*RECORDS, *LEGAL_FILES) if _is_own(folder / name)]
     return files + list(_shown_pictures(folder))
@@ -178,6 +182,11 @@ def _pipeline_files(folder: Path) -> list[Path]:
     files = [index]
     for name in components:
         files += component_files(folder, name, model_index, variants=tuple(VARIANTS))
+    for variant in VARIANTS:
+        having = {file.parent.name for file in files if f".{variant}" in file.name}
+        lacking = sorted({*holding_weights(components)} - having)
+        if having and lacking:
+            raise ValueError(f"it has {variant} weights of its {min(having)} and none of its {lacking[0]}")
     return files
 
 
@@ -195,7 +204,7 @@ def _is_own(path: Path) -> bool:
     """Whether there is such a file, with no link on the way to it."""
     try:
         check_file(path)
-    except ValueError:
+    except (OSError, ValueError):  # the system's, for a name that it does not take
         return False
     return True
 

@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 # Written last into a checkpoint: its step, and the size of every other file.
 MANIFEST = "checkpoint.json"
 RUN_STATE = "run.json"  # what the run was told, and where it stands
-RUN_STATE_ENTRIES = ("told", "content", "changes", "averaged_steps", "health")
+RUN_STATE_ENTRIES = {"told": dict, "content": dict, "changes": list, "averaged_steps": dict, "health": dict}
 AVERAGES = "ema.safetensors"
 
 
@@ -108,7 +108,7 @@ def rotate_checkpoints(output_dir: Path, newest: str, total_limit: int, *, sound
         sound: name of one that stays beside them.
     """
     folder = OwnedFolder(output_dir)
-    others = [other for other in list_checkpoints(output_dir) if other.name != newest and folder.lists(other.name)]
+    others = [other for other in list_checkpoints(output_dir) if other.name != newest and other.name in folder.names]
     for other in others[: max(0, len(others) - total_limit + 1)]:
         if other.name != sound:
             try:
@@ -125,18 +125,18 @@ def discard_checkpoint(checkpoint: Path) -> None:
     """
     folder = OwnedFolder(checkpoint.parent)
     try:
-        names = [*read_json(checkpoint / MANIFEST)["files"], MANIFEST]
+        ours = {*read_json(checkpoint / MANIFEST)["files"], MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):
         folder.set_aside(checkpoint.name)
         return
-    for name in names:
-        if (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
-            (checkpoint / name).unlink(missing_ok=True)
-    for below in sorted((path for path in checkpoint.rglob("*") if path.is_dir()), reverse=True):
-        if not any(below.iterdir()):
-            below.rmdir()
+    for path in sorted(checkpoint.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.relative_to(checkpoint).as_posix() in ours:
+            path.unlink()
+        elif path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
     if not any(checkpoint.iterdir()):
         checkpoint.rmdir()
+    folder.disown(checkpoint.name)
 
 
 def _lacking(sizes: dict[str, int], counts: dict[str, int]) -> str | None:
@@ -162,7 +162,9 @@ def load_run_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         state = read_json(checkpoint / RUN_STATE)
-        return {name: state[name] for name in RUN_STATE_ENTRIES}
+        if not all(isinstance(state[name], kind) for name, kind in RUN_STATE_ENTRIES.items()):
+            raise TypeError("an entry is of another kind")
+        return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint {str(checkpoint)!r} has no readable {RUN_STATE}, as those of earlier versions, which kept a"
@@ -291,11 +293,25 @@ def check_place(output_dir: str, resume_from_checkpoint: str | None) -> None:
         find_checkpoint(folder, resume_from_checkpoint)
     if holds_run and resume_from_checkpoint not in (None, "latest"):
         checkpoint, _ = find_checkpoint(folder, resume_from_checkpoint)
-        if checkpoint.resolve().parent != folder.resolve():
+        if not checkpoint.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"`output_dir` {output_dir!r} holds another run than that of `resume_from_checkpoint`"
                 f" {resume_from_checkpoint!r}: choose another folder"
             )
+
+
+def last_kept(folder: OwnedFolder, resumed: Path | None, step: int) -> int:
+    """Say up to which step what is in a folder belongs to the run that goes on there.
+
+    Args:
+        folder: the run's.
+        resumed: the checkpoint that it goes on from.
+        step: of that checkpoint.
+
+    Returns:
+        That step; 0 where the checkpoint is of another place, such as `abandoned/`.
+    """
+    return step if resumed is not None and resumed.resolve().parent == folder.folder.resolve() else 0
 
 
 def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
@@ -303,14 +319,14 @@ def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
 
     Args:
         folder: the run's.
-        step: that it goes on from.
+        step: the last that is kept.
         max_train_steps: that it goes to.
 
     Raises:
         ValueError: where something else is in the way.
     """
     checkpoints = list_checkpoints(folder.folder)
-    ahead = [path for path in checkpoints if folder.lists(path.name) and _step_in_name(path) > step]
+    ahead = [path for path in checkpoints if path.name in folder.names and _step_in_name(path) > step]
     folder.check_free(path.name for path in checkpoints if step < _step_in_name(path) <= max_train_steps)
     for checkpoint in ahead:
         try:
@@ -330,12 +346,12 @@ def set_aside_later(folder: OwnedFolder, step: int) -> None:
 
     Args:
         folder: the run's.
-        step: that it goes on from.
+        step: the last that is kept.
     """
     for path in [*list_checkpoints(folder.folder), *folder.folder.glob(f"{VALIDATION}/step-*.png")]:
         name = path.relative_to(folder.folder).as_posix()
-        if folder.lists(name) and _step_in_name(path) > step:
-            logger.warning(f"The run goes back to step {step}: {name} is now {folder.set_aside(name)}")
+        if name in folder.names and _step_in_name(path) > step:
+            logger.warning(f"{name} is not of the run that goes on: it is now {folder.set_aside(name)}")
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -282,7 +282,10 @@ class Distillation:
             student = self.backbone.make_student(teacher)
         else:
             targets = {} if settings.lora_target_modules is None else {"target_modules": settings.lora_target_modules}
-            student = make_lora_student(teacher, rank=settings.rank, alpha=settings.lora_alpha, **targets)
+            try:
+                student = make_lora_student(teacher, rank=settings.rank, alpha=settings.lora_alpha, **targets)
+            except ValueError as error:
+                raise ValueError(f"`lora_target_modules`: {error}") from error
         student.register_to_config(timestep_scale=self.teacher.timestep_scale)
         return student
 

@@ -19,6 +19,8 @@ LAUNCHERS = {
     "accelerate", "accelerate-launch", "torchrun",
     "accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run",
 }  # fmt: skip
+LAUNCHED = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")  # what launchers tell their children, and only they
+INIT = 1  # the process that gets the children of those that are gone
 POLL_SECONDS = 0.5
 
 
@@ -39,6 +41,8 @@ class StopRequest:
         launcher = find_launcher()
         if launcher is not None:
             Thread(target=self._watch, args=(launcher,), daemon=True).start()
+        elif os.getppid() == INIT and any(name in os.environ for name in LAUNCHED):
+            self._watch(launcher=None)  # it was gone before this was imported
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -59,7 +63,7 @@ class StopRequest:
         print(f"{name} before training began: the same command goes on. Exit code {RESUMABLE_EXIT_CODE}.")
         sys.exit(RESUMABLE_EXIT_CODE)
 
-    def _watch(self, launcher: int) -> None:
+    def _watch(self, launcher: int | None) -> None:
         while not self._over.wait(POLL_SECONDS):
             if os.getppid() != launcher:
                 if not self.received:  # a signal to the whole group ends the launcher too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import PartialState
 from diffusers.utils import logging
 
 from ..command_line import ending_in_words, show_information
-from ..files import PARTIAL_SUFFIX, remove
+from ..files import PARTIAL_SUFFIX
 from ..owned import OwnedFolder
-from ..pipeline_folder import METRICS_LOG
+from ..pipeline_folder import CARD, CHECKPOINT, LORA, METRICS, METRICS_LOG, SAMPLE_GRID, VALIDATION
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
 from .run import Run
 from .settings import RunSettings, flags_of
@@ -60,6 +60,9 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
 
     Returns:
         The second run.
+
+    Raises:
+        ValueError: where the run itself would find something in its way in `output_dir`.
     """
     at_home: dict[str, Any] = {"push_to_hub": False, "hub_strategy": "end"}
     at_home |= dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_license"))
@@ -71,26 +74,31 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
         train(once, stop)
         run = train(replace(once, max_train_steps=2, resume_from_checkpoint="latest"), stop)
         if run.accelerator.is_main_process:
+            _check_places(folder, Path(settings.output_dir))
             lines = (folder / METRICS_LOG).read_text(encoding="utf-8").splitlines()
             print("\nDry run: everything ran once, in a folder that is now deleted. Its two steps:")
             print("\n".join(lines))
+        run.accelerator.wait_for_everyone()
     return run
+
+
+def _check_places(scratch: Path, output_dir: Path) -> None:
+    """Refuse a folder in which something is in the way of what the dry run wrote; steps will be others."""
+    for written, target in ((scratch, output_dir), (scratch / LORA, output_dir / LORA)):
+        names = [name for name in OwnedFolder(written).names if not name.startswith((CHECKPOINT, VALIDATION))]
+        if CARD in names:  # a student, of which these would tell something else
+            names += [METRICS, SAMPLE_GRID]
+        if names:
+            OwnedFolder(target).check()
+            OwnedFolder(target).check_free(names)
 
 
 @contextmanager
 def _scratch_folder(output_dir: Path) -> Iterator[Path]:
     """A folder on the disk of a run's, the same in all processes, that is not there before and afterwards."""
     scratch = OwnedFolder(output_dir).disk() / f".{output_dir.resolve().name}.dry_run{PARTIAL_SUFFIX}"
-    state = PartialState()
-    try:
-        if state.is_main_process:
-            remove(scratch)  # of a dry run that was killed
-            scratch.mkdir()
-    except OSError as error:
-        raise ValueError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}") from error
-    state.wait_for_everyone()
+    shutil.rmtree(scratch, ignore_errors=True)  # of a dry run that was killed; no process writes before all are here
     try:
         yield scratch / output_dir.resolve().name
     finally:
-        if state.is_main_process:
-            remove(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)

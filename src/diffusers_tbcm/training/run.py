@@ -43,6 +43,7 @@ from .accelerators import check_launch, keep_whole_states
 from .checkpoints import (
     check_way,
     find_checkpoint,
+    last_kept,
     load_checkpoint,
     load_run_state,
     rotate_checkpoints,
@@ -214,7 +215,7 @@ class Run:
             folder.claim()
             self._hold()
             folder.check_renaming()
-            check_way(folder, self.step, self.settings.max_train_steps)
+            check_way(folder, last_kept(folder, self.resumed, self.step), self.settings.max_train_steps)
             folder.own(METRICS_LOG)
             if not (self.output_dir / MODEL_INDEX).exists():  # a student keeps what it was made with until it goes
                 with folder.written(TRAINING_CONFIG) as partial:
@@ -253,7 +254,7 @@ class Run:
         every: int = 1,
         ema: bool = False,
     ) -> nn.Module:
-        """Take in a model to train: all of its parameters that require a gradient.
+        """Take in a model to train, the one to export first: all of its parameters that require a gradient.
 
         Args:
             name: what its figures are called in the logs.
@@ -323,8 +324,8 @@ class Run:
         Raises:
             ValueError: where the checkpoint to resume from does not fit, or its weights are not finite.
             RuntimeError: where verbs come in the wrong order: no model was added, a step was not finished by
-                `update`; where too many steps in a row were not finite; at the end, where trained weights are not
-                finite or have not moved.
+                `update`; where too many steps in a row were not finite; at the end, where weights of the first model
+                are not finite or have not moved.
         """
         if not self._trained:
             raise RuntimeError("there is nothing to train: `add` a model before `batches`")
@@ -540,7 +541,7 @@ class Run:
         if self.resumed is not None:
             self._load(self.resumed)
         if self.accelerator.is_main_process:
-            set_aside_later(self.folder, self.step)
+            set_aside_later(self.folder, last_kept(self.folder, self.resumed, self.step))
         if self.settings.report_to != "none":
             flags = {name: str(value) for name, value in self.config["flags"].items()}
             try:
@@ -655,14 +656,13 @@ class Run:
             self.say(f"Changed on the way: {self.history}")
 
     def _finish(self) -> None:
-        """Let nothing be exported that is not finite or was not trained."""
-        for trained in self._trained:
-            problem = untrained(self.accelerator, trained.to_export, trained.before)
-            may_be_still = self.step < trained.every or self.settings.dry_run  # whose one step may be dropped
-            if problem is None or (may_be_still and problem == STILL):
-                continue
+        """Let no student, the first model, be exported that is not finite or was not trained."""
+        student = self._trained[0]
+        problem = untrained(self.accelerator, student.to_export, student.before)
+        may_be_still = self.step < student.every or self.settings.dry_run  # whose one step may be dropped
+        if problem is not None and not (problem == STILL and may_be_still):
             message = (
-                f"nothing is exported: after {self.step} steps the weights of the {trained.name} {problem}"
+                f"nothing is exported: after {self.step} steps the weights of the {student.name} {problem}"
                 f" ({self._dropped} prompts were dropped, {self.health.skipped} steps not finite)"
             )
             raise Failure(f"{message}; {self.health.advice()}" if self.health.skipped else message)

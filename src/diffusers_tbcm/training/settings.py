@@ -10,13 +10,15 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
-from ..command_line import DEBUG_HELP, CommandParser, HelpFormatter, name_flags
+from ..command_line import DEBUG_HELP, CommandParser, name_flags
 from ..errors import in_a_line
 from ..pipeline_folder import VARIANTS
 from .checkpoints import check_place
@@ -143,6 +145,10 @@ class RunSettings:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}: it has to lie in [0, 1)")
+        if self.report_to not in ("none", *map(str, LoggerType)):
+            raise ValueError(f"`report_to` is {self.report_to!r}: it takes none, {', '.join(map(str, LoggerType))}")
+        if self.use_8bit_adam and find_spec("bitsandbytes") is None:
+            raise ValueError("`use_8bit_adam` needs bitsandbytes, which is not installed")
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ValueError(f"`use_8bit_adam` is AdamW's, `optimizer` is {self.optimizer}")
         for name in ("hub_model_id", "hub_token", "hub_private_repo", "hub_license"):
@@ -276,7 +282,7 @@ def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, desc
         SystemExit: with code 2, where they do not fit; the message names the flag.
     """
     groups = [_group(part) for part in settings.__mro__ if dataclasses.is_dataclass(part)]
-    parser = SettingsParser(groups, description=description, formatter_class=HelpFormatter)
+    parser = SettingsParser(groups, description=description)
     for field in (field for group in groups for field in dataclasses.fields(group)):
         if field.default is True:  # as argparse's BooleanOptionalAction spells it
             says = field.metadata["help"]

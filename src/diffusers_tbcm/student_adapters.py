@@ -1,0 +1,445 @@
+"""A student's LoRA in a pipeline: its guidance embedder comes and goes with its adapter, whatever is done to that."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import SanaTransformer2DModel
+from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.models.embeddings import TimestepEmbedding
+from torch import nn
+
+from .backbones.sana import TEACHER_TIME_LAYER, embed_guidance
+from .scheduling_tbcm import DISTILLED_WITH, TBCMScheduler
+
+
+# Beside diffusers' file and not in it: diffusers takes no file with a weight that is not LoRA's.
+GUIDANCE_EMBEDDER_FILE = "guidance_embedder.safetensors"
+OFFLOADING_HOOKS = ("_diffusers_hook", "_hf_hook")  # as diffusers and accelerate name them on a layer
+EMBEDDER_TENSORS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+STUDENT_CONFIG_ENTRIES = ("guidance_embeds_scale", "timestep_scale")  # what a student's config adds to its teacher's
+
+COUNTING = threading.Lock()
+CALLS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # under way on a network
+SCALED: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()  # networks whose adapters a call has scaled
+
+
+@dataclass
+class StudentAdapters:
+    """What a network takes to go from one student to another, and back to itself.
+
+    Args:
+        time_embed: the network's own embedding of time, without any student.
+        config: the network's own entries of what a student's config changes.
+        embedders: what `save_lora` wrote of each student, by the name of its adapter.
+        scheduler_configs: entries of a scheduler's config that it wrote beside them.
+        weights: those of the students that the network is now, by name; None where an embedder has changed.
+        fused: whether a student is merged into the network's weights.
+        shares_weights: whether another network holds the same ones.
+    """
+
+    time_embed: Any
+    config: dict[str, Any]
+    embedders: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    scheduler_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights: dict[str, float] | None = field(default_factory=dict)
+    fused: bool = False
+    shares_weights: bool = True
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The entries of the students in effect; of several, a later one's win."""
+        configs = [self.scheduler_configs.get(name, {}) for name in self.weights or ()]
+        return {name: value for config in configs for name, value in config.items()}
+
+
+def drop_guidance_bias(
+    layers: dict[str, torch.Tensor], metadata: dict[str, Any] | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Leave out what `save_lora` added for stock pipelines: a student embeds guidance itself.
+
+    Args:
+        layers: what `pytorch_lora_weights.safetensors` holds; anything else is given back as it is.
+        metadata: the adapter's config in that file's header.
+
+    Returns:
+        The adapters without biases, and their config.
+    """
+    if f"transformer.{TEACHER_TIME_LAYER}.lora_B.bias" not in layers:
+        return layers, metadata
+    layers = {
+        name: layer
+        for name, layer in layers.items()
+        if TEACHER_TIME_LAYER not in name and not name.endswith(".lora_B.bias")
+    }
+    if metadata is not None:
+        targets = [name for name in metadata["transformer.target_modules"] if name != TEACHER_TIME_LAYER]
+        metadata = {**metadata, "transformer.target_modules": targets, "transformer.lora_bias": False}
+    return layers, metadata
+
+
+def take_students(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """Make a network of another's very parameters that students can be loaded into.
+
+    Args:
+        transformer: the teacher, or a student of it; it is left as it is.
+
+    Returns:
+        The network; the one that was given if it takes students already.
+
+    Raises:
+        ValueError: if the transformer has hooks, such as those of offloading.
+    """
+    if any(hasattr(module, hook) for module in transformer.modules() for hook in OFFLOADING_HOOKS):
+        raise ValueError("`transformer` has offloading hooks: load the LoRA first and enable offloading after that.")
+    if students_of(transformer) is not None:
+        return transformer
+    taking = copy.deepcopy(transformer, {id(parameter): parameter for parameter in transformer.parameters()})
+    config = {name: taking.config[name] for name in ("guidance_embeds", *STUDENT_CONFIG_ENTRIES)}
+    taking.student_adapters = StudentAdapters(taking.time_embed, config)
+    return taking
+
+
+def students_of(transformer: nn.Module) -> StudentAdapters | None:
+    """Give what is known of a network's students; None where it takes none."""
+    return getattr(transformer, "student_adapters", None)
+
+
+def follow_adapters(transformer: SanaTransformer2DModel, scale: float = 1.0) -> None:
+    """Give a network the guidance embedder of the adapters that are in effect, at their weights.
+
+    Each student adds weight * (its embedding of guidance - the network's own), as its LoRA layers add theirs; a
+    network that is no student now has its own embedding of time, and its own config.
+
+    Args:
+        transformer: the network.
+        scale: of all adapters, as `attention_kwargs` of a call has it.
+
+    Raises:
+        ValueError: if students are in effect whose configs differ.
+    """
+    students = students_of(transformer)
+    if students is None:
+        return
+    adapters = getattr(transformer, "peft_config", {})
+    if not adapters and students.fused:  # the layers are gone, what they were is in the weights
+        del transformer.student_adapters
+        return
+    students.embedders = {name: tensors for name, tensors in students.embedders.items() if name in adapters}
+    weights = {name: scale * _weight(transformer, name) for name in students.embedders}
+    weights = {name: weight for name, weight in weights.items() if weight != 0}
+    students.fused = bool(weights) and any(getattr(layer, "merged_adapters", ()) for layer in transformer.modules())
+    if weights == students.weights:
+        return
+    if any(hasattr(layer, hook) for layer in transformer.time_embed.modules() for hook in OFFLOADING_HOOKS):
+        raise ValueError(
+            "`transformer` has hooks on its layers, such as those of offloading: choose its adapters before that."
+        )
+    if weights:
+        _become_students(transformer, students, weights)
+    else:
+        _become_itself(transformer, students)
+    students.weights = weights
+
+
+@contextmanager
+def drawing_with(transformer: SanaTransformer2DModel, lora_scale: float | None) -> Iterator[None]:
+    """Let a network embed guidance as its adapters in effect do, for the time of a call.
+
+    Args:
+        transformer: the network.
+        lora_scale: of all adapters, during this call; None for none.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: while another call is under way, if one of them scales adapters or the network is offloaded.
+    """
+    scale = 1.0 if lora_scale is None or not getattr(transformer, "peft_config", None) else lora_scale
+    with COUNTING:
+        others = CALLS.get(transformer, 0)
+        if others and (scale != 1 or transformer in SCALED):
+            raise ValueError(
+                "`attention_kwargs` of a call has a `scale`, which the LoRA layers take on for all calls, and another"
+                " call is under way: wait for it, or give each thread a transformer of its own."
+            )
+        if others and any(hook in vars(layer) for layer in transformer.modules() for hook in OFFLOADING_HOOKS):
+            raise ValueError(
+                "`transformer` has hooks that move or cast its weights, such as those of offloading, and another call"
+                " is under way: wait for it, or give each thread a transformer of its own."
+            )
+        follow_adapters(transformer, scale)
+        CALLS[transformer] = others + 1
+        if scale != 1:
+            SCALED[transformer] = scale
+    try:
+        yield
+    finally:
+        with COUNTING:
+            CALLS[transformer] -= 1
+            if SCALED.pop(transformer, None) is not None:
+                follow_adapters(transformer)
+
+
+def own_weights(transformer: SanaTransformer2DModel) -> None:
+    """Copy the weights that adapters are about to be merged into, where another network holds the same ones.
+
+    Args:
+        transformer: the network.
+    """
+    students = students_of(transformer)
+    if students is None or not students.shares_weights:
+        return
+    for layer in transformer.modules():
+        if hasattr(layer, "merged_adapters"):
+            base = layer.get_base_layer()
+            for name, weight in list(base.named_parameters(recurse=False)):
+                setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+    students.shares_weights = False
+
+
+def check_unfused(transformer: nn.Module) -> None:
+    """Refuse to change adapters that are merged into the weights: what they added would stay there.
+
+    Args:
+        transformer: the network.
+
+    Raises:
+        ValueError: if a student is merged.
+    """
+    students = students_of(transformer)
+    if students is not None and students.fused:
+        raise ValueError("`transformer` has a student's LoRA fused into its weights: call `unfuse_lora()` first.")
+
+
+def check_can_be_saved(transformer: SanaTransformer2DModel | None) -> None:
+    """Refuse what a checkpoint cannot hold.
+
+    Args:
+        transformer: the network.
+
+    Raises:
+        ValueError: if it has adapters beside its weights, or a blend of several guidance embedders.
+    """
+    if getattr(transformer, "peft_config", None):
+        raise ValueError(
+            "`transformer` has LoRA adapters beside its weights, which a pipeline's folder does not hold: call"
+            " `fuse_lora()` and then `unload_lora_weights()`, or only the latter."
+        )
+    embedder = getattr(getattr(transformer, "time_embed", None), "guidance_embedder", None)
+    if embedder is not None and embedder.linear_1.out_features != embedder.linear_2.out_features:
+        raise ValueError(
+            "`transformer` has the guidance embedders of several students, which a pipeline's folder does not hold:"
+            " fuse one of them alone, at weight 1."
+        )
+
+
+def check_embedder(transformer: SanaTransformer2DModel, embedder: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a guidance embedder that is another network's.
+
+    Args:
+        transformer: the network.
+        embedder: what `save_lora` wrote.
+
+    Raises:
+        ValueError: if it lacks a tensor, or is of another size.
+    """
+    width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+    bias = embedder.get("linear_2.bias")
+    if not {*EMBEDDER_TENSORS, *STUDENT_CONFIG_ENTRIES} <= embedder.keys() or bias is None or len(bias) != width:
+        raise ValueError(
+            f"{GUIDANCE_EMBEDDER_FILE} of the LoRA does not fit `transformer`: it is of another network, or not whole."
+        )
+
+
+def _weight(transformer: SanaTransformer2DModel, adapter: str) -> float:
+    """The weight of an adapter, 0 where it is not in effect: what its first layer has."""
+    for layer in transformer.modules():
+        scaling = getattr(layer, "scaling", None)
+        if isinstance(scaling, dict) and adapter in scaling:
+            in_effect = adapter in (layer.merged_adapters or layer.active_adapters) and not layer.disable_adapters
+            return scaling[adapter] * layer.r[adapter] / layer.lora_alpha[adapter] if in_effect else 0.0
+    return 0.0
+
+
+def _become_itself(transformer: SanaTransformer2DModel, students: StudentAdapters) -> None:
+    """Put back the network's own embedding of time, with the layers that it has now: they may have adapters."""
+    now, own = transformer.time_embed, students.time_embed
+    if now is not own:
+        own.linear = now.linear
+        if students.config["guidance_embeds"]:
+            own.timestep_embedder = now.timestep_embedder
+            own.guidance_embedder.to(transformer.device, transformer.dtype)
+        else:
+            own.emb.timestep_embedder = now.timestep_embedder
+        transformer.time_embed = own
+    transformer.register_to_config(**students.config)
+
+
+def _become_students(
+    transformer: SanaTransformer2DModel, students: StudentAdapters, weights: Mapping[str, float]
+) -> None:
+    """Let the network embed guidance as the students do that are in effect."""
+    in_effect = [students.embedders[name] for name in weights]
+    config = {name: in_effect[0][name].item() for name in STUDENT_CONFIG_ENTRIES}
+    if any(embedder[name].item() != config[name] for embedder in in_effect for name in config):
+        raise ValueError(
+            f"`adapter_names` has students of different {' or '.join(STUDENT_CONFIG_ENTRIES)}, which cannot draw"
+            f" together: {', '.join(weights)}. Set one of them."
+        )
+    parts = list(zip(weights.values(), in_effect, strict=True))
+    rest = 1 - sum(weights.values())
+    if students.config["guidance_embeds"] and rest != 0:
+        if students.config["guidance_embeds_scale"] != config["guidance_embeds_scale"]:
+            raise ValueError(
+                "`adapter_weights` blends a student with a network of another `guidance_embeds_scale`: give weight 1."
+            )
+        parts.append((rest, students.time_embed.guidance_embedder.state_dict()))
+    embed_guidance(transformer, config["guidance_embeds_scale"])
+    transformer.time_embed.guidance_embedder = _blend(parts).to(transformer.device, transformer.dtype)
+    transformer.register_to_config(**config)
+
+
+def _blend(parts: list[tuple[float, Mapping[str, torch.Tensor]]]) -> TimestepEmbedding:
+    """The weighted sum of embedders, which is one embedder with the hidden units of all."""
+    tensors = {name: torch.cat([part[name] for _, part in parts]) for name in EMBEDDER_TENSORS[:2]}
+    tensors["linear_2.weight"] = torch.cat([weight * part["linear_2.weight"] for weight, part in parts], dim=1)
+    tensors["linear_2.bias"] = torch.stack([weight * part["linear_2.bias"] for weight, part in parts]).sum(0)
+    width, (hidden, channels) = len(tensors["linear_2.bias"]), tensors["linear_1.weight"].shape
+    embedder = TimestepEmbedding(channels, hidden, out_dim=width)
+    embedder.load_state_dict(tensors)
+    return embedder.requires_grad_(False)
+
+
+class StudentLoraLoaderMixin(SanaLoraLoaderMixin):
+    """diffusers' verbs for LoRA, after each of which the network embeds guidance as its adapters in effect do."""
+
+    transformer: SanaTransformer2DModel
+    scheduler: TBCMScheduler
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """
+        Read LoRA layers, without the fixed guidance that a student distilled as LoRA holds for stock pipelines.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`), kwargs:
+                As in [`~loaders.SanaLoraLoaderMixin.lora_state_dict`].
+
+        Returns:
+            `dict[str, torch.Tensor]`, or with `return_lora_metadata=True` a `tuple` of it and the adapter's config.
+        """
+        found = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        if kwargs.get("return_lora_metadata"):
+            return drop_guidance_bias(*found)
+        return drop_guidance_bias(found, None)[0]
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Load LoRA layers and, where one lies beside them, the guidance embedder of a student distilled as LoRA.
+
+        With the latter the pipeline may hold the plain teacher: it goes on with a transformer of its own, made of the
+        teacher's weights, and another pipeline with the same teacher stays as it is.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
+                Folder, file or Hub id, or the LoRA layers themselves.
+            adapter_name (`str`, *optional*), hotswap (`bool`, defaults to `False`), kwargs:
+                As in [`~loaders.SanaLoraLoaderMixin.load_lora_weights`].
+
+        Raises:
+            `ValueError`: if there is a guidance embedder to load and offloading is already enabled.
+        """
+        source, before = pretrained_model_name_or_path_or_dict, self.transformer
+        embedder, scheduler_config = self._read_guidance_embedder(source, **kwargs)
+        if embedder is not None:
+            check_embedder(before, embedder)
+            self.register_modules(transformer=take_students(before))
+        known = {*getattr(self.transformer, "peft_config", ())}
+        try:
+            super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
+        except BaseException:
+            self.register_modules(transformer=before)
+            raise
+        students = students_of(self.transformer)
+        if students is not None:
+            for name in {*getattr(self.transformer, "peft_config", ())} - known or {adapter_name}:
+                students.embedders.pop(name, None)  # of what was hot-swapped
+                students.scheduler_configs.pop(name, None)
+                if embedder is not None:
+                    students.embedders[name] = embedder
+                    students.scheduler_configs[name] = scheduler_config
+            students.weights = None
+            follow_adapters(self.transformer)
+
+    def _read_guidance_embedder(
+        self, source: Any, **kwargs: Any
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
+        """What lies beside LoRA layers, and what it says of the scheduler; None where nothing lies there, as with a
+        style for a student."""
+        if isinstance(source, dict):
+            return None, {}
+        folder = os.path.dirname(os.path.abspath(source)) if os.path.isfile(source) else source
+        where = {**kwargs, "weight_name": GUIDANCE_EMBEDDER_FILE, "use_safetensors": True}
+        try:
+            embedder, scheduler_config = self.lora_state_dict(folder, **where, return_lora_metadata=True)
+        except OSError:
+            return None, {}
+        return embedder, {name: value for name, value in (scheduler_config or {}).items() if name in DISTILLED_WITH}
+
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Take all LoRA layers out, and the students' guidance embedders; what is fused into the weights stays."""
+        super().unload_lora_weights(*args, **kwargs)
+        follow_adapters(self.transformer)
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """Choose adapters and their weights; each student's guidance embedder has the weight of its adapter."""
+        check_unfused(self.transformer)
+        super().set_adapters(*args, **kwargs)
+        follow_adapters(self.transformer)
+
+    def enable_lora(self) -> None:
+        """Switch the chosen adapters on, and the guidance embedder of a student among them."""
+        super().enable_lora()
+        follow_adapters(self.transformer)
+
+    def disable_lora(self) -> None:
+        """Switch all adapters off: what was a student's transformer is its teacher's again, and is not drawn with."""
+        check_unfused(self.transformer)
+        super().disable_lora()
+        follow_adapters(self.transformer)
+
+    def delete_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """Delete adapters, and the guidance embedders of the students among them."""
+        check_unfused(self.transformer)
+        super().delete_adapters(*args, **kwargs)
+        follow_adapters(self.transformer)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Merge adapters into the weights, which become the pipeline's own where a teacher's pipeline has the same."""
+        own_weights(self.transformer)
+        super().fuse_lora(*args, **kwargs)
+        follow_adapters(self.transformer)
+        students = students_of(self.transformer)
+        if students is not None:  # the adapters may go now, and the student stays
+            self.scheduler.register_to_config(**students.scheduler_config)
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Take merged adapters out of the weights again."""
+        super().unfuse_lora(*args, **kwargs)
+        follow_adapters(self.transformer)
