@@ -345,6 +345,7 @@ def test_train_keeps_a_token_out_of_the_launchers_command_line(spelt, monkeypatc
 def test_a_launch_that_fails_shows_no_token():
     """accelerate prints the command that failed."""
     flags = ["--push_to_hub", "--hub_token", "hf_0123456789abcdef", "--nonsense"]
+    flags += ["--pretrained_model_name_or_path", "none", "--output_dir", "none"]
     command = [sys.executable, "-m", "diffusers_tbcm", "train", "tbcm_distill", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0 and "--nonsense" in result.stderr

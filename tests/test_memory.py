@@ -60,11 +60,11 @@ def test_checkpointing_and_autocast_keep_less(model, inputs):
 
 def test_the_plan_adds_up_the_weights(model, inputs):
     weights = sum(parameter.numel() for parameter in model.parameters())
-    plan = memory_plan(model, {"frozen": torch.nn.Linear(3, 1).half()}, inputs, state_bytes=8, ema=True)
+    plan = memory_plan({"student": model}, {"frozen": torch.nn.Linear(3, 1).half()}, inputs, state_bytes=8, ema=True)
     assert plan["frozen"] == 2 * 4
     assert plan["student"] == plan["gradients"] == plan["EMA"] == 4 * weights and plan["optimiser"] == 8 * weights
     model.logvar_head.requires_grad_(False)
-    fewer = memory_plan(model, {}, inputs, state_bytes=4, ema=False)
+    fewer = memory_plan({"student": model}, {}, inputs, state_bytes=4, ema=False)
     model.logvar_head.requires_grad_(True)
     assert fewer["gradients"] == 4 * weights - 4 * sum(p.numel() for p in model.logvar_head.parameters())
     assert fewer["optimiser"] == fewer["gradients"] and fewer["EMA"] == 0 and "frozen" not in fewer
@@ -79,5 +79,5 @@ def test_peak_memory_is_bytes_and_grows():
 
 
 def test_weights_shared_with_the_teacher_count_once(model, inputs):
-    plan = memory_plan(model, {"teacher": model.student}, inputs, state_bytes=8, ema=False)
+    plan = memory_plan({"student": model}, {"teacher": model.student}, inputs, state_bytes=8, ema=False)
     assert plan["student"] == 4 * sum(p.numel() for p in model.logvar_head.parameters())

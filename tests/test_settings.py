@@ -19,7 +19,7 @@ from diffusers_tbcm.training.settings import (
 
 
 @dataclass(kw_only=True)
-class ScriptSettings(DistillationSettings):
+class ScriptSettings(RowSettings):
     """a script's own"""
 
     blocks: list[int] | None = setting(None, "numbers")
@@ -54,9 +54,26 @@ def test_every_kind_of_value_is_read(tmp_path):
 
 
 def test_two_instances_share_no_list(tmp_path):
-    first, second = (RowSettings(output_dir=str(tmp_path)) for _ in range(2))
+    first, second = (RowSettings(output_dir=str(tmp_path), pretrained_model_name_or_path="teacher") for _ in range(2))
     first.guidance_scales.append(6.0)
     assert second.guidance_scales == [4.0, 4.5, 5.0]
+
+
+@dataclass(kw_only=True)
+class OtherDefaults(ScriptSettings):
+    """another script's own"""
+
+    weight_decay: float = setting(1e-4, "stronger here")
+
+
+def test_another_default_replaces_that_of_the_base(tmp_path, capsys):
+    needed = ["--pretrained_model_name_or_path", "teacher", "--output_dir", str(tmp_path / "run")]
+    assert parse_settings(OtherDefaults, needed).weight_decay == 1e-4
+    assert parse_settings(OtherDefaults, [*needed, "--weight_decay", "0.5"]).weight_decay == 0.5
+    with pytest.raises(SystemExit):
+        parse_settings(OtherDefaults, ["--help"])
+    printed = capsys.readouterr().out
+    assert "stronger here (default: 0.0001)" in printed and "of the optimiser (default" not in printed
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,7 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     if task.real is not None and accelerator.is_main_process:
         task.real.check((options["width"], options["height"]))
     accelerator.wait_for_everyone()
+    OwnedFolder(settings.output_dir).claim()
 
     def draw(pipeline: DiffusionPipeline, runs: Sequence[tuple[str, int, int]]) -> list[Drawn]:
         return draw_runs(
@@ -369,8 +370,6 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     source = settings.prompts_file or settings.dataset_name or ""
     check_folders(settings)
     task = prepare(settings, source, accelerator.device)
-    output = OwnedFolder(settings.output_dir)
-    output.claim()
 
     # 2. Pictures
     drawn = draw_models(settings, accelerator, task)
@@ -378,7 +377,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         return
 
     # 3. Measurements
-    output.own(REFERENCE, PLOT)
+    OwnedFolder(settings.output_dir).own(REFERENCE, PLOT)
     reference = make_reference(settings, task, drawn)
     measurements = measure(settings, task, drawn, reference)
 

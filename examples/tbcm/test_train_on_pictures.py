@@ -23,7 +23,7 @@ from diffusers_tbcm.draws import prompt_at
 from diffusers_tbcm.scripts import train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.training.accelerators import check_launch
-from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import parse_settings
 from diffusers_tbcm.trajectory import reference_route
@@ -130,7 +130,7 @@ def make_rows(picture_flags, monkeypatch):
             found["record"] = record
             raise Recorded
 
-        class Encoding(Distillation):
+        class Encoding(ConsistencyDistillation):
             def __init__(self, *args, **options):
                 super().__init__(*args, **options)
                 self.encode = encode
@@ -140,7 +140,7 @@ def make_rows(picture_flags, monkeypatch):
                 return found["latents"]
 
         monkeypatch.setattr(Run, "batches", batches)
-        monkeypatch.setattr(script, "Distillation", Encoding)
+        monkeypatch.setattr(script, "ConsistencyDistillation", Encoding)
         with pytest.raises(Recorded):
             script.main(picture_flags(**changes))
         return SimpleNamespace(**found)

@@ -28,7 +28,7 @@ from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import TBCMSettings, main
 from diffusers_tbcm.training import accelerators, run
 from diffusers_tbcm.training.accelerators import check_launch
-from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.settings import parse_settings
 
 
@@ -287,7 +287,7 @@ def test_a_filter_that_drops_everything_says_so_and_exports_nothing(flags, tmp_p
         ({"use_8bit_adam": True, "optimizer": "came"}, "--use_8bit_adam is AdamW's"),
         ({"hub_model_id": "me/student"}, "--hub_model_id needs --push_to_hub"),
         ({"hub_strategy": "checkpoint"}, "--hub_strategy checkpoint needs --push_to_hub"),
-        ({"push_to_hub": True, "hub_token": "hf_x", "report_to": "wandb"}, "--hub_token would be sent to wandb"),
+        ({"push_to_hub": True, "hub_token": "hf_x", "report_to": "wandb"}, "--hub_token could be sent to wandb"),
     ],
 )
 def test_bad_flags_end_with_their_name(flags, changes, message, capsys):
@@ -333,7 +333,7 @@ def test_a_configuration_that_is_not_tested_is_refused(configuration, message):
 def test_lora_under_fsdp2_is_refused():
     run = SimpleNamespace(accelerator=SimpleNamespace(is_fsdp2=True))
     with pytest.raises(ValueError, match=r"`rank` .* use DDP"):
-        Distillation(run, SimpleNamespace(rank=4), [], method="TBCM")
+        ConsistencyDistillation(run, SimpleNamespace(rank=4), [], method="TBCM")
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):

@@ -24,7 +24,7 @@ from diffusers_tbcm.discrete import (
 )
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
 from diffusers_tbcm.rows import Recording
-from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run
@@ -56,10 +56,13 @@ class LCMSettings(PictureSettings):
         return {
             "grid": f"{self.num_ddim_timesteps} steps, shift {self.flow_shift}",
             "loss": f"huber, c {self.huber_c:g}" if self.loss_type == "huber" else self.loss_type,
+            **super().describe(),
         }
 
 
-def noise_pictures(settings: LCMSettings, run: Run, distillation: Distillation, images: CaptionedImages) -> Record:
+def noise_pictures(
+    settings: LCMSettings, run: Run, distillation: ConsistencyDistillation, images: CaptionedImages
+) -> Record:
     """Steps 1 to 3, as a function of the draws to make rows of."""
     latents = distillation.cache_latents(images, settings.latents_cache)
     route = reference_route(settings.num_ddim_timesteps, settings.flow_shift)
@@ -103,7 +106,7 @@ def train(settings: LCMSettings, stop: StopRequest) -> Run:
         max_images=settings.max_train_samples,
     )
     run.say(images)
-    distillation = Distillation(run, settings, images.prompts, method=METHOD)
+    distillation = ConsistencyDistillation(run, settings, images.prompts, method=METHOD)
     student = distillation.add_student(rows_per_prompt=1)
     route = reference_route(settings.num_ddim_timesteps, settings.flow_shift)
     grid = torch.cat([route, route.new_zeros(1)]).to(run.device)

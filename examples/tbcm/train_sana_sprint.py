@@ -31,7 +31,7 @@ from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise
 from diffusers_tbcm.loss import consistency_error, consistency_loss
 from diffusers_tbcm.rows import Recording, TrainingRows
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
-from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run
@@ -94,11 +94,12 @@ class SanaSprintSettings(PictureSettings):
             "loss": f"{self.scm_lambda:g} sCM + {self.adv_lambda:g} adversarial",
             "judged at": f"logit-normal times, mean {self.logit_mean_discriminator},"
             f" standard deviation {self.logit_std_discriminator}",
+            **super().describe(),
         }
 
 
 def noise_pictures(
-    settings: SanaSprintSettings, run: Run, distillation: Distillation, images: CaptionedImages
+    settings: SanaSprintSettings, run: Run, distillation: ConsistencyDistillation, images: CaptionedImages
 ) -> Record:
     """Steps 1 to 3, as a function of the draws to make rows of."""
     latents = distillation.cache_latents(images, settings.latents_cache)
@@ -144,7 +145,7 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
         max_images=settings.max_train_samples,
     )
     run.say(images)
-    distillation = Distillation(run, settings, images.prompts, method=METHOD)
+    distillation = ConsistencyDistillation(run, settings, images.prompts, method=METHOD)
     blocks = choose_blocks(settings, distillation)
     student = distillation.add_student(rows_per_prompt=1)
     if settings.gradient_checkpointing:  # of the pass through which the verdicts reach the student
@@ -207,7 +208,7 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
     return run
 
 
-def choose_blocks(settings: SanaSprintSettings, distillation: Distillation) -> tuple[int, ...]:
+def choose_blocks(settings: SanaSprintSettings, distillation: ConsistencyDistillation) -> tuple[int, ...]:
     """The teacher's blocks that get a head."""
     try:
         return head_blocks(distillation.num_blocks, settings.head_block_ids)
@@ -239,7 +240,7 @@ def predict_elsewhere(
 
 def noised_features(
     settings: SanaSprintSettings,
-    distillation: Distillation,
+    distillation: ConsistencyDistillation,
     blocks: tuple[int, ...],
     rows: TrainingRows,
     generators: list[torch.Generator],

@@ -19,7 +19,7 @@ from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise
 from diffusers_tbcm.loss import consistency_error, consistency_loss
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
-from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run
@@ -56,10 +56,13 @@ class SCMSettings(PictureSettings):
         return {
             "times": f"logit-normal, mean {self.logit_mean}, standard deviation {self.logit_std}",
             "tangent ratio": f"warm-up {self.tangent_warmup_steps}",
+            **super().describe(),
         }
 
 
-def noise_pictures(settings: SCMSettings, run: Run, distillation: Distillation, images: CaptionedImages) -> Record:
+def noise_pictures(
+    settings: SCMSettings, run: Run, distillation: ConsistencyDistillation, images: CaptionedImages
+) -> Record:
     """Steps 1 to 3, as a function of the draws to make rows of."""
     latents = distillation.cache_latents(images, settings.latents_cache)
 
@@ -104,7 +107,7 @@ def train(settings: SCMSettings, stop: StopRequest) -> Run:
         max_images=settings.max_train_samples,
     )
     run.say(images)
-    distillation = Distillation(run, settings, images.prompts, method=METHOD)
+    distillation = ConsistencyDistillation(run, settings, images.prompts, method=METHOD)
     student = distillation.add_student(rows_per_prompt=1)
     batches = run.batches(
         noise_pictures(settings, run, distillation, images),

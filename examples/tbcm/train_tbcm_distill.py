@@ -29,12 +29,13 @@ from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise
 from diffusers_tbcm.loss import consistency_error, consistency_loss, endpoint_loss
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
-from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import (
-    DistillationSettings,
+    PromptSettings,
+    RowSettings,
     check_not_negative,
     check_positive,
     parse_settings,
@@ -49,13 +50,8 @@ METHOD = "TBCM, image-free"  # on the model card
 
 
 @dataclass(kw_only=True)
-class TBCMSettings(DistillationSettings):
-    """prompts, trajectories, tangent"""
-
-    prompts_file: str | None = setting(None, "UTF-8 text, one prompt a line, or jsonl, csv, parquet")
-    dataset_name: str | None = setting(None, "instead of a file: a `datasets` Hub id or folder")
-    streaming: bool = setting(False, "read the data set as it comes, to max_prompts")
-    max_prompts: int | None = setting(None, "read no more prompts than this")
+class TBCMSettings(PromptSettings, RowSettings):
+    """trajectories, tangent"""
 
     route_steps: int = setting(16, "teacher steps N of a trajectory")
     sampling_scheme: str = setting("reference", "where on the trajectory the rows lie", choices=SAMPLING_SCHEMES)
@@ -76,15 +72,11 @@ class TBCMSettings(DistillationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.prompts_file is None) == (self.dataset_name is None):
-            raise ValueError("give either `prompts_file` or `dataset_name`")
-        if self.streaming and self.dataset_name is None:
-            raise ValueError("`streaming` is for `dataset_name`")
         if self.route_steps < 2:
             raise ValueError(
                 f"`route_steps` is {self.route_steps}: it takes 2, as the step at pi/2 gives no training row"
             )
-        check_positive(self, "max_prompts", "flow_shift", "logit_std")
+        check_positive(self, "flow_shift", "logit_std")
         check_not_negative(self, "brightness_threshold", "tangent_warmup_steps", "endpoint_warmup_steps")
         try:
             self.tangent_ratio(0)
@@ -109,11 +101,12 @@ class TBCMSettings(DistillationSettings):
             "route": f"{self.sampling_scheme}, {self.route_steps} steps, shift {self.flow_shift}",
             "tangent ratio": f"warm-up {self.tangent_warmup_steps}, {cooldown}, final {self.tangent_final_ratio}",
             "endpoint warm-up": f"{self.endpoint_warmup_steps} steps" if self.endpoint_warmup_steps else "off",
+            **super().describe(),
         }
 
 
 def record_trajectories(
-    settings: TBCMSettings, run: Run, distillation: Distillation, prompts: Sequence[str]
+    settings: TBCMSettings, run: Run, distillation: ConsistencyDistillation, prompts: Sequence[str]
 ) -> Record:
     """Steps 1 to 4, as a function of the draws to make rows of."""
     black = None
@@ -177,7 +170,7 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
         max_prompts=settings.max_prompts,
     )
     run.say(prompts)
-    distillation = Distillation(run, settings, prompts.prompts, method=METHOD, image_free=True)
+    distillation = ConsistencyDistillation(run, settings, prompts.prompts, method=METHOD, image_free=True)
     student = distillation.add_student(rows_per_prompt=settings.route_steps - 1)
     batches = run.batches(
         record_trajectories(settings, run, distillation, prompts.prompts),

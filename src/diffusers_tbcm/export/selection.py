@@ -20,6 +20,7 @@ from ..backbones import find_backbone
 from ..components import VOCABULARY_FILES, check_file, check_weights, read_object
 from ..files import PICTURE_SUFFIXES, json_text
 from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
+from ..owned import LOCK, MARKER
 from ..pipeline_folder import (
     CARD,
     LEGAL_FILES,
@@ -266,6 +267,8 @@ def _check_picture(path: Path, name: str, secrets: Collection[str]) -> None:
 def _left_out(folder: Path, chosen: Mapping[str, Path | bytes]) -> Iterator[str]:
     """What a folder holds beside what was chosen; of folders with nothing chosen their names alone."""
     for entry in os.scandir(folder):
+        if entry.name in (MARKER, LOCK):
+            continue
         is_folder = entry.is_dir(follow_symlinks=False)
         inside = {name.partition("/")[2]: chosen[name] for name in chosen if name.startswith(f"{entry.name}/")}
         if inside and is_folder:

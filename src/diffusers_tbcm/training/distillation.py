@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,15 @@ from ..backbones import find_backbone
 from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
-from ..dual import checkpoint_dual
 from ..errors import Failure
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
-from ..export.folders import check_target, save_student_lora, save_student_pipeline
+from ..export.folders import check_target
 from ..export.record import Sample, StudentDescription
 from ..files import WRITE_ERRORS
-from ..lora import make_lora_student, merge_lora
-from ..loss import LogvarHead, StudentWithLogvar
+from ..flow import FlowTransformer
+from ..lora import merge_lora
 from ..pipeline_folder import LORA, TRANSFORMER, VALIDATION, digest_component, resolve_teacher
-from ..pipeline_sana_tbcm import SanaTBCMPipeline
-from ..scheduling_tbcm import TBCMScheduler
-from ..trigflow import SIGMA_DATA, TrigFlowTransformer
 from .health import all_finite
 from .memory import memory_plan
 from .optimizers import state_bytes
@@ -41,8 +37,10 @@ logger = logging.get_logger(__name__)
 VALIDATION_STEPS = (1, 2, 4)
 
 
-class Distillation:
+class Distillation(ABC):
     """The frozen teacher of a run, what encodes its prompts, and the students made of it.
+
+    A kind of student says how it sees its teacher, and how it is made, drawn with and saved.
 
     Args:
         run: the run; its `output_dir` is opened once teacher and Hub are found to be fit.
@@ -53,7 +51,7 @@ class Distillation:
 
     Attributes:
         folder: the teacher's pipeline folder.
-        teacher: the frozen network F, in the training precision once `add_student` has copied it.
+        teacher: the frozen network, in the training precision once `add_student` has copied it.
         encode: embeds a list of prompts as a `Text`.
         negative_text: the empty prompt, classifier-free guidance's.
         latent_shape: of one picture, without the batch.
@@ -97,18 +95,29 @@ class Distillation:
         self.negative_text = self.encode([""])
         transformer.requires_grad_(False).eval().to(run.device)
         timestep_scale = self.backbone.infer_timestep_scale(transformer, self.negative_text)
-        if settings.validation_prompts and timestep_scale > 1:
-            raise ValueError(
-                f"`validation_prompts` cannot be drawn: the teacher sees time multiplied by {timestep_scale:g}, which"
-                " the Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
-            )
-        self.teacher = TrigFlowTransformer(transformer, timestep_scale)
-        size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
-        self.scheduler = TBCMScheduler(
-            sigma_data=SIGMA_DATA,
-            guidance_scales=settings.guidance_scales,
-            call_options={**self._reading, **size},
-        )
+        self.teacher = self._see_teacher(transformer, timestep_scale)
+
+    BESIDE_LORA = ""  # what trains with the adapters, for the card
+
+    @abstractmethod
+    def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
+        """The teacher as the student's method takes it, or what is wrong with it."""
+
+    @abstractmethod
+    def _make_student(self) -> Any:
+        """A student's transformer, equal to its teacher: of weights of its own, or of adapters on the teacher's."""
+
+    @abstractmethod
+    def _pipeline(self, vae: Any, transformer: Any) -> Any:
+        """What draws with a student."""
+
+    def _call_options(self, num_inference_steps: int) -> dict[str, Any]:
+        """What the pipeline has to be told to draw with a student in so many steps."""
+        return {}
+
+    @abstractmethod
+    def _save(self, transformer: Any, description: StudentDescription) -> Path:
+        """Save the adapters, the pipeline or both; the folder to publish."""
 
     @property
     def resolution(self) -> int:
@@ -128,11 +137,6 @@ class Distillation:
     def num_blocks(self) -> int:
         """How many blocks the teacher has."""
         return len(self.backbone.blocks(self.teacher.transformer))
-
-    @property
-    def inner_dim(self) -> int:
-        """Size of the teacher's hidden states."""
-        return self.backbone.inner_dim(self.teacher.transformer)
 
     def cache_latents(self, images: CaptionedImages, folder: str | None) -> LatentCache:
         """Encode pictures once, before training, in float32; every process takes its share.
@@ -163,35 +167,6 @@ class Distillation:
         )
         run.accelerator.wait_for_everyone()
         return LatentCache(cache, fingerprint)
-
-    def add_student(self, rows_per_prompt: int) -> nn.Module:
-        """Make the student, with its logvar head, and add it to the run; the memory plan is printed.
-
-        Args:
-            rows_per_prompt: rows that it will see of every prompt.
-
-        Returns:
-            The prepared model, giving F and the log-variance.
-        """
-        run, settings = self.run, self.settings
-        transformer = self._make_student()
-        if settings.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing(checkpoint_dual)
-        student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
-        model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
-        self.teacher.to(run.weight_dtype)
-        if run.accelerator.is_main_process:
-            self._print_memory_plan(model, rows_per_prompt)
-        if settings.compile:
-            for block in (*self.backbone.blocks(self.teacher.transformer), *self.backbone.blocks(transformer)):
-                block.compile()
-        return run.add(
-            "student",
-            model,
-            exported="student.transformer",
-            lr_scheduler=settings.lr_scheduler,
-            ema=settings.use_ema,
-        )
 
     def show_when_due(self, student: nn.Module) -> None:
         """Draw the validation prompts, and export and push, where that is due before training goes on.
@@ -276,37 +251,22 @@ class Distillation:
         run.accelerator.wait_for_everyone()
         return EmbeddingCache(cache, fingerprint, device=run.device)
 
-    def _make_student(self) -> Any:
-        settings, teacher = self.settings, self.teacher.transformer
-        if settings.rank is None:
-            student = self.backbone.make_student(teacher)
-        else:
-            targets = {} if settings.lora_target_modules is None else {"target_modules": settings.lora_target_modules}
-            try:
-                student = make_lora_student(teacher, rank=settings.rank, alpha=settings.lora_alpha, **targets)
-            except ValueError as error:
-                raise ValueError(f"`lora_target_modules`: {error}") from error
-        student.register_to_config(timestep_scale=self.teacher.timestep_scale)
-        return student
-
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy of the student in its teacher's dtype."""
         student = self._make_student()
         student.load_state_dict(weights)
         return student.eval()
 
-    def _print_memory_plan(self, model: StudentWithLogvar, rows_per_prompt: int) -> None:
+    def _print_memory_plan(self, models: Mapping[str, nn.Module], inputs: tuple[torch.Tensor, ...]) -> None:
+        """Say what a process will hold; `inputs` is a batch for the model that is the first to train."""
         run, settings = self.run, self.settings
-        rows = settings.train_batch_size * rows_per_prompt
-        one = torch.ones(rows, device=run.device)
-        text = self.negative_text.expand(settings.train_batch_size)
         frozen: dict[str, nn.Module] = {"teacher": self.teacher}
         if isinstance(self.encode, PromptEncoder):
             frozen["text encoder"] = self.encode.text_encoder
         plan = memory_plan(
-            model,
+            models,
             frozen,
-            (torch.zeros((rows, *self.latent_shape), device=run.device), one, text.embeds, text.mask, one),
+            inputs,
             state_bytes=state_bytes(settings.optimizer, in_8_bits=settings.use_8bit_adam),
             ema=settings.use_ema,
             autocast_dtype=None if run.weight_dtype == torch.float32 else run.weight_dtype,
@@ -319,7 +279,7 @@ class Distillation:
         """Draw the validation prompts, put a labelled grid of them into log and folder, give the pictures."""
         run, prompts = self.run, self.settings.validation_prompts or []
         vae = self.backbone.load_vae(self.folder, self.settings.variant).to(transformer.device)
-        pipeline = SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
+        pipeline = self._pipeline(vae, transformer)
         pipeline.set_progress_bar_config(disable=True)
         columns = [
             list(
@@ -330,6 +290,7 @@ class Distillation:
                     num_inference_steps=steps,
                     height=self.settings.resolution,
                     width=self.settings.resolution,
+                    **self._call_options(steps),
                 )
             )
             for steps in VALIDATION_STEPS
@@ -348,40 +309,9 @@ class Distillation:
             for steps, image in zip(VALIDATION_STEPS, row, strict=True)
         ]
 
-    def _save(self, transformer: Any, description: StudentDescription) -> Path:
-        """Save the adapters, the pipeline or both; the folder to publish."""
-        settings, output_dir = self.settings, self.run.output_dir
-        teacher = settings.pretrained_model_name_or_path
-        folder = output_dir
-        if settings.rank is not None:
-            folder = save_student_lora(
-                transformer,
-                teacher,
-                output_dir / LORA,
-                replace(description, model_id=f"{output_dir.name}/{LORA}"),
-                scheduler=self.scheduler,
-                teacher_variant=settings.variant,
-            )
-            if not settings.dry_run:
-                print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
-        if settings.rank is None or settings.merge_lora:
-            folder = save_student_pipeline(
-                transformer if settings.rank is None else merge_lora(transformer),
-                teacher,
-                output_dir,
-                description,
-                scheduler=self.scheduler,
-                variants=settings.export_variants,
-                teacher_variant=settings.variant,
-            )
-            if not settings.dry_run:
-                print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
-        return folder
-
     def _training_table(self) -> dict[str, Any]:
         """What the model card says about the run."""
         run, settings = self.run, self.settings
-        replay = f"{settings.replay_buffer_size} prompts, {settings.replay_steps} steps a recording"
         instruction = "with" if settings.complex_human_instruction else "without"
         optimiser = f"{settings.optimizer}, lr {settings.learning_rate:g} {settings.lr_scheduler}"
         return {
@@ -389,11 +319,9 @@ class Distillation:
             "steps": run.step,
             "prompts seen": run.prompts_seen,
             **settings.describe(),
-            "replay": replay if settings.replay_buffer_size else "off",
-            "guidance scales": ", ".join(f"{scale:g}" for scale in settings.guidance_scales),
             "prompt": f"{settings.max_sequence_length} tokens, {instruction} the instruction of Sana's pipelines",
             "optimiser": f"{optimiser}, clip {settings.max_grad_norm:g}",
-            "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}, guidance embedder",
+            "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}{self.BESIDE_LORA}",
             "EMA": settings.ema_decay if settings.use_ema else "off",
             "precision": run.accelerator.mixed_precision,
             "seed": settings.seed,

@@ -104,7 +104,7 @@ def recomputed_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: to
 
 
 def memory_plan(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     frozen: Mapping[str, nn.Module],
     inputs: tuple[torch.Tensor, ...],
     *,
@@ -115,25 +115,35 @@ def memory_plan(
     """Say what one process of a training run holds in its backward, before anything is sharded.
 
     Args:
-        model: the module that is trained.
+        models: the modules that are trained, by name; the first one is averaged, and its backward is looked at.
         frozen: modules that are only run, by name.
-        inputs: a batch for `model`.
-        state_bytes: what the optimiser keeps for every trained weight.
-        ema: whether a second copy of the trained weights is averaged.
+        inputs: a batch for the first of `models`.
+        state_bytes: what the optimisers keep for every trained weight.
+        ema: whether a second copy of the first model's trained weights is averaged.
         autocast_dtype: dtype of autocast; None for none.
 
     Returns:
-        Bytes by part. Weights that the model shares with a frozen module count there. Their sum is an upper bound of
+        Bytes by part. Weights that a model shares with a frozen module count there. Their sum is an upper bound of
         those parts, as gradients come while activations go; the transient memory of a single layer is not counted.
     """
     shared = {parameter for module in frozen.values() for parameter in module.parameters()}
-    own = [parameter for parameter in model.parameters() if parameter not in shared]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return {name: parameter_bytes(module.parameters()) for name, module in frozen.items()} | {
-        "student": parameter_bytes(own),
-        "gradients": parameter_bytes(trained),
-        "optimiser": sum(p.numel() for p in trained) * state_bytes,
-        "EMA": parameter_bytes(trained) * ema,
-        "activations": activation_bytes(model, *inputs, autocast_dtype=autocast_dtype),
-        "recomputed block": recomputed_bytes(model, *inputs, autocast_dtype=autocast_dtype),
+    trained = {
+        name: [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for name, model in models.items()
     }
+    everything = [parameter for parameters in trained.values() for parameter in parameters]
+    first, *_ = models
+    return (
+        {name: parameter_bytes(module.parameters()) for name, module in frozen.items()}
+        | {
+            name: parameter_bytes(parameter for parameter in model.parameters() if parameter not in shared)
+            for name, model in models.items()
+        }
+        | {
+            "gradients": parameter_bytes(everything),
+            "optimiser": sum(parameter.numel() for parameter in everything) * state_bytes,
+            "EMA": parameter_bytes(trained[first]) * ema,
+            "activations": activation_bytes(models[first], *inputs, autocast_dtype=autocast_dtype),
+            "recomputed block": recomputed_bytes(models[first], *inputs, autocast_dtype=autocast_dtype),
+        }
+    )

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,10 +147,10 @@ class RunSettings:
             raise ValueError(f"`ema_decay` is {self.ema_decay}: it has to lie in [0, 1)")
         if self.report_to not in ("none", *map(str, LoggerType)):
             raise ValueError(f"`report_to` is {self.report_to!r}: it takes none, {', '.join(map(str, LoggerType))}")
-        if self.use_8bit_adam and find_spec("bitsandbytes") is None:
-            raise ValueError("`use_8bit_adam` needs bitsandbytes, which is not installed")
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ValueError(f"`use_8bit_adam` is AdamW's, `optimizer` is {self.optimizer}")
+        if self.use_8bit_adam and find_spec("bitsandbytes") is None:
+            raise ValueError("`use_8bit_adam` needs bitsandbytes, which is not installed")
         for name in ("hub_model_id", "hub_token", "hub_private_repo", "hub_license"):
             if not self.push_to_hub and getattr(self, name):
                 raise ValueError(f"`{name}` needs `push_to_hub`")
@@ -164,41 +164,7 @@ class RunSettings:
 
 
 @dataclass(kw_only=True)
-class RowSettings(RunSettings):
-    """rows of a frozen teacher"""
-
-    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt")
-    teacher_batch_size: int | None = setting(
-        None, "prompts per process that the teacher runs on at once; default: train_batch_size"
-    )
-    replay_buffer_size: int = setting(
-        0, "prompts per process whose rows are kept, and drawn from at random; 0: one batch, used once"
-    )
-    replay_steps: int = setting(1, "backward passes per batch of the teacher's")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.guidance_scales) <= 0:
-            raise ValueError(f"`guidance_scales` is {self.guidance_scales}: every scale has to be positive")
-        if self.teacher_batch_size is None:
-            self.teacher_batch_size = self.train_batch_size
-        check_positive(self, "teacher_batch_size", "replay_steps")
-        check_not_negative(self, "replay_buffer_size")
-        for name in ("replay_buffer_size", "teacher_batch_size"):
-            if getattr(self, name) % self.train_batch_size:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}: it has to be a multiple of `train_batch_size`"
-                    f" {self.train_batch_size}"
-                )
-        if self.replay_steps > 1 and self.replay_buffer_size <= self.train_batch_size:
-            raise ValueError(
-                f"`replay_steps` is {self.replay_steps}, which trains on the same rows {self.replay_steps} times in a"
-                " row unless `replay_buffer_size` holds more prompts than one batch"
-            )
-
-
-@dataclass(kw_only=True)
-class DistillationSettings(RowSettings):
+class DistillationSettings(RunSettings):
     """teacher and student"""
 
     pretrained_model_name_or_path: str = setting(help="the teacher's pipeline: folder or Hub id")
@@ -245,7 +211,67 @@ class DistillationSettings(RowSettings):
 
 
 @dataclass(kw_only=True)
-class PictureSettings(DistillationSettings):
+class RowSettings(DistillationSettings):
+    """rows of a frozen teacher"""
+
+    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt")
+    teacher_batch_size: int | None = setting(
+        None, "prompts per process that the teacher runs on at once; default: train_batch_size"
+    )
+    replay_buffer_size: int = setting(
+        0, "prompts per process whose rows are kept, and drawn from at random; 0: one batch, used once"
+    )
+    replay_steps: int = setting(1, "backward passes per batch of the teacher's")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.guidance_scales) <= 0:
+            raise ValueError(f"`guidance_scales` is {self.guidance_scales}: every scale has to be positive")
+        if self.teacher_batch_size is None:
+            self.teacher_batch_size = self.train_batch_size
+        check_positive(self, "teacher_batch_size", "replay_steps")
+        check_not_negative(self, "replay_buffer_size")
+        for name in ("replay_buffer_size", "teacher_batch_size"):
+            if getattr(self, name) % self.train_batch_size:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}: it has to be a multiple of `train_batch_size`"
+                    f" {self.train_batch_size}"
+                )
+        if self.replay_steps > 1 and self.replay_buffer_size <= self.train_batch_size:
+            raise ValueError(
+                f"`replay_steps` is {self.replay_steps}, which trains on the same rows {self.replay_steps} times in a"
+                " row unless `replay_buffer_size` holds more prompts than one batch"
+            )
+
+    def describe(self) -> dict[str, object]:
+        """What the model card says of the rows."""
+        replay = f"{self.replay_buffer_size} prompts, {self.replay_steps} steps a recording"
+        return {
+            "replay": replay if self.replay_buffer_size else "off",
+            "guidance scales": ", ".join(f"{scale:g}" for scale in self.guidance_scales),
+        }
+
+
+@dataclass(kw_only=True)
+class PromptSettings(DistillationSettings):
+    """prompts"""
+
+    prompts_file: str | None = setting(None, "UTF-8 text, one prompt a line, or jsonl, csv, parquet")
+    dataset_name: str | None = setting(None, "instead of a file: a `datasets` Hub id or folder")
+    streaming: bool = setting(False, "read the data set as it comes, to max_prompts")
+    max_prompts: int | None = setting(None, "read no more prompts than this")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompts_file is None) == (self.dataset_name is None):
+            raise ValueError("give either `prompts_file` or `dataset_name`")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError("`streaming` is for `dataset_name`")
+        check_positive(self, "max_prompts")
+
+
+@dataclass(kw_only=True)
+class PictureSettings(RowSettings):
     """pictures"""
 
     train_data_dir: str | None = setting(None, "folder of pictures with a metadata.jsonl of captions")
@@ -281,7 +307,7 @@ def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, desc
     Raises:
         SystemExit: with code 2, where they do not fit; the message names the flag.
     """
-    groups = [_group(part) for part in settings.__mro__ if dataclasses.is_dataclass(part)]
+    groups = list(_groups(settings))
     parser = SettingsParser(groups, description=description)
     for field in (field for group in groups for field in dataclasses.fields(group)):
         if field.default is True:  # as argparse's BooleanOptionalAction spells it
@@ -311,10 +337,19 @@ def flags_of(settings: type[RunSettings]) -> dict[str, str]:
     return {field.name: f"--{field.name}" for field in dataclasses.fields(settings)}
 
 
-def _group(part: type) -> type:
-    """A dataclass of what one class adds to its bases."""
+def _groups(settings: type) -> Iterator[type]:
+    """A dataclass of what each class adds to its bases; what it gives another default stands with it alone."""
+    taken: set[str] = set()
+    for part in settings.__mro__:
+        if dataclasses.is_dataclass(part):
+            own = [name for name in inspect.get_annotations(part) if name not in taken]
+            taken |= {*own}
+            yield _group(part, own)
+
+
+def _group(part: type, names: Sequence[str]) -> type:
     hints = get_type_hints(part)
-    own = [field for field in dataclasses.fields(part) if field.name in inspect.get_annotations(part)]
+    own = [field for field in dataclasses.fields(part) if field.name in names]
     copies = [
         (
             field.name,

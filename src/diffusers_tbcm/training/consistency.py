@@ -1,0 +1,139 @@
+"""Consistency students of a dense-time teacher: TBCM's, sCM's, Sana-Sprint's and LCM's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..dual import checkpoint_dual
+from ..export.folders import save_student_lora, save_student_pipeline
+from ..export.record import StudentDescription
+from ..lora import make_lora_student, merge_lora
+from ..loss import LogvarHead, StudentWithLogvar
+from ..pipeline_folder import LORA
+from ..pipeline_sana_tbcm import SanaTBCMPipeline
+from ..scheduling_tbcm import TBCMScheduler
+from ..trigflow import SIGMA_DATA, TrigFlowTransformer
+from .distillation import Distillation
+from .run import Run
+from .settings import RowSettings
+
+
+class ConsistencyDistillation(Distillation):
+    """A teacher seen as the TrigFlow network F, and students that embed guidance; as `Distillation`.
+
+    Attributes:
+        teacher: the frozen network F.
+        scheduler: what a student is drawn with.
+    """
+
+    BESIDE_LORA = ", guidance embedder"
+    settings: RowSettings
+    teacher: TrigFlowTransformer
+
+    def __init__(
+        self, run: Run, settings: RowSettings, prompts: Sequence[str], *, method: str, image_free: bool = False
+    ) -> None:
+        super().__init__(run, settings, prompts, method=method, image_free=image_free)
+        size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
+        self.scheduler = TBCMScheduler(
+            sigma_data=SIGMA_DATA,
+            guidance_scales=settings.guidance_scales,
+            call_options={**self._reading, **size},
+        )
+
+    @property
+    def inner_dim(self) -> int:
+        """Size of the teacher's hidden states."""
+        return self.backbone.inner_dim(self.teacher.transformer)
+
+    def add_student(self, rows_per_prompt: int) -> nn.Module:
+        """Make the student, with its logvar head, and add it to the run; the memory plan is printed.
+
+        Args:
+            rows_per_prompt: rows that it will see of every prompt.
+
+        Returns:
+            The prepared model, giving F and the log-variance.
+        """
+        run, settings = self.run, self.settings
+        transformer = self._make_student()
+        if settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing(checkpoint_dual)
+        student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
+        model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
+        self.teacher.to(run.weight_dtype)
+        if run.accelerator.is_main_process:
+            rows = settings.train_batch_size * rows_per_prompt
+            one = torch.ones(rows, device=run.device)
+            text = self.negative_text.expand(settings.train_batch_size)
+            latents = torch.zeros((rows, *self.latent_shape), device=run.device)
+            self._print_memory_plan({"student": model}, (latents, one, text.embeds, text.mask, one))
+        if settings.compile:
+            for block in (*self.backbone.blocks(self.teacher.transformer), *self.backbone.blocks(transformer)):
+                block.compile()
+        return run.add(
+            "student",
+            model,
+            exported="student.transformer",
+            lr_scheduler=settings.lr_scheduler,
+            ema=settings.use_ema,
+        )
+
+    def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> TrigFlowTransformer:
+        if self.settings.validation_prompts and timestep_scale > 1:
+            raise ValueError(
+                f"`validation_prompts` cannot be drawn: the teacher sees time multiplied by {timestep_scale:g}, which"
+                " the Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
+            )
+        return TrigFlowTransformer(transformer, timestep_scale)
+
+    def _make_student(self) -> Any:
+        settings, teacher = self.settings, self.teacher.transformer
+        if settings.rank is None:
+            student = self.backbone.make_student(teacher)
+        else:
+            targets = {} if settings.lora_target_modules is None else {"target_modules": settings.lora_target_modules}
+            try:
+                student = make_lora_student(teacher, rank=settings.rank, alpha=settings.lora_alpha, **targets)
+            except ValueError as error:
+                raise ValueError(f"`lora_target_modules`: {error}") from error
+        student.register_to_config(timestep_scale=self.teacher.timestep_scale)
+        return student
+
+    def _pipeline(self, vae: Any, transformer: Any) -> SanaTBCMPipeline:
+        return SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
+
+    def _save(self, transformer: Any, description: StudentDescription) -> Path:
+        settings, output_dir = self.settings, self.run.output_dir
+        teacher = settings.pretrained_model_name_or_path
+        folder = output_dir
+        if settings.rank is not None:
+            folder = save_student_lora(
+                transformer,
+                teacher,
+                output_dir / LORA,
+                replace(description, model_id=f"{output_dir.name}/{LORA}"),
+                scheduler=self.scheduler,
+                teacher_variant=settings.variant,
+            )
+            if not settings.dry_run:
+                print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
+        if settings.rank is None or settings.merge_lora:
+            folder = save_student_pipeline(
+                transformer if settings.rank is None else merge_lora(transformer),
+                teacher,
+                output_dir,
+                description,
+                scheduler=self.scheduler,
+                variants=settings.export_variants,
+                teacher_variant=settings.variant,
+            )
+            if not settings.dry_run:
+                print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
+        return folder
