@@ -189,7 +189,7 @@ def distil(start: Network, variant: str, updates: int = UPDATES, seed: int = 0) 
             critic_optimizer.zero_grad()
             critic_step(roles, rows, generator).backward()
             critic_optimizer.step()
-            merge_critic(roles.critic.parameters(), roles.student.parameters())
+            merge_critic(roles.critic, roles.student)
         if step % 2 == 0:
             continue
         student_optimizer.zero_grad()

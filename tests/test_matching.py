@@ -104,11 +104,11 @@ def test_shared_forward_of_augmentation_and_matching_is_two_forwards():
 def test_a_little_of_the_student_flows_into_the_critic():
     critic, student = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     before, kept = critic.weight.detach().clone(), student.weight.detach().clone()
-    merge_critic(critic.parameters(), student.parameters())
+    merge_critic(critic, student)
     torch.testing.assert_close(critic.weight.detach(), 0.999 * before + 0.001 * student.weight.detach())
     assert torch.equal(student.weight, kept)
     with pytest.raises(ValueError):
-        merge_critic(critic.parameters(), [student.weight])
+        merge_critic(critic, torch.nn.Linear(2, 3, bias=False))
 
 
 def test_two_dimensional_mixture_converges_and_its_controls_do_not():

@@ -72,7 +72,7 @@ def train(settings: ToySettings, stop: StopRequest) -> Run:
             with torch.no_grad():
                 fake = student(rows.latents)
             run.backward((critic(fake + noise) - fake).square().mean(), critic)
-        run.update(critic, then=partial(merge_critic, critic.parameters(), student.parameters(), 0.01))
+        run.update(critic, then=partial(merge_critic, critic, student, 0.01))
         if run.due(student):
             for rows in batch:  # towards twice the point, and what the critic makes of it
                 fake = student(rows.latents)

@@ -85,6 +85,17 @@ def flags(shared_flags, prompts_file):
 
 
 @pytest.fixture
+def cdm_flags(shared_flags, prompts_file):
+    """The flags of a short run of CDM, with changes."""
+    cdm = {
+        "prompts_file": prompts_file, "train_batch_size": 2, "max_rollout_steps": 4, "lr_warmup_steps": 0,
+        "lr_scheduler": "constant", "critic_learning_rate": 1e-3, "max_train_steps": 4, "checkpointing_steps": 1,
+        "logging_steps": 1,
+    }  # fmt: skip
+    return lambda **changes: arguments(**(shared_flags | cdm | changes))
+
+
+@pytest.fixture
 def picture_flags(shared_flags, pictures):
     """The flags of a short run on pictures, of any method that takes them, with changes."""
     data = {"train_data_dir": pictures, "latents_cache": pictures.with_name("latents"), "train_batch_size": 2}

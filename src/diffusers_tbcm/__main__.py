@@ -31,7 +31,7 @@ FLAGS = {
     name: f"--{name}" for name in ("device", "dtype", "guidance_scale", "height", "license", "tag", "token", "width")
 }
 FLAGS["num_inference_steps"] = "--steps"
-TRAINING_SCRIPTS = ("tbcm_distill", "scm", "sana_sprint", "lcm")  # train_*.py of examples/tbcm
+TRAINING_SCRIPTS = ("tbcm_distill", "cdm", "scm", "sana_sprint", "lcm")  # train_*.py of examples/tbcm
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**64 - 1  # torch's
 NAME_LENGTH = 48  # characters of a prompt in a file name

@@ -4,9 +4,8 @@ Everything is told apart by clean predictions D(x_s, s) = x_s - s v: D_R is the 
 z = (1 - tau) x_0 + tau e of the student's own prediction x_0.
 """
 
-from collections.abc import Iterable
-
 import torch
+from torch import nn
 
 from .draws import per_prompt_generators
 from .flow import broadcast_time
@@ -108,13 +107,13 @@ def distribution_loss(prediction: torch.Tensor, real: torch.Tensor, fake: torch.
 
 
 @torch.no_grad()
-def merge_critic(critic: Iterable[torch.Tensor], student: Iterable[torch.Tensor], share: float = CRITIC_MERGE) -> None:
+def merge_critic(critic: nn.Module, student: nn.Module, share: float = CRITIC_MERGE) -> None:
     """Let a little of the student flow into the critic, in place: F <- (1 - share) F + share student.
 
     Args:
-        critic: its parameters.
-        student: its parameters, in the same order.
+        critic: it.
+        student: a module of the same parameters.
         share: of the student.
     """
-    for fake, parameter in zip(critic, student, strict=True):
+    for fake, parameter in zip(critic.parameters(), student.parameters(), strict=True):
         fake.lerp_(parameter.to(fake.dtype), share)

@@ -100,6 +100,19 @@ def _check_weights(teacher: str | PathLike[str], folder: Path, components: Seque
             )
 
 
+def flow_shift(teacher_folder: Path) -> float:
+    """Read the static shift of times that a pipeline's scheduler has.
+
+    Args:
+        teacher_folder: the pipeline's.
+
+    Returns:
+        k of s -> k s / (1 + (k - 1) s); 1 where the scheduler has none.
+    """
+    config = read_json(teacher_folder / SCHEDULER / "scheduler_config.json")
+    return float(config.get("shift", config.get("flow_shift", 1.0)))
+
+
 def _check_copied(teacher: str | PathLike[str], folder: Path, classes: Mapping[str, Any], variant: str | None) -> None:
     """Make sure, before anything is trained, that what a student takes over from its teacher is whole and its own."""
     home = home_of(folder)

@@ -260,6 +260,16 @@ def timestep_scale(transformer: SanaTransformer2DModel) -> float:
     return 1.0 if scale == DENSE_TIME_CONFIG_SCALE else scale
 
 
+def name_timestep_scale(transformer: SanaTransformer2DModel, scale: float) -> None:
+    """Write into a network's config what the stock pipeline needs to feed it its own times.
+
+    Args:
+        transformer: the network.
+        scale: the factor on s: 1 for dense time, 1000 for a plain Sana, as `infer_timestep_scale` finds it.
+    """
+    transformer.register_to_config(timestep_scale=scale / PLAIN_SANA_SCALE)
+
+
 @torch.no_grad()
 def infer_timestep_scale(transformer: SanaTransformer2DModel, text: Text) -> float:
     """Find out what a network's time input is in units of s: its config alone does not tell 1 from 1000.

@@ -10,7 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SanaTransformer2DModel,
+    SchedulerMixin,
+    SCMScheduler,
+)
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
@@ -101,20 +107,66 @@ def save_student_pipeline(
     scheduler = TBCMScheduler() if scheduler is None else scheduler
 
     with _staged(output_dir, last=MODEL_INDEX) as folder:
-        for component in backbone_of(student).COPIED_COMPONENTS:
-            _copy_component(teacher_folder, component, folder, teacher_variant)
-        student.save_pretrained(folder / TRANSFORMER)
-        student_config = read_json(folder / TRANSFORMER / "config.json")
-        student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
-        write_json(folder / TRANSFORMER / "config.json", student_config)
+        _save_components(folder, student, teacher_folder, teacher_variant)
         scheduler.to_stock().save_pretrained(folder / SCHEDULER)
         (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
-        write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder))
+        pipeline_class = backbone_of(student).STUDENT_PIPELINE_CLASS
+        write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder, pipeline_class, SCMScheduler))
         for variant in variants:
-            _save_variant(folder, variant)
+            _save_variant(folder, variant, pipeline_class)
         record = _record(description, student, teacher, teacher_folder, output_dir)
         _describe(folder, teacher_folder, description, record)
     return output_dir
+
+
+def save_flow_student(
+    student: Any,
+    teacher: str | PathLike[str],
+    output_dir: str | PathLike[str],
+    description: StudentDescription,
+    *,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    variants: Sequence[str] = (),
+    teacher_variant: str | None = None,
+) -> Path:
+    """Save a flow student inside its teacher's own pipeline class; else as `save_student_pipeline`.
+
+    Args:
+        student: the distilled transformer, of the teacher's class and in its time.
+        teacher, output_dir, description, variants, teacher_variant: as `save_student_pipeline` takes them.
+        scheduler: what it is drawn with.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: where the teacher is no complete pipeline, or `check_target` refuses `output_dir`.
+    """
+    teacher_folder = resolve_teacher(teacher, teacher_variant)
+    output_dir = Path(output_dir)
+    check_target(output_dir, teacher_folder, teacher_variant=teacher_variant)
+    backbone = backbone_of(student)
+    with _staged(output_dir, last=MODEL_INDEX) as folder:
+        _save_components(folder, student, teacher_folder, teacher_variant)
+        scheduler.save_pretrained(folder / SCHEDULER)
+        write_json(
+            folder / MODEL_INDEX, _model_index(teacher_folder, folder, backbone.PIPELINE_CLASS, type(scheduler))
+        )
+        for variant in variants:
+            _save_variant(folder, variant, backbone.PIPELINE_CLASS)
+        record = _record(description, student, teacher, teacher_folder, output_dir)
+        _describe(folder, teacher_folder, description, record)
+    return output_dir
+
+
+def _save_components(folder: Path, student: Any, teacher_folder: Path, teacher_variant: str | None) -> None:
+    """Put a student's transformer, and what it takes over from its teacher, into a folder."""
+    for component in backbone_of(student).COPIED_COMPONENTS:
+        _copy_component(teacher_folder, component, folder, teacher_variant)
+    student.save_pretrained(folder / TRANSFORMER)
+    student_config = read_json(folder / TRANSFORMER / "config.json")
+    student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
+    write_json(folder / TRANSFORMER / "config.json", student_config)
 
 
 def save_student_lora(
@@ -244,15 +296,17 @@ def _staged(output_dir: Path, *, last: str) -> Iterator[Path]:
         yield folder
 
 
-def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
+def _model_index(
+    teacher_folder: Path, folder: Path, pipeline_class: type[DiffusionPipeline], scheduler_class: type[SchedulerMixin]
+) -> dict[str, Any]:
     """What makes `folder`, a copy of the teacher's components, a pipeline to diffusers."""
     backbone, teacher_classes = find_backbone(teacher_folder), read_json(teacher_folder / MODEL_INDEX)
     model_index = {
-        "_class_name": backbone.STUDENT_PIPELINE_CLASS.__name__,
+        "_class_name": pipeline_class.__name__,
         "_diffusers_version": diffusers_version,
         **{component: teacher_classes[component] for component in backbone.COPIED_COMPONENTS},
         TRANSFORMER: ["diffusers", backbone.TRANSFORMER_CLASS.__name__],
-        SCHEDULER: ["diffusers", SCMScheduler.__name__],
+        SCHEDULER: ["diffusers", scheduler_class.__name__],
     }
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         library, name = model_index["tokenizer"]
@@ -260,9 +314,9 @@ def _model_index(teacher_folder: Path, folder: Path) -> dict[str, Any]:
     return model_index
 
 
-def _save_variant(folder: Path, variant: str) -> None:
+def _save_variant(folder: Path, variant: str, pipeline_class: type[DiffusionPipeline]) -> None:
     """Put half-precision copies of all weights beside the ordinary ones, under the names that diffusers looks for."""
-    pipeline = SanaSprintPipeline.from_pretrained(folder, **dtype_argument(VARIANTS[variant]))
+    pipeline = pipeline_class.from_pretrained(folder, **dtype_argument(VARIANTS[variant]))
     with TemporaryDirectory(dir=folder) as written:
         pipeline.save_pretrained(written, variant=variant)
         for file in Path(written).glob(f"*/*.{variant}*"):  # and not the configs, which would name the lower dtype

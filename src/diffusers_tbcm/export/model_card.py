@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import read_json
 from ..owned import OwnedFolder
-from ..pipeline_folder import CARD, SAMPLE_GRID, TRAINING_RECORD, TRANSFORMER, VARIANTS
+from ..pipeline_folder import CARD, MODEL_INDEX, SAMPLE_GRID, SCHEDULER, TRAINING_RECORD, TRANSFORMER, VARIANTS
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
@@ -24,7 +25,6 @@ from .record import Metrics, load_metrics
 logger = logging.get_logger(__name__)
 
 TAGS = ("text-to-image", "diffusers", "sana", "distillation", "few-step")
-IMAGE_FREE_TAGS = ("tbcm", "image-free-distillation")
 TASK = "text-to-image"
 MAX_CAPTION = 300  # characters of a prompt
 SHOWN_STEPS = (1, 2, 4)  # by the examples
@@ -52,17 +52,18 @@ def render_model_card(
     metrics = load_metrics(folder)
     adapter = record.get("adapter")
     relation = "finetune" if adapter is None else "adapter"
+    flow = adapter is None and _is_flow(folder)
     card_data = ModelCardData(
         base_model=record["base_model"],
         base_model_relation=record["base_model"] and relation,
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=[*TAGS, *(IMAGE_FREE_TAGS if record["image_free"] else ()), *([] if adapter is None else ["lora"])],
+        tags=[*TAGS, *_image_free_tags(record, flow), *([] if adapter is None else ["lora"])],
         widget=_widget(record["samples"]),
         **(record["license"] if license is None else {"license": license}),
         **({} if metrics is None else _eval_results(metrics, model_id)),
     )
-    scheduler = TBCMScheduler() if adapter is not None else TBCMScheduler.from_pretrained(folder / "scheduler")
+    scheduler = TBCMScheduler() if adapter or flow else TBCMScheduler.from_pretrained(folder / SCHEDULER)
     call_options = scheduler.default_call_options if adapter is None else adapter.get("call_options", {})
     angles = {}
     for steps in SHOWN_STEPS:
@@ -75,6 +76,7 @@ def render_model_card(
         model_id=model_id,
         prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
         adapter=adapter,
+        flow=flow,
         call_options=_beyond_stock(call_options),
         intermediate=_rounded(angles[2])[1],
         sigmas={steps: _rounded(trig_to_flow_timestep(angle)) for steps, angle in angles.items()},
@@ -85,6 +87,15 @@ def render_model_card(
         metrics=metrics,
         metric_names=dict.fromkeys(name for row in (metrics.measurements if metrics else ()) for name in row.metrics),
     )
+
+
+def _is_flow(folder: Path) -> bool:
+    """Whether a pipeline's student is drawn by its teacher's own class."""
+    return read_json(folder / MODEL_INDEX)["scheduler"][1] == FlowMatchEulerDiscreteScheduler.__name__
+
+
+def _image_free_tags(record: Mapping[str, Any], flow: bool) -> tuple[str, ...]:
+    return ("cdm" if flow else "tbcm", "image-free-distillation") if record["image_free"] else ()
 
 
 def save_model_card(folder: str | PathLike[str], *, license: str | None = None, model_id: str | None = None) -> Path:

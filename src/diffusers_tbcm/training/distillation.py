@@ -113,7 +113,7 @@ class Distillation(ABC):
 
     def _call_options(self, num_inference_steps: int) -> dict[str, Any]:
         """What the pipeline has to be told to draw with a student in so many steps."""
-        return {}
+        return {"height": self.settings.resolution, "width": self.settings.resolution}
 
     @abstractmethod
     def _save(self, transformer: Any, description: StudentDescription) -> Path:
@@ -288,8 +288,6 @@ class Distillation(ABC):
                     self.encode(prompts),
                     numbered_generators(run.settings.seed),
                     num_inference_steps=steps,
-                    height=self.settings.resolution,
-                    width=self.settings.resolution,
                     **self._call_options(steps),
                 )
             )

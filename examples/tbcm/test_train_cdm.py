@@ -1,0 +1,157 @@
+"""The script of CDM on a tiny teacher: what it trains, how it goes on, and that diffusers alone draws the student."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from runs import SCRIPTS, largest_relative_difference, launch, metrics
+from safetensors.torch import load_file
+from tiny import student_weights, tiny_transformer, write_tiny_pipeline
+
+from diffusers_tbcm.backbones import sana
+from diffusers_tbcm.flow import flow_prediction, shift_sigmas
+from diffusers_tbcm.scripts import train_cdm
+from diffusers_tbcm.scripts.train_cdm import main
+
+
+CALL = {"guidance_scale": 1.0, "use_resolution_binning": False, "height": 64, "width": 64, "max_sequence_length": 16}
+
+
+def test_the_student_steps_every_second_time_and_the_critic_always(cdm_flags, teacher, tmp_path):
+    main(cdm_flags(use_ema=True))
+    run = tmp_path / "run"
+    students = [load_file(run / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3, 4)]
+    critics = [load_file(run / f"checkpoint-{step}" / "model_1.safetensors") for step in (1, 2, 3, 4)]
+    before = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    name = "transformer.proj_out.weight"
+    assert torch.equal(students[0][name], before["proj_out.weight"])  # the first step is the critic's
+    moved = [not torch.equal(students[i][name], students[i + 1][name]) for i in range(3)]
+    assert moved == [True, False, True]
+    assert not any(torch.equal(critics[i][name], critics[i + 1][name]) for i in range(3))
+    lines = metrics(run)
+    assert [{"ca_loss", "dm_loss", "cdm_loss"} <= entry.keys() for entry in lines] == [False, True, True, True]
+    assert lines[1]["loss"] == pytest.approx(sum(lines[1][f"{term}_loss"] for term in ("ca", "dm", "cdm")), rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [3, 2], ids=["after a critic's step", "after a student's step"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(cdm_flags, tmp_path, stop):
+    main(cdm_flags(use_ema=True))
+    main(cdm_flags(use_ema=True, output_dir=tmp_path / "broken", max_train_steps=stop))
+    main(cdm_flags(use_ema=True, output_dir=tmp_path / "broken", resume_from_checkpoint="latest"))
+    whole, broken = (tmp_path / name / "checkpoint-4" for name in ("run", "broken"))
+    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
+        expected, actual = load_file(whole / name), load_file(broken / name)
+        assert len(expected) > 20 and all(torch.equal(actual[key], expected[key]) for key in expected)
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        expected, actual = (torch.load(folder / name, weights_only=True)["state"] for folder in (whole, broken))
+        assert len(expected) > 20
+        assert all(torch.equal(actual[key][part], expected[key][part]) for key in expected for part in expected[key])
+    for name, weight in student_weights(tmp_path / "run").items():
+        assert torch.equal(weight, student_weights(tmp_path / "broken")[name])
+
+
+def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tmp_path):
+    whole = {"train_batch_size": 4, "max_train_steps": 2}
+    main(cdm_flags(output_dir=tmp_path / "one", **whole))
+    main(cdm_flags(output_dir=tmp_path / "cut", max_train_steps=2, train_batch_size=2, gradient_accumulation_steps=2))
+    launch(cdm_flags(output_dir=tmp_path / "two", max_train_steps=2), script=SCRIPTS / "train_cdm.py")
+    for other in ("cut", "two"):
+        assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
+
+
+@pytest.mark.parametrize("time_scale", [1.0, 0.001], ids=["plain time", "dense time"])
+def test_diffusers_alone_draws_the_student_as_it_was_rolled_out(cdm_flags, tmp_path, monkeypatch, time_scale):
+    """Either kind of teacher is taken, and its stock pipeline feeds the student the time that it knows."""
+    monkeypatch.setattr(sana, "infer_timestep_scale", lambda transformer, text: 1000 * time_scale)
+    main(cdm_flags(flow_shift=3.0, max_train_steps=2, validation_prompts="a dog"))
+    run = tmp_path / "run"
+    pipeline = DiffusionPipeline.from_pretrained(run)
+    assert pipeline.transformer.config.timestep_scale == time_scale
+    assert type(pipeline) is SanaPipeline and type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert not (run / "pipeline.py").exists()
+    prompt = {"prompt": "a dog", "complex_human_instruction": None}
+    embeds, mask, *_ = pipeline.encode_prompt("a dog", False, complex_human_instruction=None, max_sequence_length=16)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = pipeline(**prompt, sigmas=[1.0, 0.5], latents=noise.clone(), output_type="latent", **CALL).images
+    sample, times = noise, [1.0, float(shift_sigmas(torch.tensor(0.5), 3.0)), 0.0]
+    scale = 1000 * pipeline.transformer.config.timestep_scale
+    with torch.no_grad():
+        for s, next_s in pairwise(times):
+            velocity = pipeline.transformer(
+                sample, encoder_hidden_states=embeds, timestep=torch.full((1,), scale * s),
+                encoder_attention_mask=mask, return_dict=False,
+            )[0]  # fmt: skip
+            sample = sample + (next_s - s) * velocity
+    torch.testing.assert_close(drawn, sample, atol=1e-5, rtol=1e-4)
+    card = (run / "README.md").read_text()
+    assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in card and "arxiv.org/abs/2605.06376" in card and "SanaTBCM" not in card
+    assert json.loads((run / "training.json").read_text())["training"]["method"] == train_cdm.METHOD
+
+
+def test_a_rollout_knows_this_steps_weights(cdm_flags, monkeypatch):
+    record, seen = train_cdm.record_rollout, []
+
+    def watch(student, *args, **kwargs):
+        weight = next(student.parameters())
+        seen.append((weight.detach().clone(), weight))
+        return record(student, *args, **kwargs)
+
+    monkeypatch.setattr(train_cdm, "record_rollout", watch)
+    losses = train_cdm.student_losses
+
+    def check(settings, run, distillation, student, critic, rows):
+        before, weight = seen[-1]
+        assert torch.equal(before, weight)  # nothing has moved since the rollout of this step
+        torch.testing.assert_close(
+            flow_prediction(rows.latents, rows.velocity, rows.timesteps), rows.pred_original_sample
+        )
+        return losses(settings, run, distillation, student, critic, rows)
+
+    monkeypatch.setattr(train_cdm, "student_losses", check)
+    main(cdm_flags())
+    assert len(seen) == 4
+
+
+def test_the_teacher_stays_and_no_loss_reaches_the_critic(cdm_flags, teacher, monkeypatch):
+    losses = train_cdm.student_losses
+
+    def check(settings, run, distillation, student, critic, rows):
+        found = losses(settings, run, distillation, student, critic, rows)
+        sum(found.values()).backward(retain_graph=True)
+        assert all(parameter.grad is None for parameter in critic.parameters())
+        assert all(parameter.grad is None for parameter in distillation.teacher.parameters())
+        assert any(parameter.grad is not None for parameter in student.parameters())
+        student.zero_grad()
+        now, before = distillation.teacher.transformer.state_dict(), load_file(weights)
+        assert all(torch.equal(now[name], before[name]) for name in before)
+        return found
+
+    weights = teacher / "transformer" / "diffusion_pytorch_model.safetensors"
+    monkeypatch.setattr(train_cdm, "student_losses", check)
+    main(cdm_flags())
+
+
+def test_a_teacher_that_embeds_guidance_is_refused(cdm_flags, tmp_path):
+    teacher = write_tiny_pipeline(tmp_path / "guided")
+    tiny_transformer(guidance_embeds=True).save_pretrained(teacher / "transformer")
+    with pytest.raises(ValueError, match="a teacher that embeds guidance: it has no unconditional branch"):
+        main(cdm_flags(pretrained_model_name_or_path=teacher))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"anchor_range": [0.9, 0.1]}, "--anchor_range is [0.9, 0.1]: it has to ascend"),
+        ({"max_rollout_steps": 0}, "--max_rollout_steps is 0"),
+        ({"student_every": 0}, "--student_every is 0"),
+        ({"critic_learning_rate": 0}, "--critic_learning_rate is 0"),
+        ({"ca_weight": 0, "dm_weight": 0, "cdm_weight": 0}, "there is nothing to train the student on"),
+        ({"rank": 4}, "--rank is for consistency students"),
+    ],
+)
+def test_wrong_settings_are_named(cdm_flags, capsys, changes, message):
+    with pytest.raises(SystemExit):
+        main(cdm_flags(**changes))
+    assert message in capsys.readouterr().err

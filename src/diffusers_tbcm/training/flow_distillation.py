@@ -1,0 +1,143 @@
+"""Flow students, drawn by their teacher's own stock pipeline, and the critic that they are trained against: CDM's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from ..export.folders import save_flow_student
+from ..export.record import StudentDescription
+from ..flow import FlowTransformer
+from ..pipeline_folder import flow_shift
+from .distillation import Distillation
+from .run import Run
+from .settings import DistillationSettings
+
+
+class FlowDistillation(Distillation):
+    """A teacher seen as the velocity v, and networks that start as its copies; as `Distillation`.
+
+    The student's transformer is the teacher's class without more weights, in the teacher's own time.
+
+    Attributes:
+        teacher: the frozen network v.
+        shift: the teacher's static shift of times.
+        scheduler: what a student is drawn with.
+
+    Raises:
+        ValueError: for a teacher that embeds guidance, too.
+    """
+
+    teacher: FlowTransformer
+
+    def __init__(
+        self,
+        run: Run,
+        settings: DistillationSettings,
+        prompts: Sequence[str],
+        *,
+        method: str,
+        image_free: bool = False,
+        shift: float | None = None,
+    ) -> None:
+        super().__init__(run, settings, prompts, method=method, image_free=image_free)
+        self.shift = flow_shift(self.folder) if shift is None else shift
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
+
+    def add_student(self, *, every: int = 1) -> nn.Module:
+        """Make the student and add it to the run.
+
+        Args:
+            every: it is updated in every so many steps of the run.
+
+        Returns:
+            The prepared model, giving v.
+        """
+        settings = self.settings
+        student = self._make_network()
+        self.teacher.to(self.run.weight_dtype)
+        return self.run.add(
+            "student",
+            student,
+            exported="transformer",
+            lr_scheduler=settings.lr_scheduler,
+            every=every,
+            ema=settings.use_ema,
+        )
+
+    def add_critic(self, *, learning_rate: float) -> nn.Module:
+        """Make the critic, another copy of the teacher, and add it to the run.
+
+        Args:
+            learning_rate: after the warm-up, which is the student's.
+
+        Returns:
+            The prepared model, giving v.
+        """
+        critic = self._make_network()
+        return self.run.add("critic", critic, learning_rate=learning_rate, lr_scheduler=self.settings.lr_scheduler)
+
+    def _make_network(self) -> FlowTransformer:
+        transformer = self._make_student()
+        if self.settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if self.settings.compile:
+            for block in self.backbone.blocks(transformer):
+                block.compile()
+        return FlowTransformer(transformer, self.teacher.timestep_scale).to(self.run.device)
+
+    def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
+        teacher = FlowTransformer(transformer, timestep_scale)
+        if teacher.guidance_embeds:
+            raise ValueError(
+                "`pretrained_model_name_or_path` names a teacher that embeds guidance: it has no unconditional branch,"
+                " which this method's guidance term asks for"
+            )
+        return teacher
+
+    def _make_student(self) -> Any:
+        student = copy.deepcopy(self.teacher.transformer).float().requires_grad_(True)
+        self.backbone.name_timestep_scale(student, self.teacher.timestep_scale)
+        return student
+
+    def _pipeline(self, vae: Any, transformer: Any) -> Any:
+        return self.backbone.PIPELINE_CLASS(None, None, vae, transformer, self.scheduler)
+
+    def _call_options(self, num_inference_steps: int) -> dict[str, Any]:
+        size = {"height": self.resolution, "width": self.resolution, "use_resolution_binning": False}
+        return {"sigmas": even_sigmas(num_inference_steps), "guidance_scale": 1.0, **size}
+
+    def _save(self, transformer: Any, description: StudentDescription) -> Path:
+        settings = self.settings
+        folder = save_flow_student(
+            transformer,
+            settings.pretrained_model_name_or_path,
+            self.run.output_dir,
+            description,
+            scheduler=self.scheduler,
+            variants=settings.export_variants,
+            teacher_variant=settings.variant,
+        )
+        if not settings.dry_run:
+            print(
+                f'Done. Draw with it:\n  DiffusionPipeline.from_pretrained("{folder}")("a prompt", guidance_scale=1.0,'
+                f" sigmas={even_sigmas(4)}).images[0]"
+            )
+        return folder
+
+
+def even_sigmas(num_inference_steps: int) -> list[float]:
+    """Give the times of a flow student's steps as a stock pipeline takes them, before the scheduler's shift.
+
+    Args:
+        num_inference_steps: N.
+
+    Returns:
+        1, 1 - 1/N, ..., 1/N.
+    """
+    return [1 - step / num_inference_steps for step in range(num_inference_steps)]
