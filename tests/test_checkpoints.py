@@ -139,7 +139,9 @@ def test_nothing_is_resumed_where_every_one_is_torn(run):
 
 @pytest.mark.parametrize("name", ["checkpoint-99", "yes", f"checkpoint-2/{MANIFEST}"])
 def test_a_checkpoint_that_is_not_there_is_told_beside_those_there_are(run, name):
-    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is .* no such folder; .* checkpoint-2, checkpoint-10"):
+    with pytest.raises(
+        ValueError, match=r"`resume_from_checkpoint` is .* no such folder; .* checkpoint-2, checkpoint-10"
+    ):
         find_checkpoint(run[2], name)
 
 

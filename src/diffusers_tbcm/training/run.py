@@ -620,7 +620,8 @@ class Run:
         self.stopped &= not last  # there is nothing left to stop
         if failing:
             self.progress.close()  # the reason comes last
-            weights = "" if self.health.newest is None else f" the weights from before them are in {self.health.newest};"
+            newest = self.health.newest
+            weights = "" if newest is None else f" the weights from before them are in {newest};"
             raise Failure(
                 f"{self.health.skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`):{weights}"
                 f" {self.health.advice()}"
