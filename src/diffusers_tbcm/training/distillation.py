@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
+from safetensors import SafetensorError
 from torch import nn
 
 from ..backbones import find_backbone
@@ -16,7 +17,7 @@ from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
 from ..dual import checkpoint_dual
-from ..errors import Failure
+from ..errors import Failure, in_a_line
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import check_target, save_student_lora, save_student_pipeline
@@ -232,6 +233,11 @@ class Distillation:
             try:
                 self._save_and_push(weights)
             except (*WRITE_ERRORS, ValueError, Failure) as error:
+                if last and isinstance(error, OSError | SafetensorError):
+                    raise Failure(
+                        f"the student could not be saved: {in_a_line(error)}; make room in `output_dir`, then"
+                        " `resume_from_checkpoint` latest goes on from the newest checkpoint"
+                    ) from error
                 if last:
                     raise
                 logger.warning(f"The student of step {self.run.step} was not saved, training goes on: {error}")
