@@ -23,6 +23,7 @@ from diffusers_tbcm.training.run import Run
 
 DESCRIPTION = StudentDescription("a dog", {"steps": 7})
 STEPS = 2
+OTHERWISE = {"learning_rate": 1e-4, "resume_with_changed": "learning_rate"}
 
 # Where a student, a run or its records would be.
 IN_THE_WAY = (
@@ -72,7 +73,8 @@ def finished(teacher, prompts_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     values = {
         "pretrained_model_name_or_path": teacher, "prompts_file": prompts_file, "output_dir": folder,
-        "max_train_steps": STEPS, "route_steps": 3, "max_sequence_length": 16, "learning_rate": 1e-3,
+        "max_train_steps": STEPS, "route_steps": 3, "tangent_warmup_steps": 2, "tangent_cooldown_start_step": 2,
+        "tangent_cooldown_steps": 2, "max_sequence_length": 16, "learning_rate": 1e-3,
         "report_to": "none", "checkpointing_steps": 1, "logging_steps": 1, "validation_prompts": "a dog",
         "validation_steps": 1,
     }  # fmt: skip
@@ -259,20 +261,20 @@ def test_a_folder_around_the_teachers_is_refused(line, teacher, tmp_path):
 
 def test_a_run_that_goes_back_sets_the_later_checkpoints_aside(line, run):
     old = digests(run)
-    main(line(resume_from_checkpoint="checkpoint-1", seed=7, max_train_steps=2))
+    main(line(resume_from_checkpoint="checkpoint-1", max_train_steps=2, **OTHERWISE))
     new = digests(run)
     for name in old:
         if name.startswith("checkpoint-2/") or name == "validation/step-2.png":
             assert new[f"abandoned/{name}"] == old[name]
     assert new["checkpoint-2/model.safetensors"] != old["checkpoint-2/model.safetensors"]
     assert all('"step": 2,' in text for text in (run / "abandoned" / "metrics.jsonl").read_text().splitlines())
-    main(line(resume_from_checkpoint="latest", seed=7, max_train_steps=3))
+    main(line(resume_from_checkpoint="latest", max_train_steps=3, **OTHERWISE))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [text.split(",")[0] for text in lines] == [f'{{"step": {step}' for step in (1, 2, 3)]
 
 
 def test_a_run_can_go_back_to_what_it_has_left(line, run):
-    main(line(resume_from_checkpoint="checkpoint-1", seed=7, max_train_steps=2))
+    main(line(resume_from_checkpoint="checkpoint-1", max_train_steps=2, **OTHERWISE))
     left, other = digests(run / "abandoned" / "checkpoint-2"), digests(run / "checkpoint-2")
     main(line(resume_from_checkpoint="abandoned/checkpoint-2", max_train_steps=3))
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-3"]
