@@ -134,7 +134,15 @@ def test_nothing_is_resumed_where_every_one_is_torn(run):
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
         find_checkpoint(folder, "latest")
     with pytest.raises(ValueError, match="not complete"):
-        checkpoint_step(folder / "checkpoint-99")
+        checkpoint_step(folder / "checkpoint-10")
+
+
+@pytest.mark.parametrize("name", ["checkpoint-99", "yes", f"checkpoint-2/{MANIFEST}"])
+def test_a_checkpoint_that_is_not_there_is_told_beside_those_there_are(run, name):
+    with pytest.raises(
+        ValueError, match=r"`resume_from_checkpoint` is .* no such folder; .* checkpoint-2, checkpoint-10"
+    ):
+        find_checkpoint(run[2], name)
 
 
 class Bomb:

@@ -199,12 +199,21 @@ def test_a_pipeline_is_loaded_as_asked(student):
         ),
         (["--out", "folder", "--grid"], "--grid is one picture, but --out 'folder' is a folder"),
         (["--out", __file__], "is a file, and no picture's"),
+        (["--out", f"{__file__}/x.png"], "cannot be written, as "),
+        (["--out", f"{__file__}/many/pictures"], "cannot be written, as "),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
         generate("no-such-model", tmp_path / "x.png", *arguments)
     assert message in capsys.readouterr().err
+
+
+def test_an_out_that_allows_no_writing_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(SystemExit, match="2"):
+        generate("no-such-model", tmp_path / "new" / "x.png")
+    assert f"as {str(tmp_path)!r} allows no writing" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_a_prompts_file_is_read_before_the_model(tmp_path, capsys):

@@ -41,6 +41,18 @@ def test_a_missing_column_is_named_beside_those_there_are(folder, tmp_path, stre
     assert list(column_values(load_data(file, "b", streaming=streaming), "b")) == [2]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_words_are_not_taken_for_nothing(tmp_path, suffix, separator, streaming):
+    file = tmp_path / f"words{suffix}"
+    words = ["None", "null", "NA", "nan", "N/A", "a dog"]
+    rows = [("text", "n"), *((word, str(number)) for number, word in enumerate(words)), ("", "6"), ("last", "")]
+    file.write_text("".join(f"{separator.join(row)}\n" for row in rows))
+    data = load_data(file, "text", "n", streaming=streaming)
+    assert list(column_values(data, "text")) == [*words, None, "last"]
+    assert list(column_values(data, "n")) == [0, 1, 2, 3, 4, 5, 6, None]
+
+
 def test_a_stream_reads_no_further_than_it_is_asked_to(tmp_path):
     (tmp_path / "train-0.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (tmp_path / "train-1.jsonl").write_text("not json")

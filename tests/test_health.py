@@ -30,7 +30,7 @@ def test_in_trouble_none_becomes_sound_until_the_run_is_well_again():
 
 def test_too_many_in_a_row_are_failing_and_the_advice_names_the_sound_one():
     health = Health(patience=2, newest="checkpoint-1")
-    assert "resume from" not in health.advice()
+    assert "resume from" not in health.advice() and "no checkpoint is known" in health.advice()
     for finite in (True, False, False):
         health.note_step(finite)
     assert health.failing and "resume from checkpoint-1" in health.advice()

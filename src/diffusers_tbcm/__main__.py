@@ -213,6 +213,11 @@ def read_generation(
             f"--out {str(out)!r} ends in {out.suffix}, but pictures are saved as {', '.join(PICTURE_SUFFIXES)}: name"
             " such a file, or a folder without a suffix"
         )
+    above = next(path for path in (out if to_folder else out.parent, *out.parents) if path.exists())
+    if not above.is_dir():
+        parser.error(f"--out {str(out)!r} cannot be written, as {str(above)!r} is a file")
+    if not os.access(above, os.W_OK):
+        parser.error(f"--out {str(out)!r} cannot be written, as {str(above)!r} allows no writing")
     if to_folder and grid:
         parser.error(f"--grid is one picture, but --out {str(out)!r} is a folder: name a file such as grid.png")
     if prompts_file is not None:

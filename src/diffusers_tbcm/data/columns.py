@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # `datasets` is an extra, and heavy
     from datasets import Dataset, IterableDataset
 
-DATA_FILES: dict[str, tuple[str, dict[str, str]]] = {  # by suffix: the builder of `datasets` and its options
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}  # pandas takes None, null and NA for nothing
+DATA_FILES: dict[str, tuple[str, dict[str, Any]]] = {  # by suffix: the builder of `datasets` and its options
+    ".csv": ("csv", AS_WRITTEN),
+    ".tsv": ("csv", {"sep": "\t", **AS_WRITTEN}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".ndjson": ("json", {}),

@@ -247,6 +247,12 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path
     if resume_from_checkpoint != "latest":
         path = output_dir / resume_from_checkpoint
         path = path if path.is_dir() else Path(resume_from_checkpoint)
+        if not path.is_dir():
+            names = ", ".join(checkpoint.name for checkpoint in list_checkpoints(output_dir)) or "none"
+            raise ValueError(
+                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but there is no such folder; those in"
+                f" `output_dir`: {names}"
+            )
         return path, checkpoint_step(path)
     checkpoints = list_checkpoints(output_dir)
     for checkpoint in reversed(checkpoints):
@@ -258,7 +264,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path
         raise ValueError(f"no checkpoint in `output_dir` {str(output_dir)!r} is whole: start again in another folder")
     raise ValueError(
         f"`resume_from_checkpoint` is 'latest', but `output_dir` {str(output_dir)!r} holds no checkpoint: leave it out"
-        " to start"
+        " to start, in a folder without a student"
     )
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
+from safetensors import SafetensorError
 from torch import nn
 
 from ..backbones import find_backbone
 from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
-from ..errors import Failure
+from ..errors import Failure, in_a_line
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import check_target
@@ -207,6 +208,11 @@ class Distillation(ABC):
             try:
                 self._save_and_push(weights)
             except (*WRITE_ERRORS, ValueError, Failure) as error:
+                if last and isinstance(error, OSError | SafetensorError):
+                    raise Failure(
+                        f"the student could not be saved: {in_a_line(error)}; make room in `output_dir`, then"
+                        " `resume_from_checkpoint` latest goes on from the newest checkpoint"
+                    ) from error
                 if last:
                     raise
                 logger.warning(f"The student of step {self.run.step} was not saved, training goes on: {error}")

@@ -80,9 +80,10 @@ class Health:
     def advice(self) -> str:
         """Say what to go on from."""
         start = "" if self.sound is None else f"resume from {self.sound}, which is from before the trouble, and "
+        end = "; if that does not help, start again, as no checkpoint is known to be from before the trouble"
         return (
             f"{start}try a lower `learning_rate`, or `mixed_precision` bf16 or no, and name what you change in"
-            " `resume_with_changed`"
+            f" `resume_with_changed`{end if self.sound is None else ''}"
         )
 
 

@@ -432,7 +432,7 @@ class Run:
         kept, dropped, stops, *found = status.read().tolist()
         finite = all(map(math.isfinite, found))
         if kept == 0:
-            logger.warning(f"Step {self.step}: the filter dropped every prompt; no update")
+            logger.warning(f"Step {self.step + 1}: the filter dropped every prompt; no update")
             if accelerator.scaler is not None:  # forget that `_clip` has unscaled the gradients; the scale stays
                 accelerator.scaler.update(accelerator.scaler.get_scale())
         elif finite or accelerator.scaler is not None:  # with fp16 the scaler skips a step that is not finite
@@ -619,9 +619,12 @@ class Run:
             self._save()
         self.stopped &= not last  # there is nothing left to stop
         if failing:
+            self.progress.close()  # the reason comes last
+            newest = self.health.newest
+            weights = "" if newest is None else f" the weights from before them are in {newest};"
             raise Failure(
-                f"{self.health.skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`): the weights"
-                f" from before them are in checkpoint-{self.step}; {self.health.advice()}"
+                f"{self.health.skipped_in_a_row} steps in a row were not finite (`max_skipped_steps`):{weights}"
+                f" {self.health.advice()}"
             )
 
     def _save(self) -> None:
