@@ -129,6 +129,14 @@ def test_no_import_leads_upwards():
             assert layer(other) <= layer(module), f"{module} imports {other}"
 
 
+def test_the_tree_in_contributing_names_every_module_and_service_once():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("src/diffusers_tbcm/")[1].partition("examples/tbcm/")[0]
+    modules = [path.name for path in (ROOT / "src" / "diffusers_tbcm").glob("[!_]*.py")]
+    named = [word for word in tree.split() if word.endswith(".py") and word != "__main__.py"]
+    assert sorted(named) == sorted(modules)
+    assert all(tree.split().count(f"{folder}/") == 1 for folder in ("backbones", *SERVICES))
+
+
 def test_no_imports_form_a_circle():
     graph = {module: imports_of(file) - {"__init__"} for module, file in modules().items()}
     while graph:

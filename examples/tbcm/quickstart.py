@@ -35,6 +35,7 @@ from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.owned import OwnedFolder
+from diffusers_tbcm.pipeline_folder import list_checkpoints
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. Distil; the same command continues an interrupted run
     command = training_command(args.output_dir, args.max_train_steps)
-    if args.output_dir.exists():
+    if list_checkpoints(args.output_dir):
         command += ["--resume_from_checkpoint", "latest"]
     if code := subprocess.run(command).returncode:
         sys.exit(code)  # the script has said why
