@@ -205,25 +205,6 @@ def check_generator(generator: Any, images: int) -> None:
         )
 
 
-def check_image(image: Any) -> None:
-    """Refuse what holds no picture.
-
-    Args:
-        image: as `load_image` takes it.
-
-    Raises:
-        ValueError: for an empty list, a None in it, or a picture without pixels.
-    """
-    pictures = image if isinstance(image, list | tuple) else [image]
-    if not pictures:
-        raise ValueError("`image` is an empty list: give at least one picture, or leave `image` out.")
-    for picture in pictures:
-        if picture is None:
-            raise ValueError("`image` has None in its list: give a picture for each prompt, or one for all.")
-        if 0 in tuple(getattr(picture, "shape", getattr(picture, "size", ()))):
-            raise ValueError("`image` has no pixels: one of its sides is 0.")
-
-
 def check_attention_kwargs(attention_kwargs: Any) -> float | None:
     """Refuse what is not a dict, and a scale of LoRA layers that is no number.
 

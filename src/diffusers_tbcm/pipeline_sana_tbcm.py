@@ -31,9 +31,7 @@ from .call_arguments import (
     check_choice,
     check_embeddings,
     check_flags,
-    check_floats,
     check_generator,
-    check_image,
     check_instruction,
     check_latents,
     check_prompt,
@@ -601,9 +599,7 @@ class SanaTBCMPipeline(StudentLoraLoaderMixin, SanaSprintPipeline):
                 strength = real_number("strength", strength)
                 if not 0 < strength <= 1:
                     raise ValueError(f"`strength` is {strength}, but has to lie in (0, 1].")
-                check_image(image)
                 call._init_image = load_image(image, image_height, image_width, self._size_multiple)
-                check_floats("image", call._init_image)
                 timesteps, max_timesteps, intermediate_timesteps = call.scheduler.timesteps * strength, None, None
 
             images = SanaSprintPipeline.__call__(
