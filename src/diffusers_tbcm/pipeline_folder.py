@@ -35,6 +35,7 @@ TRAINING_RECORD = "training.json"  # what the card says about the training
 TRAINING_CONFIG = "training_config.json"  # every flag, the versions, the revision
 METRICS = "metrics.json"
 CHECKPOINT = "checkpoint-"  # and its step: a folder in the run's
+MANIFEST = "checkpoint.json"  # written last into a checkpoint: its step, and the size of every other file
 METRICS_LOG = "metrics.jsonl"  # of a run: every logged step
 VALIDATION = "validation"
 LORA = "lora"  # the adapters' folder, in the run's

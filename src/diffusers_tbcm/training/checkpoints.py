@@ -18,13 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from ..files import WRITE_ERRORS, beside, read_json, write_json
 from ..owned import OwnedFolder
-from ..pipeline_folder import list_checkpoints
+from ..pipeline_folder import MANIFEST, list_checkpoints
 
 
 logger = logging.get_logger(__name__)
 
-# Written last into a checkpoint: its step, and the size of every other file.
-MANIFEST = "checkpoint.json"
 RUN_STATE = "run.json"  # what the run was told, and where it stands
 RUN_STATE_ENTRIES = {"told": dict, "content": dict, "changes": list, "averaged_steps": dict, "health": dict}
 AVERAGES = "ema.safetensors"
@@ -122,9 +120,8 @@ def discard_checkpoint(checkpoint: Path) -> None:
         checkpoint: its folder, in a run's.
     """
     folder = OwnedFolder(checkpoint.parent)
-    try:
-        ours = {*read_json(checkpoint / MANIFEST)["files"], MANIFEST}
-    except (OSError, ValueError, KeyError, TypeError):
+    ours = listed_files(checkpoint)
+    if ours is None:
         folder.set_aside(checkpoint.name)
         return
     for path in sorted(checkpoint.rglob("*"), reverse=True):  # what is in a folder before the folder
@@ -135,6 +132,14 @@ def discard_checkpoint(checkpoint: Path) -> None:
     if not any(checkpoint.iterdir()):
         checkpoint.rmdir()
     folder.disown(checkpoint.name)
+
+
+def listed_files(checkpoint: Path) -> set[str] | None:
+    """Give what is ours of a checkpoint, the files of its manifest; None where that is torn and nobody knows."""
+    try:
+        return {*read_json(checkpoint / MANIFEST)["files"], MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _lacking(sizes: dict[str, int], counts: dict[str, int]) -> str | None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from diffusers.utils import logging
 
-from ..files import read_json, written_beside
+from ..files import written_beside
 from ..lora import LORA_FILE
 from ..owned import SET_ASIDE, OwnedFolder
 from ..pipeline_folder import LORA, MODEL_INDEX, VALIDATION, list_checkpoints
-from .checkpoints import MANIFEST, find_checkpoint
+from .checkpoints import find_checkpoint, listed_files
 
 
 logger = logging.get_logger(__name__)
@@ -82,10 +82,9 @@ def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
     ahead = [path for path in checkpoints if path.name in folder.names and _step_in_name(path) > step]
     folder.check_free(path.name for path in checkpoints if step < _step_in_name(path) <= max_train_steps)
     for checkpoint in ahead:
-        try:
-            ours = {*read_json(checkpoint / MANIFEST)["files"], MANIFEST}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # torn: nobody knows what was in it
+        ours = listed_files(checkpoint)
+        if ours is None:
+            continue
         for path in checkpoint.rglob("*"):
             if path.is_file() and path.relative_to(checkpoint).as_posix() not in ours:
                 raise ValueError(
