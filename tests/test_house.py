@@ -26,8 +26,8 @@ MAX_SCRIPT_LINES = 330
 MAX_LOOP_LINES = 60
 MAX_FUNCTION_LINES = 100
 GROUND_FLOOR = {
-    "text", "rows", "draws", "files", "owned", "components", "transfer", "versions", "images", "standalone", "errors",
-    "command_line", "redaction", "scripts.__init__",
+    "text", "rows", "draws", "digests", "files", "owned", "components", "transfer", "versions", "images", "standalone",
+    "errors", "command_line", "redaction", "scripts.__init__",
 }  # fmt: skip
 SERVICES = ("data", "export", "evaluation", "training")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml"}

@@ -15,6 +15,7 @@ from ..backbones import find_backbone
 from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
+from ..digests import digest_texts
 from ..dual import checkpoint_dual
 from ..errors import Failure
 from ..evaluation.drawing import draw_pictures, numbered_generators
@@ -31,7 +32,6 @@ from ..trigflow import SIGMA_DATA, TrigFlowTransformer
 from .health import all_finite
 from .memory import memory_plan
 from .optimizers import state_bytes
-from .resumption import digest_texts
 from .run import Run
 from .settings import DistillationSettings
 
