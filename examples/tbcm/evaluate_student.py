@@ -31,7 +31,7 @@ from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_inform
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
-from diffusers_tbcm.errors import loading
+from diffusers_tbcm.errors import loading, loading_by_name
 from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
@@ -206,12 +206,8 @@ class Task:
 
 def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     """Load it all; whatever can be wrong is found before anything is drawn."""
-    try:
+    with loading_by_name("model", settings.model, "a pipeline folder"):
         DiffusionPipeline.load_config(settings.model)
-    except OSError as error:
-        raise ValueError(
-            f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub that can be reached"
-        ) from error
     check_installed()
     if settings.teacher is not None:
         resolve_teacher(settings.teacher, settings.variant)
