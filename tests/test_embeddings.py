@@ -77,7 +77,7 @@ def test_a_folder_gives_what_the_encoder_gives_bit_for_bit(tmp_path, dtype):
         found, expected = tensors(cache(batch)), tensors(encoder(batch))
         assert all(map(torch.equal, found, expected))
         assert [value.dtype for value in found] == [value.dtype for value in expected] == [dtype, torch.long]
-    written = [load_file(path) for path in tmp_path.iterdir()]
+    written = [load_file(path) for path in tmp_path.glob("*.safetensors")]
     assert sorted(len(shard["keys"]) for shard in written) == [1, 3, 3]
     tokens = sum(int(encoder([prompt]).mask.sum()) for prompt in ["", *PROMPTS])
     assert sum(len(shard["embeds"]) for shard in written) == tokens  # no padding
@@ -98,7 +98,7 @@ class CountingEncoder:
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def never():
@@ -166,7 +166,7 @@ def test_two_processes_write_the_folder_that_one_writes(tmp_path, order):
 def test_a_torn_shard_is_recognised_and_redone(tmp_path, keep):
     complete(tmp_path)
     whole = contents(tmp_path)
-    torn = next(path for path in tmp_path.iterdir() if len(load_file(path)["keys"]) == 1)
+    torn = next(path for path in tmp_path.glob("*.safetensors") if len(load_file(path)["keys"]) == 1)
     torn.write_bytes(torn.read_bytes()[:keep])
     cache = EmbeddingCache(tmp_path, FINGERPRINT)
     assert cache.missing(["", *PROMPTS]) == ["c"]
@@ -179,7 +179,7 @@ def test_a_torn_shard_is_recognised_and_redone(tmp_path, keep):
 def test_a_shard_lost_under_a_reader_is_named(tmp_path):
     complete(tmp_path)
     cache = EmbeddingCache(tmp_path, FINGERPRINT)
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(ValueError, match=r"shard '.*\.safetensors' is missing or torn: run precompute_embeddings"):
         cache(["b"])
@@ -275,7 +275,7 @@ def test_embeddings_that_are_not_finite_are_neither_given_nor_kept(tmp_path, val
         precompute_embeddings(PROMPTS, lambda: encoder, tmp_path, FINGERPRINT)
     assert not contents(tmp_path)
     complete(tmp_path)
-    path = next(path for path in tmp_path.iterdir() if len(load_file(path)["keys"]) == 1)
+    path = next(path for path in tmp_path.glob("*.safetensors") if len(load_file(path)["keys"]) == 1)
     shard = load_file(path)
     shard["embeds"][1, 0] = value
     with safe_open(path, framework="pt") as file:
