@@ -15,10 +15,11 @@ from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_pipeline
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.__main__ import TRAINING_SCRIPTS, file_name, main
+from diffusers_tbcm.__main__ import TRAINING_SCRIPTS, main
 from diffusers_tbcm.backbones.sana import INSTRUCTION
 from diffusers_tbcm.errors import Failure
 from diffusers_tbcm.evaluation.drawing import Drawing, draw, load_pipeline
+from diffusers_tbcm.evaluation.generate import file_name
 from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.hub import push_pipeline_to_hub
 from diffusers_tbcm.export.record import StudentDescription
