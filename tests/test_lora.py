@@ -21,6 +21,7 @@ from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeli
 from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.lora import LORA_FILE, drop_frozen_weights, make_lora_student, merge_lora, save_lora
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
+from diffusers_tbcm.owned import MARKER
 from diffusers_tbcm.tangent import consistency_tangent
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.trigflow import TrigFlowTransformer, trig_to_flow_timestep
@@ -297,7 +298,7 @@ def test_plain_diffusers_runs_the_lora_cards_example_and_draws_what_ours_draws(t
         guidance_scale=5.0,
     )
     assert {path.name for path in folder.iterdir()} == {
-        LORA_FILE, "guidance_embedder.safetensors", "README.md", "training.json", "training_config.json",
+        LORA_FILE, "guidance_embedder.safetensors", "README.md", "training.json", "training_config.json", MARKER,
     }  # fmt: skip
     subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS], cwd=tmp_path, check=True, timeout=600)
 
