@@ -144,20 +144,16 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
             parser.error(f"argument --{given[1]}: not allowed with argument --{given[0]}")
     if settings.prompts_file is None and settings.dataset_name is None:
         parser.error("one of the arguments --prompts_file --dataset_name is required")
-    for name in ("max_prompts", "num_images_per_prompt", "batch_size", "resolution", "max_sequence_length"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}: it takes at least 1")
+    numbers = ("max_prompts", "num_images_per_prompt", "batch_size", "resolution", "max_sequence_length")
+    parser.check_at_least(1, **{name: getattr(settings, name) for name in numbers})
+    parser.check_at_least(0, seed=settings.seed)
+    parser.check_at_least(2, bootstrap_resamples=settings.bootstrap_resamples)
     if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
         parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a finite number")
-    if settings.seed < 0:
-        parser.error(f"--seed is {settings.seed}: it takes at least 0")
     for name in ("steps", "teacher_steps"):
         values = getattr(settings, name)
         if min(values) < 1 or max(values) > MAX_STEPS or len({*values}) < len(values):
             parser.error(f"--{name} is {values}: it takes different numbers from 1 to {MAX_STEPS}")
-    if settings.bootstrap_resamples < 2:
-        parser.error(f"--bootstrap_resamples is {settings.bootstrap_resamples}: it takes at least 2")
     if settings.reference_teacher and settings.teacher is None:
         parser.error("--reference_teacher needs --teacher")
     if settings.image_column is not None and settings.dataset_name is None:

@@ -126,8 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_train_steps", type=int, default=STEPS)
     parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts")
     args = parser.parse_args(argv)
-    if args.prompts < MIN_PROMPTS:
-        parser.error(f"--prompts is {args.prompts}: it takes at least {MIN_PROMPTS}")
+    parser.check_at_least(MIN_PROMPTS, prompts=args.prompts)
     start = time.perf_counter()
 
     # 1. Distil; the same command continues an interrupted run

@@ -53,7 +53,7 @@ def loading(
 
 @contextmanager
 def loading_by_name(what: str, name: str | PathLike[str], kind: str) -> Iterator[None]:
-    """As `loading`, for what a folder or a repository of the Hub may hold: says so where there is none.
+    """Like `loading`, of a folder or a repository on the Hub: where there is none of that name, the message says so.
 
     Args:
         what, name: as `loading` takes them.

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..command_line import finite_number
+from ..command_line import CommandParser, finite_number
 from ..files import PICTURE_SUFFIXES
 
 
@@ -88,7 +88,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_generation(
-    parser: argparse.ArgumentParser,
+    parser: CommandParser,
     *,
     prompt: list[str],
     prompts_file: Path | None,
@@ -117,10 +117,7 @@ def read_generation(
     Raises:
         SystemExit: with the reason on stderr.
     """
-    sizes = [("height", height), ("width", width), ("max_sequence_length", max_sequence_length)]
-    for name, value in [*(("steps", number) for number in steps), *sizes]:
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}: it takes at least 1")
+    parser.check_at_least(1, steps=min(steps), height=height, width=width, max_sequence_length=max_sequence_length)
     for number in seed:
         if not 0 <= number <= MAX_SEED:
             parser.error(f"--seed is {number}: it takes 0 to {MAX_SEED}")
