@@ -41,7 +41,7 @@ BAD_CALLS = [
         for name in ("num_inference_steps", "num_images_per_prompt", "max_sequence_length", "height", "width")
         for value in (0, -1, True, 2.0, "2", [2], NAN, np.float32(2), torch.tensor([2, 2]))
     ),
-    *(({name: None}, f"`{name}` is None") for name in ("num_images_per_prompt",)),
+    ({"num_images_per_prompt": None}, "`num_images_per_prompt` is None"),
     *(
         ({name: value}, f"`{name}` is ")
         for name in ("guidance_scale", "eta", "max_timesteps", "intermediate_timesteps")

@@ -26,8 +26,8 @@ MAX_SCRIPT_LINES = 330
 MAX_LOOP_LINES = 60
 MAX_FUNCTION_LINES = 100
 GROUND_FLOOR = {
-    "text", "rows", "draws", "files", "owned", "components", "transfer", "versions", "images", "standalone", "errors",
-    "command_line", "redaction", "scripts.__init__",
+    "text", "rows", "draws", "digests", "files", "owned", "components", "transfer", "versions", "images", "standalone",
+    "errors", "command_line", "redaction", "scripts.__init__",
 }  # fmt: skip
 SERVICES = ("data", "export", "evaluation", "training")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml"}
@@ -127,6 +127,14 @@ def test_no_import_leads_upwards():
     for module, file in modules().items():
         for other in imports_of(file) - {"__init__"}:
             assert layer(other) <= layer(module), f"{module} imports {other}"
+
+
+def test_the_tree_in_contributing_names_every_module_and_service_once():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("src/diffusers_tbcm/")[1].partition("examples/tbcm/")[0]
+    modules = [path.name for path in (ROOT / "src" / "diffusers_tbcm").glob("[!_]*.py")]
+    named = [word for word in tree.split() if word.endswith(".py") and word != "__main__.py"]
+    assert sorted(named) == sorted(modules)
+    assert all(tree.split().count(f"{folder}/") == 1 for folder in ("backbones", *SERVICES))
 
 
 def test_no_imports_form_a_circle():

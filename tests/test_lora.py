@@ -298,7 +298,7 @@ def test_plain_diffusers_runs_the_lora_cards_example_and_draws_what_ours_draws(t
         guidance_scale=5.0,
     )
     assert {path.name for path in folder.iterdir()} == {
-        MARKER, LORA_FILE, "guidance_embedder.safetensors", "README.md", "training.json", "training_config.json",
+        LORA_FILE, "guidance_embedder.safetensors", "README.md", "training.json", "training_config.json", MARKER,
     }  # fmt: skip
     subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS], cwd=tmp_path, check=True, timeout=600)
 

@@ -31,7 +31,7 @@ from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_inform
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
-from diffusers_tbcm.errors import loading
+from diffusers_tbcm.errors import loading, loading_by_name
 from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
@@ -144,20 +144,16 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
             parser.error(f"argument --{given[1]}: not allowed with argument --{given[0]}")
     if settings.prompts_file is None and settings.dataset_name is None:
         parser.error("one of the arguments --prompts_file --dataset_name is required")
-    for name in ("max_prompts", "num_images_per_prompt", "batch_size", "resolution", "max_sequence_length"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}: it takes at least 1")
+    numbers = ("max_prompts", "num_images_per_prompt", "batch_size", "resolution", "max_sequence_length")
+    parser.check_at_least(1, **{name: getattr(settings, name) for name in numbers})
+    parser.check_at_least(0, seed=settings.seed)
+    parser.check_at_least(2, bootstrap_resamples=settings.bootstrap_resamples)
     if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
         parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a finite number")
-    if settings.seed < 0:
-        parser.error(f"--seed is {settings.seed}: it takes at least 0")
     for name in ("steps", "teacher_steps"):
         values = getattr(settings, name)
         if min(values) < 1 or max(values) > MAX_STEPS or len({*values}) < len(values):
             parser.error(f"--{name} is {values}: it takes different numbers from 1 to {MAX_STEPS}")
-    if settings.bootstrap_resamples < 2:
-        parser.error(f"--bootstrap_resamples is {settings.bootstrap_resamples}: it takes at least 2")
     if settings.reference_teacher and settings.teacher is None:
         parser.error("--reference_teacher needs --teacher")
     if settings.image_column is not None and settings.dataset_name is None:
@@ -206,12 +202,8 @@ class Task:
 
 def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     """Load it all; whatever can be wrong is found before anything is drawn."""
-    try:
+    with loading_by_name("model", settings.model, "a pipeline folder"):
         DiffusionPipeline.load_config(settings.model)
-    except OSError as error:
-        raise ValueError(
-            f"model {settings.model!r} is neither a pipeline folder nor a model on the Hub that can be reached"
-        ) from error
     check_installed()
     if settings.teacher is not None:
         resolve_teacher(settings.teacher, settings.variant)

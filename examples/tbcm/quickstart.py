@@ -35,6 +35,7 @@ from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.owned import OwnedFolder
+from diffusers_tbcm.pipeline_folder import list_checkpoints
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
@@ -125,13 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_train_steps", type=int, default=STEPS)
     parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts")
     args = parser.parse_args(argv)
-    if args.prompts < MIN_PROMPTS:
-        parser.error(f"--prompts is {args.prompts}: it takes at least {MIN_PROMPTS}")
+    parser.check_at_least(MIN_PROMPTS, prompts=args.prompts)
     start = time.perf_counter()
 
     # 1. Distil; the same command continues an interrupted run
     command = training_command(args.output_dir, args.max_train_steps)
-    if args.output_dir.exists():
+    if list_checkpoints(args.output_dir):
         command += ["--resume_from_checkpoint", "latest"]
     if code := subprocess.run(command).returncode:
         sys.exit(code)  # the script has said why

@@ -47,6 +47,12 @@ class CommandParser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USERS_MISTAKE, f"{self.prog}: error: {hide_secrets(message)}\n")
 
+    def check_at_least(self, minimum: int, **values: int | None) -> None:
+        """End the program where a value of a flag is too small; None passes."""
+        for name, value in values.items():
+            if value is not None and value < minimum:
+                self.error(f"--{name} is {value}: it takes at least {minimum}")
+
 
 def finite_number(text: str) -> float:
     """Read a number, and neither infinity nor what is none: the `type` of an argument."""

@@ -51,6 +51,26 @@ def loading(
         raise ValueError(f"{what} {str(name)!r} cannot be loaded: {in_a_line(error)}") from error
 
 
+@contextmanager
+def loading_by_name(what: str, name: str | PathLike[str], kind: str) -> Iterator[None]:
+    """Like `loading`, of a folder or a repository on the Hub: where there is none of that name, the message says so.
+
+    Args:
+        what, name: as `loading` takes them.
+        kind: what is looked for, such as `"a pipeline folder"`.
+
+    Raises:
+        ValueError: where there is none of that name, or it cannot be loaded.
+    """
+    try:
+        with loading(what, name, but=OSError):
+            yield
+    except OSError as error:
+        raise ValueError(
+            f"{what} {str(name)!r} is neither {kind} nor a model on the Hub that can be reached"
+        ) from error
+
+
 def is_memory(error: BaseException) -> bool:
     """Say whether memory ran out, on a GPU or in the machine."""
     if isinstance(error, MemoryError):

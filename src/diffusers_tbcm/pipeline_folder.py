@@ -35,6 +35,7 @@ TRAINING_RECORD = "training.json"  # what the card says about the training
 TRAINING_CONFIG = "training_config.json"  # every flag, the versions, the revision
 METRICS = "metrics.json"
 CHECKPOINT = "checkpoint-"  # and its step: a folder in the run's
+MANIFEST = "checkpoint.json"  # written last into a checkpoint: its step, and the size of every other file
 METRICS_LOG = "metrics.jsonl"  # of a run: every logged step
 VALIDATION = "validation"
 LORA = "lora"  # the adapters' folder, in the run's
@@ -80,12 +81,14 @@ def resolve_teacher(teacher: str | PathLike[str], variant: str | None = None) ->
     for component in components:
         if component not in classes or not (folder / component).is_dir():
             raise ValueError(f"teacher {str(teacher)!r} lacks its {component}")
-    _check_weights(teacher, folder, holding_weights(components), variant)
+    _check_precision(teacher, folder, holding_weights(components), variant)
     _check_copied(teacher, folder, classes, variant)
     return folder
 
 
-def _check_weights(teacher: str | PathLike[str], folder: Path, components: Sequence[str], variant: str | None) -> None:
+def _check_precision(
+    teacher: str | PathLike[str], folder: Path, components: Sequence[str], variant: str | None
+) -> None:
     """Make sure that the weights asked for are there; of components without the variant, the ordinary ones."""
     found = {component: stored_precision(folder / component, variant) for component in components}
     if variant is not None and not any(found.values()):

@@ -43,13 +43,8 @@ from .finite import NOT_FINITE, FiniteImageProcessor, NotFiniteWarning, is_finit
 from .images import fit_image, load_image, pixels_to_pil, resolution_bins
 from .scheduling_tbcm import MAX_TIMESTEP_FLOAT32, TBCMScheduler, recorded_call_options
 from .standalone import standalone_pipeline_source
-from .student_adapters import (
-    OFFLOADING_HOOKS,
-    StudentLoraLoaderMixin,
-    check_can_be_saved,
-    drawing_with,
-    students_of,
-)
+from .student_adapters import OFFLOADING_HOOKS, check_can_be_saved, drawing_with, students_of
+from .student_lora import StudentLoraLoaderMixin
 from .text import check_tokenizer
 from .versions import tokenizer_class
 

@@ -9,7 +9,7 @@ from torch import nn
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def check_weights(model: ModelT, name: str) -> ModelT:
+def check_finite_weights(model: ModelT, name: str) -> ModelT:
     """Refuse a teacher's model that would give NaN whatever it is given.
 
     Args:

@@ -13,7 +13,7 @@ from ..components import stored_precision
 from ..errors import loading
 from ..files import read_json
 from ..text import Text, check_tokenizer
-from ..transfer import check_weights
+from ..transfer import check_finite_weights
 from ..versions import dtype_argument
 from .sana_attention import deal_out
 from .sana_attention import keep_text as keep_text
@@ -56,7 +56,7 @@ def load_transformer(folder: Path, variant: str | None = None) -> SanaTransforme
     precision = stored_precision(folder / "transformer", variant) or None
     with loading("teacher", folder):
         transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", variant=precision)
-    return check_weights(transformer.float(), "transformer")
+    return check_finite_weights(transformer.float(), "transformer")
 
 
 def load_vae(folder: Path, variant: str | None = None) -> AutoencoderDC:
@@ -64,7 +64,7 @@ def load_vae(folder: Path, variant: str | None = None) -> AutoencoderDC:
     precision = stored_precision(folder / "vae", variant) or None
     with loading("teacher", folder):
         vae = AutoencoderDC.from_pretrained(folder, subfolder="vae", variant=precision)
-    return check_weights(vae.float(), "vae")
+    return check_finite_weights(vae.float(), "vae")
 
 
 def load_text_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None) -> SanaPipeline:
@@ -87,7 +87,7 @@ def load_text_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = N
             folder, vae=None, transformer=None, variant=precision, **dtype_argument(dtype)
         )
     check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
-    check_weights(pipeline.text_encoder, "text_encoder").requires_grad_(False)
+    check_finite_weights(pipeline.text_encoder, "text_encoder").requires_grad_(False)
     return pipeline
 
 

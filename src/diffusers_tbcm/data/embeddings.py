@@ -16,6 +16,7 @@ import torch
 from diffusers import SanaPipeline
 
 from ..backbones import backbone_of
+from ..digests import digest_text
 from ..pipeline_folder import digest_component
 from ..text import Text
 from .shards import TORN, ShardFolder, dtype_name, own_shards, read_slice
@@ -254,9 +255,7 @@ def encoder_fingerprint(
     return {
         "text_encoder": digest_component(teacher_folder, "text_encoder", variant),
         "tokenizer": digest_component(teacher_folder, "tokenizer"),
-        "complex_human_instruction": blake2b(instruction.encode(), digest_size=8).hexdigest()
-        if instruction
-        else "none",
+        "complex_human_instruction": digest_text(instruction) if instruction else "none",
         "max_sequence_length": str(max_sequence_length),
         "dtype": dtype_name(dtype),
     }

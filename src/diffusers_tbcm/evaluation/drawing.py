@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..backbones.sana import INSTRUCTION
 from ..draws import draw_generator
-from ..errors import in_a_line, loading
+from ..errors import in_a_line, loading, loading_by_name
 from ..finite import NOT_FINITE, is_finite
 from ..images import pixels_to_pil
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
@@ -71,13 +71,8 @@ def load_pipeline(
             is none of this machine's.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else find_device(device)
-    try:
-        with loading("model", model, but=OSError):
-            is_student = SanaTBCMPipeline.load_config(str(model)).get("scheduler") == ["diffusers", STUDENT_SCHEDULER]
-    except OSError as error:
-        raise ValueError(
-            f"model {str(model)!r} is neither a pipeline folder nor a model on the Hub that can be reached"
-        ) from error
+    with loading_by_name("model", model, "a pipeline folder"):
+        is_student = SanaTBCMPipeline.load_config(str(model)).get("scheduler") == ["diffusers", STUDENT_SCHEDULER]
     if not is_student and lora is None:
         raise ValueError(f"model {str(model)!r} is no few-step student: give one, or the LoRA that makes it one")
     # A student brings its own timesteps; a teacher's scheduler belongs to the teacher's many steps.
@@ -85,13 +80,8 @@ def load_pipeline(
     with loading("model", model):
         pipeline = SanaTBCMPipeline.from_pretrained(str(model), variant=variant, **dtype_argument(dtype), **scheduler)
     if lora is not None:
-        try:
-            with loading("lora", lora, but=OSError):
-                pipeline.load_lora_weights(str(lora))
-        except OSError as error:
-            raise ValueError(
-                f"lora {str(lora)!r} is neither LoRA weights nor a model on the Hub that can be reached"
-            ) from error
+        with loading_by_name("lora", lora, "LoRA weights"):
+            pipeline.load_lora_weights(str(lora))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..digests import digest_text
 from ..draws import draw_generator
 from ..files import read_json, write_json, written_beside
 from ..images import to_rgb
@@ -56,7 +57,7 @@ class PictureFolder(Sequence[Image.Image]):
         self.folder = Path(folder)
         self.prompts = prompts
         self.pictures_per_prompt = pictures_per_prompt
-        self.settings = settings = {**settings, "prompts": text_digest(json.dumps(list(prompts)))}
+        self.settings = settings = {**settings, "prompts": digest_text(json.dumps(list(prompts)))}
         found = read_json(self.folder / SETTINGS) if (self.folder / SETTINGS).is_file() else {}
         if not found and self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(
@@ -169,7 +170,7 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
         A short text by component, the tokenizer's among them: two pipelines are equal where they would draw alike.
     """
     config = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
-    digests = {"scheduler": text_digest(json.dumps(config, sort_keys=True, default=str))}
+    digests = {"scheduler": digest_text(json.dumps(config, sort_keys=True, default=str))}
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
             digest = blake2b(digest_size=8)
@@ -177,7 +178,7 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
                 sample = value.flatten()[:WEIGHT_SAMPLE].float().cpu().numpy()
                 digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode() + sample.tobytes())
             digests[name] = digest.hexdigest()
-    digests["tokenizer"] = text_digest(_tokenizer_content(pipeline.tokenizer))
+    digests["tokenizer"] = digest_text(_tokenizer_content(pipeline.tokenizer))
     return digests
 
 
@@ -197,15 +198,3 @@ def _is_whole(path: Path) -> bool:
     except Exception:  # Pillow has one for every way in which a file can be broken
         return False
     return True
-
-
-def text_digest(text: str) -> str:
-    """Shorten a text to what tells it from others.
-
-    Args:
-        text: any.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    return blake2b(text.encode(), digest_size=8).hexdigest()

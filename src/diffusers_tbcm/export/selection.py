@@ -24,6 +24,7 @@ from ..owned import LOCK, MARKER
 from ..pipeline_folder import (
     CARD,
     LEGAL_FILES,
+    MANIFEST,
     METRICS,
     MODEL_INDEX,
     SCHEDULER,
@@ -42,7 +43,6 @@ from ..standalone import standalone_pipeline_source
 
 RECORDS = (TRAINING_RECORD, TRAINING_CONFIG, METRICS)
 CODE_ENTRIES = ("auto_map", "custom_pipelines")  # of configs: they name code to run, and stock classes need none
-CHECKPOINT_MANIFEST = "checkpoint.json"
 PICTURE_PATH = re.compile(rf"[^\s\"'()<>\[\]|]+(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))})", re.IGNORECASE)
 PLACE_OF_PICTURE = 0x8825  # EXIF's GPS
 CAMERA = 0x8769  # EXIF's own section
@@ -212,15 +212,15 @@ def _is_own(path: Path) -> bool:
 
 def _state_files(checkpoint: Path) -> list[Path]:
     """The files of a checkpoint, as its manifest lists them; none of them can run code when it is loaded."""
-    manifest = check_file(checkpoint / CHECKPOINT_MANIFEST)
+    manifest = check_file(checkpoint / MANIFEST)
     sizes = read_object(manifest).get("files")
     if not isinstance(sizes, dict):
-        raise ValueError(f"{checkpoint.name}/{CHECKPOINT_MANIFEST} lists no files")
+        raise ValueError(f"{checkpoint.name}/{MANIFEST} lists no files")
     files = [manifest]
     for name, size in sizes.items():
         path = checkpoint / name
         if ".." in path.parts or not path.is_relative_to(checkpoint):
-            raise ValueError(f"{checkpoint.name}/{CHECKPOINT_MANIFEST} lists {name!r}, which is not in the checkpoint")
+            raise ValueError(f"{checkpoint.name}/{MANIFEST} lists {name!r}, which is not in the checkpoint")
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(f"{checkpoint.name} is not whole: {name} is missing or has another size")
         if not (_is_own(path) or size == 0):

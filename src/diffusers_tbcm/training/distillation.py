@@ -16,6 +16,7 @@ from ..backbones import find_backbone
 from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
+from ..digests import digest_texts
 from ..errors import Failure, in_a_line
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
@@ -28,7 +29,6 @@ from ..pipeline_folder import LORA, TRANSFORMER, VALIDATION, digest_component, r
 from .health import all_finite
 from .memory import memory_plan
 from .optimizers import state_bytes
-from .resumption import digest_texts
 from .run import Run
 from .settings import DistillationSettings
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +91,6 @@ class History:
             for name, values in change.items()
             if name != "step"
         )
-
-
-def digest_texts(texts: Iterable[str]) -> str:
-    """Digest texts in their order.
-
-    Args:
-        texts: any number.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = blake2b(digest_size=8)
-    for text in texts:
-        encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.hexdigest()
 
 
 def changed_settings(

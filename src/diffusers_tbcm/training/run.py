@@ -40,21 +40,13 @@ from ..pipeline_folder import METRICS_LOG, MODEL_INDEX, TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
 from .accelerators import check_launch, keep_whole_states
-from .checkpoints import (
-    check_way,
-    find_checkpoint,
-    last_kept,
-    load_checkpoint,
-    load_run_state,
-    rotate_checkpoints,
-    save_checkpoint,
-    set_aside_later,
-)
+from .checkpoints import find_checkpoint, load_checkpoint, load_run_state, rotate_checkpoints, save_checkpoint
 from .health import STILL, Health, untrained
 from .interruption import StopRequest
 from .memory import peak_memory
 from .optimizers import hyperparameters
 from .resumption import PROCESSES, History
+from .run_folder import check_way, last_kept, set_aside_later
 from .settings import RunSettings
 from .stream import Record, RowStream
 from .tracking import MetricsLog

@@ -21,8 +21,8 @@ from transformers import HfArgumentParser
 from ..command_line import DEBUG_HELP, CommandParser, name_flags
 from ..errors import in_a_line
 from ..pipeline_folder import VARIANTS
-from .checkpoints import check_place
 from .resumption import CHANGEABLE
+from .run_folder import check_place
 
 
 S = TypeVar("S", bound="RunSettings")

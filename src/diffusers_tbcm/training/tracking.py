@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker
 from diffusers.utils import logging
 from PIL import Image
 
-from .checkpoints import cut_log
+from .run_folder import cut_log
 
 
 logger = logging.get_logger(__name__)
