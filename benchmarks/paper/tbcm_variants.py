@@ -21,7 +21,7 @@ import torch
 from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.text import Text
-from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.distillation import ConsistencyDistillation
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.settings import parse_settings
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
@@ -46,7 +46,7 @@ def prompt_mask(settings: script.TBCMSettings) -> AbstractContextManager[object]
     """The empty prompt has the mask of the prompt, so that guidance also leads away from its padding tokens."""
     empty_prompt: list[torch.Tensor] = []
 
-    class WithPaddedPrompt(Distillation):
+    class WithPaddedPrompt(ConsistencyDistillation):
         def __init__(self, *parts: Any, **options: Any) -> None:
             super().__init__(*parts, **options)
             if not isinstance(self.encode, PromptEncoder):
@@ -73,7 +73,7 @@ def prompt_mask(settings: script.TBCMSettings) -> AbstractContextManager[object]
     return patch.multiple(
         script,
         METHOD="TBCM, empty prompt masked as the prompt",
-        Distillation=WithPaddedPrompt,
+        ConsistencyDistillation=WithPaddedPrompt,
         record_trajectory=record,
     )
 
