@@ -21,7 +21,7 @@ import torch
 from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.text import Text
-from diffusers_tbcm.training.distillation import ConsistencyDistillation
+from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.settings import parse_settings
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
