@@ -250,8 +250,8 @@ def test_what_a_dropped_connection_interrupted_goes_on(hub, student, pushed):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("cut always", "RuntimeError", r"the push to 'me/cut-always' was interrupted: .*Push again"),
-        ("raced", "RuntimeError", r"'me/raced' was pushed to by somebody else in the meantime.*push again"),
+        ("cut always", "Failure", r"the push to 'me/cut-always' was interrupted: .*Push again"),
+        ("raced", "Failure", r"'me/raced' was pushed to by somebody else in the meantime.*push again"),
         ("no token", "ValueError", r"token is None and none is stored: .*HF_TOKEN"),
         ("wrong token", "ValueError", r"token is not valid"),
         ("read token", "ValueError", r"token may not write to repo_id 'me/plain'"),
