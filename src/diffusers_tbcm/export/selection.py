@@ -54,7 +54,7 @@ class Selection:
 
     Args:
         files: what is uploaded by its path in the repository, a file or its changed content; the card among them.
-        left_out: what the folder holds beside them, folders with a slash at the end.
+        left_out: what of others the folder holds beside them, folders with a slash at the end.
     """
 
     files: dict[str, Path | bytes]
@@ -273,7 +273,7 @@ def _left_out(folder: Path, chosen: Mapping[str, Path | bytes]) -> Iterator[str]
         inside = {name.partition("/")[2]: chosen[name] for name in chosen if name.startswith(f"{entry.name}/")}
         if inside and is_folder:
             yield from (f"{entry.name}/{name}" for name in _left_out(Path(entry.path), inside))
-        elif entry.name not in chosen:
+        elif entry.name not in (*chosen, MARKER, LOCK):
             yield entry.name + "/" * is_folder + " (a link)" * entry.is_symlink()
         elif entry.name == CUSTOM_PIPELINE_FILE_NAME and Path(entry.path).read_bytes() != chosen[entry.name]:
             yield f"{entry.name} (this version's own is published in its place)"
