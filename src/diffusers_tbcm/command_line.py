@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import in_a_line, is_users
+from .errors import EndedElsewhere, in_a_line, is_lost_process, is_users
 from .redaction import hide_secrets
 
 
 USERS_MISTAKE = 2  # the exit code, argparse's own
 INTERRUPTED = 130  # a shell's, of SIGINT
+LOST_PROCESS = "another process of the run is gone, and its message says why"
 DEBUG_HELP = "end an error with its traceback"
 
 
@@ -45,6 +46,8 @@ class CommandParser(ArgumentParser):
         super().__init__(*args, **{"formatter_class": HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of the machine says the same
+            self.exit(USERS_MISTAKE)
         self.exit(USERS_MISTAKE, f"{self.prog}: error: {hide_secrets(message)}\n")
 
 
@@ -90,9 +93,12 @@ def ending_in_words(flags: Mapping[str, str], *, debug: bool, program: str | Non
     except Exception as error:
         if debug or not is_users(error):
             raise
+        if isinstance(error, EndedElsewhere):
+            sys.exit(USERS_MISTAKE)
         rank = int(os.environ.get("RANK", "0"))
         where = f"rank {rank}: " if rank else ""
-        message = hide_secrets(name_flags(in_a_line(error), flags))
+        words = LOST_PROCESS if is_lost_process(error) else in_a_line(error)
+        message = hide_secrets(name_flags(words, flags))
         line = f"{program or Path(sys.argv[0]).name}: error: {where}{message}"
         print(line, file=sys.stderr)
         ended = SystemExit(line)

@@ -194,6 +194,11 @@ def _read(
         yield _text(prompt, place).strip(), label
 
 
+def is_text(words: str) -> bool:
+    """Say whether every character is one, and none a NUL: a tokenizer, and a file, can take them."""
+    return "\0" not in words and not any("\ud800" <= character <= "\udfff" for character in words)
+
+
 def _text(prompt: object, place: str) -> str:
     """Refuse what no tokenizer can read; what is missing is empty."""
     if prompt is None:
@@ -202,7 +207,7 @@ def _text(prompt: object, place: str) -> str:
         raise ValueError(f"{place!r} is not text: it holds {reprlib.repr(prompt)}")
     if len(prompt) > MAX_CHARACTERS:
         raise ValueError(f"{place!r} holds a prompt of {len(prompt):,} characters: is it one prompt a line?")
-    if "\0" in prompt or any("\ud800" <= character <= "\udfff" for character in prompt):
+    if not is_text(prompt):
         raise ValueError(f"{place!r} holds {reprlib.repr(prompt)}, which is no text: it has a NUL or half a character")
     return prompt
 

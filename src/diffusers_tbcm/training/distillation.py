@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +16,21 @@ from ..backbones import find_backbone
 from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
+from ..draws import draw_generator, draw_noise
 from ..dual import checkpoint_dual
 from ..errors import Failure
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import check_target, save_student_lora, save_student_pipeline
 from ..export.record import Sample, StudentDescription
-from ..files import WRITE_ERRORS
+from ..files import WRITE_ERRORS, read_json
 from ..lora import make_lora_student, merge_lora
 from ..loss import LogvarHead, StudentWithLogvar
 from ..pipeline_folder import LORA, TRANSFORMER, VALIDATION, digest_component, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
+from .accelerators import ending_together
 from .health import all_finite
 from .memory import memory_plan
 from .optimizers import state_bytes
@@ -79,6 +82,12 @@ class Distillation:
         self.backbone = find_backbone(self.folder)
         transformer = self.backbone.load_transformer(self.folder, settings.variant)
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
+        context = read_json(self.folder / "text_encoder" / "config.json").get("max_position_embeddings")
+        if context is not None and settings.max_sequence_length > context:
+            raise ValueError(
+                f"`max_sequence_length` is {settings.max_sequence_length}: the teacher's text encoder reads {context}"
+                " tokens"
+            )
         components = (TRANSFORMER, "text_encoder", "tokenizer")
         run.depends_on(
             method=method,
@@ -151,17 +160,17 @@ class Distillation:
             images, self.folder, resolution=self.resolution, dtype=torch.float32, variant=variant
         )
         run.depends_on(pictures=digest_texts(map(str, sorted(fingerprint.items()))))
-        precompute_latents(
-            images,
-            lambda: self.backbone.load_vae(self.folder, variant).to(run.device),
-            cache,
-            fingerprint,
-            backbone=self.backbone,
-            resolution=self.resolution,
-            process_index=run.accelerator.process_index,
-            num_processes=run.accelerator.num_processes,
-        )
-        run.accelerator.wait_for_everyone()
+        with ending_together(run.accelerator):
+            precompute_latents(
+                images,
+                lambda: self.backbone.load_vae(self.folder, variant).to(run.device),
+                cache,
+                fingerprint,
+                backbone=self.backbone,
+                resolution=self.resolution,
+                process_index=run.accelerator.process_index,
+                num_processes=run.accelerator.num_processes,
+            )
         return LatentCache(cache, fingerprint)
 
     def add_student(self, rows_per_prompt: int) -> nn.Module:
@@ -180,8 +189,9 @@ class Distillation:
         student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
         model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
         self.teacher.to(run.weight_dtype)
-        if run.accelerator.is_main_process:
-            self._print_memory_plan(model, rows_per_prompt)
+        with ending_together(run.accelerator):
+            if run.accelerator.is_main_process:
+                self._print_memory_plan(model, rows_per_prompt)
         if settings.compile:
             for block in (*self.backbone.blocks(self.teacher.transformer), *self.backbone.blocks(transformer)):
                 block.compile()
@@ -211,10 +221,10 @@ class Distillation:
             student: from `add_student`.
         """
         weights = self.run.weights(student)
-        if self.run.accelerator.is_main_process:
-            transformer = self._load_student(weights)
-            self._draw(transformer if self.settings.rank is None else merge_lora(transformer))
-        self.run.accelerator.wait_for_everyone()
+        with ending_together(self.run.accelerator):
+            if self.run.accelerator.is_main_process:
+                transformer = self._load_student(weights)
+                self._draw(transformer if self.settings.rank is None else merge_lora(transformer))
 
     def export(self, student: nn.Module) -> None:
         """Save the student as a pipeline or LoRA folder, and push it if asked to; every process calls this.
@@ -227,7 +237,9 @@ class Distillation:
     def _export(self, student: nn.Module, *, last: bool) -> None:
         """Save and push; before the `last` time, one that cannot be written costs a warning."""
         weights = self.run.weights(student)
-        if self.run.accelerator.is_main_process:
+        with ending_together(self.run.accelerator):
+            if not self.run.accelerator.is_main_process:
+                return
             self.teacher.float()
             try:
                 self._save_and_push(weights)
@@ -236,13 +248,14 @@ class Distillation:
                     raise
                 logger.warning(f"The student of step {self.run.step} was not saved, training goes on: {error}")
             self.teacher.to(self.run.weight_dtype)
-        self.run.accelerator.wait_for_everyone()
 
     def _save_and_push(self, weights: Mapping[str, torch.Tensor]) -> None:
         run, settings = self.run, self.settings
         if not all_finite(weights.values()):
             raise Failure(f"nothing is exported: the student's weights are not finite at step {run.step}")
         transformer = self._load_student(weights)
+        if not self._gives_numbers(transformer):
+            raise Failure(f"nothing is exported: what the student gives for noise is not finite at step {run.step}")
         description = StudentDescription(
             prompt=(settings.validation_prompts or self.prompts)[0],
             training=self._training_table(),
@@ -252,6 +265,20 @@ class Distillation:
             resolution=settings.resolution,
         )
         run.push(self._save(transformer, description))
+
+    @torch.no_grad()
+    def _gives_numbers(self, transformer: Any) -> bool:
+        """Whether the student turns noise into numbers: weights may be finite, and too large for it."""
+        noise = draw_noise(self.latent_shape, [draw_generator(0, self.settings.seed)], device=transformer.device)
+        text = self.negative_text
+        output = TrigFlowTransformer(transformer, self.teacher.timestep_scale)(
+            noise,
+            torch.full_like(noise[:, 0, 0, 0], math.pi / 2),
+            text.embeds.to(transformer.dtype),
+            text.mask,
+            guidance=torch.full_like(noise[:, 0, 0, 0], self.settings.guidance_scales[0]),
+        )
+        return all_finite([output])
 
     def _make_encoder(self) -> PromptEncoder | EmbeddingCache:
         run, settings = self.run, self.settings
@@ -265,15 +292,15 @@ class Distillation:
             return make_encoder()
         cache = Path(settings.precompute_embeddings)
         fingerprint = encoder_fingerprint(self.folder, dtype=run.weight_dtype, variant=settings.variant, **reading)
-        precompute_embeddings(
-            [*self.prompts, *(settings.validation_prompts or [])],
-            make_encoder,
-            cache,
-            fingerprint,
-            process_index=run.accelerator.process_index,
-            num_processes=run.accelerator.num_processes,
-        )
-        run.accelerator.wait_for_everyone()
+        with ending_together(run.accelerator):
+            precompute_embeddings(
+                [*self.prompts, *(settings.validation_prompts or [])],
+                make_encoder,
+                cache,
+                fingerprint,
+                process_index=run.accelerator.process_index,
+                num_processes=run.accelerator.num_processes,
+            )
         return EmbeddingCache(cache, fingerprint, device=run.device)
 
     def _make_student(self) -> Any:

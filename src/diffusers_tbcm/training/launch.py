@@ -16,6 +16,7 @@ from ..command_line import ending_in_words, show_information
 from ..files import PARTIAL_SUFFIX
 from ..owned import OwnedFolder
 from ..pipeline_folder import CARD, CHECKPOINT, LORA, METRICS, METRICS_LOG, SAMPLE_GRID, VALIDATION
+from .accelerators import ending_together
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
 from .run import Run
 from .settings import RunSettings, flags_of
@@ -73,12 +74,12 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
         )
         train(once, stop)
         run = train(replace(once, max_train_steps=2, resume_from_checkpoint="latest"), stop)
-        if run.accelerator.is_main_process:
-            _check_places(folder, Path(settings.output_dir))
-            lines = (folder / METRICS_LOG).read_text(encoding="utf-8").splitlines()
-            print("\nDry run: everything ran once, in a folder that is now deleted. Its two steps:")
-            print("\n".join(lines))
-        run.accelerator.wait_for_everyone()
+        with ending_together(run.accelerator):
+            if run.accelerator.is_main_process:
+                _check_places(folder, Path(settings.output_dir))
+                lines = (folder / METRICS_LOG).read_text(encoding="utf-8").splitlines()
+                print("\nDry run: everything ran once, in a folder that is now deleted. Its two steps:")
+                print("\n".join(lines))
     return run
 
 

@@ -19,6 +19,7 @@ from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 from ..command_line import DEBUG_HELP, CommandParser, name_flags
+from ..data.prompts import is_text
 from ..errors import in_a_line
 from ..pipeline_folder import VARIANTS
 from .checkpoints import check_place
@@ -27,6 +28,7 @@ from .resumption import CHANGEABLE
 
 S = TypeVar("S", bound="RunSettings")
 
+MAX_COUNT = 2**53  # what counts in tensors and floats can be
 MAX_SEED = 2**32 - 1  # numpy's
 OPTIMIZERS = ("adamw", "came")
 # The piecewise constant one needs rules that no setting gives.
@@ -77,11 +79,21 @@ def check_not_negative(settings: object, *names: str) -> None:
 
 
 def check_finite(settings: object) -> None:
-    """Refuse numbers that are infinite or not a number, in the way of `check_positive`."""
+    """Refuse numbers that are infinite, not a number or beyond any count, in the way of `check_positive`."""
     for name, value in vars(settings).items():
         numbers = value if isinstance(value, list | tuple) else [value]
+        if any(abs(number) > MAX_COUNT for number in numbers if isinstance(number, int)):
+            raise ValueError(f"`{name}` is {value}: it is too large")
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             raise ValueError(f"`{name}` is {value}: it has to be finite")
+
+
+def check_text(settings: object) -> None:
+    """Refuse text that no file, card or tokenizer takes, in the way of `check_positive`."""
+    for name, value in vars(settings).items():
+        texts = value if isinstance(value, list | tuple) else [value]
+        if not all(is_text(text) for text in texts if isinstance(text, str)):
+            raise ValueError(f"`{name}` is {value!r}: it has a NUL, or bytes that are not UTF-8")
 
 
 @dataclass(kw_only=True)
@@ -132,6 +144,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        check_text(self)
         check_not_negative(self, "lr_warmup_steps", "weight_decay", "seed")
         if self.seed > MAX_SEED:
             raise ValueError(f"`seed` is {self.seed}: the largest is {MAX_SEED}")
