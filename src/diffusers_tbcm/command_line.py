@@ -15,9 +15,9 @@ from argparse import (
     RawDescriptionHelpFormatter,
 )
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from .errors import EndedElsewhere, in_a_line, is_lost_process, is_users
 from .redaction import hide_secrets
@@ -104,6 +104,49 @@ def ending_in_words(flags: Mapping[str, str], *, debug: bool, program: str | Non
         ended = SystemExit(line)
         ended.code = USERS_MISTAKE
         raise ended from error
+
+
+class _Outlived:
+    """A stream whose end the program outlives: a closed terminal or pipe, a log on a full disk, a narrow encoding."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def leave(self) -> None:
+        """Let what cannot be written go: the interpreter would end with another exit code."""
+        try:
+            self._stream.flush()
+        except OSError:
+            with suppress(OSError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def outliving_streams() -> Iterator[None]:
+    """Let nothing that is printed in the block end the program, whatever has become of its output."""
+    with ExitStack() as stack:
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if stream is not None:  # a program that was started without
+                outlived = _Outlived(stream)
+                stack.enter_context(redirect(cast(TextIO, outlived)))
+                stack.callback(outlived.leave)
+        yield
 
 
 def show_information() -> None:

@@ -50,7 +50,7 @@ class ShardFolder:
     redo: str
 
     def whole(self, tensors: Sequence[str] = ()) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
-        """Go through the shards that are whole; the others are named in a warning.
+        """Go through the shards that are whole; torn ones are named in a warning, and other files are none.
 
         Args:
             tensors: names of tensors to read of each.
@@ -64,7 +64,10 @@ class ShardFolder:
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._check(json.loads((file.metadata() or {}).get(self.entry, "{}")))
+                    made_of = (file.metadata() or {}).get(self.entry)
+                    if made_of is None:  # not a shard, such as weights of a pipeline
+                        continue
+                    self._check(_fingerprint(made_of))
                     found = {name: file.get_tensor(name) for name in tensors}
             except TORN as error:
                 logger.warning(f"{str(path)!r} is torn, its {self.items} count as missing: {error}")
@@ -137,6 +140,15 @@ class ShardFolder:
                 f"{str(self.folder)!r} holds {self.others}: {'; '.join(differences)}. Choose another folder, or delete"
                 f" this one to {self.redo}"
             )
+
+
+def _fingerprint(text: str) -> dict[str, str]:
+    """What a shard says that it is made of; nothing, where that cannot be read."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_slice(path: Path, tensor: str, place: int | slice) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from diffusers.utils import logging
 
-from ..command_line import ending_in_words, show_information
+from ..command_line import ending_in_words, outliving_streams, show_information
 from ..files import PARTIAL_SUFFIX
 from ..owned import OwnedFolder
 from ..pipeline_folder import CARD, CHECKPOINT, LORA, METRICS, METRICS_LOG, SAMPLE_GRID, VALIDATION
@@ -38,17 +38,18 @@ def launch(train: Callable[[S, StopRequest], Run], settings: S) -> None:
             run could not go on for a reason that is no bug; a line says it.
     """
     show_information()
-    with ending_in_words(flags_of(type(settings)), debug=settings.debug), StopRequest() as stop:
-        run = dry_run(train, settings, stop) if settings.dry_run else train(settings, stop)
-    try:
-        run.accelerator.end_training()
-    except OSError as error:  # of a tracker that has more to write
-        logger.warning(f"The trackers could not be closed: {error}")
-    if run.stopped:
-        print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")
-        sys.exit(RESUMABLE_EXIT_CODE)
-    if not run.pushed:
-        sys.exit(1)  # a warning has said what to do
+    with outliving_streams():
+        with ending_in_words(flags_of(type(settings)), debug=settings.debug), StopRequest() as stop:
+            run = dry_run(train, settings, stop) if settings.dry_run else train(settings, stop)
+        try:
+            run.accelerator.end_training()
+        except OSError as error:  # of a tracker that has more to write
+            logger.warning(f"The trackers could not be closed: {error}")
+        if run.stopped:
+            print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")
+            sys.exit(RESUMABLE_EXIT_CODE)
+        if not run.pushed:
+            sys.exit(1)  # a warning has said what to do
 
 
 def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopRequest) -> Run:

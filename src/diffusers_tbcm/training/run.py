@@ -655,9 +655,11 @@ class Run:
         for trained, groups in zip(self._trained, wanted, strict=True):
             for group, values in zip(trained.optimizer.param_groups, groups, strict=True):
                 group |= values
-            trained.load_averages(averages, self._then["averaged_steps"])
-            if not trained.is_finite():
-                raise ValueError(f"checkpoint {str(checkpoint)!r}: weights of the {trained.name} are not finite")
+            try:
+                trained.load_averages(averages, self._then["averaged_steps"])
+                trained.check()
+            except ValueError as error:
+                raise ValueError(f"checkpoint {str(checkpoint)!r}: {error}") from error
         self.say(f"Resumed from {checkpoint} at step {self.step}")
         if self.history.changes:
             self.say(f"Changed on the way: {self.history}")
