@@ -2,13 +2,16 @@
 
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffusers_tbcm.data.shards import TORN, ShardFolder, own_shards, read_slice
+from diffusers_tbcm.data import shards
+from diffusers_tbcm.data.shards import TORN, WRITING, ShardFolder, own_shards, read_slice
 from diffusers_tbcm.owned import MARKER
 
 
@@ -36,7 +39,7 @@ def never():
 def test_shards_hold_their_tensors_and_what_they_were_made_of(tmp_path):
     folder = tmp_path / "new" / "folder"
     assert fill(folder) == 5
-    assert {path.name for path in folder.iterdir()} == {"0.safetensors", "3.safetensors", MARKER}
+    assert {path.name for path in folder.iterdir()} == {"0.safetensors", "3.safetensors", MARKER, WRITING}
     assert load_file(folder / "3.safetensors")["numbers"].tolist() == [3, 4]
     with safe_open(folder / "0.safetensors", framework="pt") as file:
         assert {name: json.loads(text) for name, text in file.metadata().items()} == {"made_of": FINGERPRINT}
@@ -44,6 +47,30 @@ def test_shards_hold_their_tensors_and_what_they_were_made_of(tmp_path):
     assert found == [("0", [0, 1, 2]), ("3", [3, 4])]
     assert read_slice(store(folder).path("0"), "numbers", slice(1, 3)).tolist() == [1, 2]
     assert int(read_slice(store(folder).path("3"), "numbers", 1)) == 4
+
+
+def test_two_runs_that_fill_a_folder_at_once_write_one_after_the_other(tmp_path, monkeypatch):
+    save, writing = shards.save_file, []
+
+    def slow(tensors, path, **kwargs):
+        writing.append(path)
+        assert len(writing) == 1
+        time.sleep(0.05)
+        save(tensors, path, **kwargs)
+        writing.remove(path)
+
+    monkeypatch.setattr(shards, "save_file", slow)
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(lambda _: fill(tmp_path), range(2))] == [5, 5]
+    assert [path.name for path, _ in store(tmp_path).whole()] == ["0.safetensors", "3.safetensors"]
+
+
+@pytest.mark.parametrize("entry", ["no json", "[]", "3"])
+def test_a_shard_that_does_not_say_what_it_is_made_of_is_refused_in_words(tmp_path, entry):
+    fill(tmp_path)
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors", metadata={"made_of": entry})
+    with pytest.raises(ValueError, match="holds others: model is None, not a"):
+        [*store(tmp_path).whole()]
 
 
 def test_nothing_to_make_loads_no_model_and_makes_no_folder(tmp_path):
@@ -73,7 +100,7 @@ def test_what_was_written_stays_where_the_next_shard_fails(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         store(tmp_path).fill([range(0, 3), range(3, 5)], lambda: 0, fail_at_three, label="", quiet=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"0.safetensors", MARKER}
+    assert {path.name for path in tmp_path.iterdir()} == {"0.safetensors", MARKER, WRITING}
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -1])

@@ -142,10 +142,11 @@ def outliving_streams() -> Iterator[None]:
     """Let nothing that is printed in the block end the program, whatever has become of its output."""
     with ExitStack() as stack:
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
-            if stream is not None:  # a program that was started without
-                outlived = _Outlived(stream)
-                stack.enter_context(redirect(cast(TextIO, outlived)))
-                stack.callback(outlived.leave)
+            if stream is None:  # the program was started without
+                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            outlived = _Outlived(stream)
+            stack.enter_context(redirect(cast(TextIO, outlived)))
+            stack.callback(outlived.leave)
         yield
 
 

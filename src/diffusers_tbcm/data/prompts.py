@@ -191,7 +191,7 @@ def _read(
             labels = column_values(data, label_column)
     place = str(source) if suffix not in DATA_FILES and path.is_file() else f"{source}, column {prompt_column}"
     for prompt, label in zip(prompts, labels, strict=False):
-        yield _text(prompt, place).strip(), label
+        yield prompt_text(prompt, place).strip(), label
 
 
 def is_text(words: str) -> bool:
@@ -199,8 +199,19 @@ def is_text(words: str) -> bool:
     return "\0" not in words and not any("\ud800" <= character <= "\udfff" for character in words)
 
 
-def _text(prompt: object, place: str) -> str:
-    """Refuse what no tokenizer can read; what is missing is empty."""
+def prompt_text(prompt: object, place: str) -> str:
+    """Refuse what no tokenizer can read; what is missing is empty.
+
+    Args:
+        prompt: as it was read.
+        place: where, for messages.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: where it is no text, or not that of one prompt.
+    """
     if prompt is None:
         return ""
     if not isinstance(prompt, str):

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from diffusers.utils import logging
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import written_beside
+from ..files import PARTIAL_SUFFIX, written_beside
 from ..owned import OwnedFolder
 
 
 logger = logging.get_logger(__name__)
 
 SUFFIX = ".safetensors"
+WRITING = f".shards{PARTIAL_SUFFIX}"  # the lock of who writes one
 TORN = (OSError, SafetensorError)  # what reading a shard raises that is gone or cut short
 ModelT = TypeVar("ModelT")
 ShardT = TypeVar("ShardT", bound=Sized)
@@ -50,7 +53,7 @@ class ShardFolder:
     redo: str
 
     def whole(self, tensors: Sequence[str] = ()) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
-        """Go through the shards that are whole; torn ones are named in a warning, and other files are none.
+        """Go through the shards that are whole; the others are named in a warning.
 
         Args:
             tensors: names of tensors to read of each.
@@ -64,10 +67,7 @@ class ShardFolder:
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             try:
                 with safe_open(path, framework="pt") as file:
-                    made_of = (file.metadata() or {}).get(self.entry)
-                    if made_of is None:  # not a shard, such as weights of a pipeline
-                        continue
-                    self._check(_fingerprint(made_of))
+                    self._check(_fingerprint((file.metadata() or {}).get(self.entry, "{}")))
                     found = {name: file.get_tensor(name) for name in tensors}
             except TORN as error:
                 logger.warning(f"{str(path)!r} is torn, its {self.items} count as missing: {error}")
@@ -114,7 +114,7 @@ class ShardFolder:
                         f"{self.items} became NaN or infinity: the model's weights hold some, or its precision is too"
                         " low for it"
                     )
-                with written_beside(self.path(name)) as partial:
+                with self._alone(), written_beside(self.path(name)) as partial:
                     save_file(dict(tensors), partial, metadata={self.entry: json.dumps(dict(self.fingerprint))})
         return total
 
@@ -128,6 +128,17 @@ class ShardFolder:
             Its file.
         """
         return self.folder / f"{name}{SUFFIX}"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other run write here meanwhile: one that makes the same shards writes them by the same names."""
+        lock = FileLock(self.folder / WRITING)
+        with suppress(OSError, NotImplementedError):  # some network disks have no locks
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _check(self, found: Mapping[str, str]) -> None:
         differences = [

@@ -184,10 +184,14 @@ def _is_count(value: object) -> bool:
 
 
 def _is_change(change: object) -> bool:
-    return isinstance(change, dict) and all(
-        _is_count(values) if name == "step" else isinstance(values, list) and len(values) == 2
-        for name, values in change.items()
-    ) and "step" in change
+    return (
+        isinstance(change, dict)
+        and all(
+            _is_count(values) if name == "step" else isinstance(values, list) and len(values) == 2
+            for name, values in change.items()
+        )
+        and "step" in change
+    )
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, partial: bool) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP as a request: the step that runs is finished, a checkpoint is written, then the run ends."""
+"""SIGTERM, SIGINT and SIGHUP as a request: the step that runs is finished, a checkpoint is written, the run ends."""
 
 import os
 import signal

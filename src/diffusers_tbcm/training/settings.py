@@ -96,6 +96,13 @@ def check_text(settings: object) -> None:
             raise ValueError(f"`{name}` is {value!r}: it has a NUL, or bytes that are not UTF-8")
 
 
+def check_not_output(settings: "RunSettings", name: str) -> None:
+    """Refuse a folder of a cache that is the run's own, in the way of `check_positive`."""
+    folder = getattr(settings, name)
+    if folder is not None and Path(folder).resolve() == Path(settings.output_dir).resolve():
+        raise ValueError(f"`{name}` is {folder!r}, which is `output_dir`: name a folder of its own")
+
+
 @dataclass(kw_only=True)
 class RunSettings:
     """optimisation, checkpoints, logs, Hub"""
@@ -249,6 +256,7 @@ class DistillationSettings(RowSettings):
                 raise ValueError(f"`{name}` needs `rank`")
         if self.lora_alpha is None:
             self.lora_alpha = self.rank
+        check_not_output(self, "precompute_embeddings")
         if self.export_variants and self.rank is not None and not self.merge_lora:
             raise ValueError("`export_variants` are of a pipeline: with `rank` they need `merge_lora`")
 
@@ -277,6 +285,14 @@ class PictureSettings(DistillationSettings):
             raise ValueError("give either `train_data_dir` or `dataset_name`")
         if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
             raise ValueError(f"`train_data_dir` is {self.train_data_dir}: there is no such folder")
+        if self.train_data_dir is not None and Path(self.output_dir).resolve().is_relative_to(
+            Path(self.train_data_dir).resolve()
+        ):
+            raise ValueError(
+                f"`output_dir` {self.output_dir!r} lies in `train_data_dir`, whose folders are all read for pictures:"
+                " choose another place"
+            )
+        check_not_output(self, "latents_cache")
         check_positive(self, "max_train_samples")
 
 
