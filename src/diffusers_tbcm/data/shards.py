@@ -132,12 +132,15 @@ class ShardFolder:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Let no other run write here meanwhile: one that makes the same shards writes them by the same names."""
-        lock = FileLock(self.folder / WRITING)
+        path = self.folder / WRITING
+        lock = FileLock(path)
         with suppress(OSError, NotImplementedError):  # some network disks have no locks
             lock.acquire()
         try:
             yield
         finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)  # who waits for it takes the next
             lock.release()
 
     def _check(self, found: Mapping[str, str]) -> None:
