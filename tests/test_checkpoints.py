@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_tbcm.files import beside, read_json, write_json
-from diffusers_tbcm.owned import MARKER
+from diffusers_tbcm.owned import MARKER, OwnedFolder
 from diffusers_tbcm.training import checkpoints
 from diffusers_tbcm.training.checkpoints import (
     AVERAGES,
     MANIFEST,
     RUN_STATE,
+    check_way,
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
@@ -24,9 +25,16 @@ from diffusers_tbcm.training.checkpoints import (
     rotate_checkpoints,
     save_checkpoint,
 )
+from diffusers_tbcm.training.resumption import BATCH, LENGTH
 
 
-STATE = {"told": {}, "content": {}, "changes": [], "averaged_steps": {}, "health": {}}
+STATE = {
+    "told": dict.fromkeys((LENGTH, *BATCH), 1),
+    "content": {},
+    "changes": [{"step": 1, "learning_rate": [1e-3, 1e-4]}],
+    "averaged_steps": {"student": 2},
+    "health": {"recovering": 0, "sound": None},
+}
 
 
 def save(accelerator, folder, step):
@@ -260,3 +268,45 @@ def test_a_folder_of_that_name_that_is_not_ours_stays(run, caplog):
     assert save(accelerator, folder, 11) is None
     assert "did not write, or what was changed since (checkpoint-11): move it" in caplog.text
     assert [path.name for path in (folder / "checkpoint-11").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"told": {}}, {"told": {**STATE["told"], LENGTH: "ten"}}, {"health": {}},
+    {"health": {"recovering": -1, "sound": None}},
+    {"health": {"recovering": 0, "sound": 3}}, {"changes": [{"x": 1}]}, {"changes": [{"step": 1, "x": 1}]},
+    {"changes": ["x"]}, {"averaged_steps": {"student": "two"}}, {"averaged_steps": {"student": True}},
+])  # fmt: skip
+def test_a_state_that_was_edited_is_refused_in_words(run, changes):
+    _, _, folder = run
+    write_json(folder / "checkpoint-10" / RUN_STATE, {**STATE, **changes})
+    with pytest.raises(ValueError, match=r"has no readable run\.json"):
+        load_run_state(folder / "checkpoint-10")
+
+
+@pytest.mark.parametrize("step", [-5, "x", None, True, 1.5])
+def test_a_step_that_is_no_count_makes_a_checkpoint_none(run, step):
+    _, _, folder = run
+    manifest = folder / "checkpoint-10" / MANIFEST
+    write_json(manifest, {**read_json(manifest), "step": step})
+    with pytest.raises(ValueError, match="is not complete"):
+        checkpoint_step(folder / "checkpoint-10")
+
+
+def test_other_digits_name_no_checkpoint(run):
+    _, _, folder = run
+    for name in ("checkpoint-²", "checkpoint-٣"):
+        (folder / name).mkdir()
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-10"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nowhere"])
+def test_what_is_set_aside_goes_through_no_link(run, tmp_path, kind):
+    _, _, folder = run
+    aside = folder / "abandoned"
+    if kind == "file":
+        aside.write_text("mine")
+    else:
+        aside.symlink_to(tmp_path if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"abandoned' is no folder, .*: move it to another place"):
+        check_way(OwnedFolder(folder), 2, 10)
+    check_way(OwnedFolder(folder), 0, 1)  # a run that begins leaves nothing behind

@@ -7,7 +7,15 @@ import sys
 
 import pytest
 
-from diffusers_tbcm.command_line import CommandParser, ending_in_words, finite_number, show_information
+from diffusers_tbcm.command_line import (
+    LOST_PROCESS,
+    CommandParser,
+    ending_in_words,
+    finite_number,
+    outliving_streams,
+    show_information,
+)
+from diffusers_tbcm.errors import EndedElsewhere
 
 
 def ended(error, **options):
@@ -92,3 +100,46 @@ def test_a_program_without_logging_of_its_own_shows_each_line_once():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert result.stderr == "3 prompts\n" and result.returncode == 0
+
+
+def test_what_another_process_says_is_not_said_again(capsys):
+    assert ended(EndedElsewhere("elsewhere"), debug=False).code == 2 and capsys.readouterr().err == ""
+    assert ended(RuntimeError("third_party/gloo: Connection closed by peer"), debug=False).code == 2
+    assert capsys.readouterr().err == f"script: error: {LOST_PROCESS}\n"
+
+
+PRINTS = """
+import sys
+from tqdm import tqdm
+from diffusers_tbcm.command_line import outliving_streams
+
+with outliving_streams():
+    for _ in tqdm(range(2000), mininterval=0):
+        print("é" * 100)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk", "no output", "ascii"])
+def test_a_program_outlives_its_output(output, tmp_path):
+    redirection = {
+        "closed pipe": "2>&1 | head -c 10 > /dev/null; exit ${PIPESTATUS[0]}", "full disk": "> /dev/full 2>&1",
+        "no output": ">&- 2>&-", "ascii": f"> {tmp_path / 'log'} 2> {tmp_path / 'log2'}",
+    }[output]  # fmt: skip
+    if output == "full disk" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    environment = os.environ | {
+        "PROGRAM": PRINTS,
+        "PYTHONIOENCODING": "ascii:strict" if output == "ascii" else "utf-8",
+    }
+    command = ["bash", "-c", f'{sys.executable} -c "$PROGRAM" {redirection}']
+    assert subprocess.run(command, env=environment, timeout=60).returncode == 75
+    if output == "ascii":
+        assert (tmp_path / "log").read_text().startswith("\\xe9\\xe9")
+
+
+def test_streams_are_as_they_were_afterwards():
+    before = sys.stdout, sys.stderr
+    with outliving_streams():
+        assert sys.stdout is not before[0] and sys.stdout.encoding == before[0].encoding
+    assert (sys.stdout, sys.stderr) == before

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from diffusers_tbcm.errors import MAX_LENGTH, Failure, in_a_line, is_users, loading
+from diffusers_tbcm.errors import MAX_LENGTH, EndedElsewhere, Failure, in_a_line, is_users, loading
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,8 @@ from diffusers_tbcm.errors import MAX_LENGTH, Failure, in_a_line, is_users, load
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
         MemoryError(),
+        EndedElsewhere("another process has failed"),
+        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5031"),
     ],
 )
 def test_what_a_user_can_change_is_no_bug(error):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_tbcm.training.health import Health, all_finite, fingerprint, untrained
+from diffusers_tbcm.training.health import STILL, Health, all_finite, fingerprint, untrained
 
 
 def test_a_checkpoint_is_sound_once_a_step_from_it_is_finite():
@@ -61,3 +61,13 @@ def test_weights_are_trained_where_they_are_finite_and_moved():
     assert untrained(accelerator, [weight], before) == "are still those that it began with"
     assert untrained(accelerator, [weight * 2], before) is None
     assert untrained(accelerator, [weight * float("nan")], before) == "are not finite"
+
+
+def test_what_next_to_nothing_adds_to_weights_of_zero_is_no_training():
+    accelerator, weights = Accelerator(cpu=True), [torch.ones(2), torch.zeros(2)]
+    before = fingerprint(weights)
+    for weight in weights:
+        weight.add_(1e-30)
+    assert untrained(accelerator, weights, before) == STILL
+    weights[1].add_(1e-9)
+    assert untrained(accelerator, weights, before) is None

@@ -113,3 +113,23 @@ def test_a_child_whose_launcher_is_killed_alone_stops_and_that_of_a_shell_goes_o
     finally:
         if launcher == "shell":
             os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.skipif(interruption.HANGUP is None, reason="a system without SIGHUP")
+def test_a_closed_terminal_is_a_request_however_often_it_is_told(monkeypatch):
+    received = []
+    previous = signal.signal(signal.SIGHUP, lambda number, frame: received.append(number))
+    try:
+        with StopRequest() as stop:
+            stop.finish_steps()
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received and received == []
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGHUP]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.received
+    finally:
+        signal.signal(signal.SIGHUP, previous)

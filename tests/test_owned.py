@@ -1,5 +1,6 @@
 """A folder of ours: what it takes, what it refuses, and that nothing else in it changes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -254,3 +255,36 @@ def test_a_disk_without_locks_is_warned_of(folder, monkeypatch, caplog):
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     folder.hold()
     assert "cannot be locked, take care that no other run uses it: No locks available" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["net/../../mine", "images/../../mine", "/absolute", "..", ".", ""])
+def test_a_marker_does_not_lead_out_of_its_folder(folder, tmp_path, name):
+    (tmp_path / "mine").write_text("mine")
+    put(folder, net_weights="1", images_0="1")
+    marker = json.loads((folder.folder / MARKER).read_text())
+    marker["files"][str(tmp_path / "mine") if name == "/absolute" else name] = []
+    (folder.folder / MARKER).write_text(json.dumps(marker))
+    put(folder, net_weights="2")
+    assert (tmp_path / "mine").read_text() == "mine" and name not in folder.names
+
+
+@pytest.mark.parametrize("states", [3, "x", {}, [3], [{"size": 1}], None])
+def test_an_entry_of_a_marker_that_says_nothing_makes_its_file_somebodys(folder, states):
+    put(folder, net_weights="1")
+    (folder.folder / MARKER).write_text(json.dumps({"files": {"net/weights": states}}))
+    assert folder.foreign(["net/weights"]) == ["net/weights"]
+
+
+def test_a_folder_by_the_markers_name_is_no_marker(tmp_path):
+    (tmp_path / MARKER).mkdir()
+    (tmp_path / MARKER / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds files that are not this package's \({MARKER}\)"):
+        OwnedFolder(tmp_path).claim()
+    assert (tmp_path / MARKER / "notes").read_text() == "mine"
+
+
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in ("link", "link/run"):
+        with pytest.raises(ValueError, match="link' is a link that leads nowhere: name another"):
+            OwnedFolder(tmp_path / place).claim()

@@ -59,6 +59,12 @@ def test_unusable_data_is_named(tmp_path, images):
         CaptionedImages(folder, caption_column="caption")
     with pytest.raises(ValueError, match="column 'text' is neither text nor a list of texts: it holds 7"):
         CaptionedImages(write_images(tmp_path / "numbers", [7, 8]))
+    for name, caption, message in (
+        ("nul", "a \0 dog", "which is no text"),
+        ("long", "a" * 100_001, "100,001 characters"),
+    ):
+        with pytest.raises(ValueError, match=f"'column text' holds .*{message}"):
+            CaptionedImages(write_images(tmp_path / name, [["a"], ["b", caption]]))
     with pytest.raises(ValueError, match=r"none of the 2 pictures of .* has a caption"):
         CaptionedImages(write_images(tmp_path / "empty", ["", " "]))
     with pytest.raises(ValueError, match=r"column 'text' of .* holds no pictures"):

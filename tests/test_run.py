@@ -3,6 +3,9 @@
 import fcntl
 import gc
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from runs import largest_relative_difference, metrics
 from runs import launch as launch_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy_run import Net, ToySettings, record_points, start, train
 
 from diffusers_tbcm.owned import LOCK, OwnedFolder
@@ -514,3 +517,59 @@ def test_a_step_without_rows_does_not_end_an_fp16_run(settings, tmp_path, monkey
         seen.append(critic.state_dict()["0.weight"].clone())
     assert [torch.equal(a, b) for a, b in pairwise(seen)] == [False, True, True, False, False]
     assert run.accelerator.scaler.get_scale() == 2.0**8
+
+
+def damage_state(checkpoint, kind):
+    """Change what a checkpoint holds of the student's optimiser or average; its manifest goes along."""
+    name = "ema.safetensors" if kind.startswith("average") else "optimizer.bin"
+    if name == "optimizer.bin":
+        state = torch.load(checkpoint / name, weights_only=True)
+        for part in state["state"].values():
+            part["exp_avg"] = torch.zeros(3) if kind == "other shapes" else part["exp_avg"] * float("nan")
+        torch.save(state, checkpoint / name)
+    else:
+        averages = load_file(checkpoint / name)
+        changed = (
+            {key: value[:1] for key, value in averages.items()} if kind == "averages cut" else {"x": torch.ones(1)}
+        )
+        save_file(changed, checkpoint / name)
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    manifest["files"][name] = (checkpoint / name).stat().st_size
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("not finite", "states of the student's optimiser are not finite"),
+        ("other shapes", "states of the student's optimiser have other shapes than its weights"),
+        ("averages cut", "it lacks averages of the student, or they have other shapes"),
+        ("averages of others", "it lacks averages of the student, or they have other shapes"),
+    ],
+)
+def test_a_checkpoint_whose_states_do_not_fit_is_refused_before_a_step(settings, tmp_path, kind, message):
+    run_toy(settings(max_train_steps=4, use_ema=True))
+    damage_state(tmp_path / "run" / "checkpoint-4", kind)
+    with pytest.raises(ValueError, match=f"checkpoint '.*checkpoint-4': {message}"):
+        run_toy(settings(resume_from_checkpoint="latest", use_ema=True))
+
+
+def test_a_folder_that_the_first_process_refuses_ends_the_others_without_a_word(tmp_path):
+    OwnedFolder(tmp_path / "run").claim()
+    (tmp_path / "run" / "metrics.jsonl").write_text("mine")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        toy_run.__file__,
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run"), "--report_to", "none"],
+        env=environment, stderr=subprocess.PIPE, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0 and done.stderr.count("toy_run.py: error: ") == 1
+    assert "[rank1]: Traceback" not in done.stderr and "did not write" in done.stderr

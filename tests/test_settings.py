@@ -182,3 +182,37 @@ def test_no_message_and_no_settings_printed_show_a_token(flags, tmp_path, capsys
     assert "***" in printed and "secretvalue" not in printed and "0123456789" not in printed
     settings = parse("--push_to_hub", "--hub_token", "hf_0123456789abcdef", tmp_path=tmp_path)
     assert "0123456789" not in repr(settings)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--gradient_accumulation_steps", "1" + 30 * "0"], ["--max_train_steps", "9007199254740993"],
+    ["--validation_prompts", "a dog", "half a \ud800"], ["--validation_prompts", "a \0"],
+    ["--hub_model_id", "\udcff", "--push_to_hub"],
+])  # fmt: skip
+def test_what_is_no_count_or_no_text_is_refused_by_name(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(RunSettings, ["--output_dir", str(tmp_path / "run"), *flags])
+    assert f"error: {flags[0]} is " in capsys.readouterr().err
+
+
+def test_a_runs_folder_among_the_pictures_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`output_dir` .* lies in `train_data_dir`, whose folders are all read"):
+        PictureSettings(
+            pretrained_model_name_or_path="x", train_data_dir=str(tmp_path), output_dir=str(tmp_path / "a" / "run")
+        )
+
+
+def test_a_machine_says_once_what_does_not_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        parse_settings(RunSettings, ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "0"])
+    assert ended.value.code == 2 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["latents_cache", "precompute_embeddings"])
+def test_a_cache_is_no_runs_folder(name, tmp_path):
+    for cache in (tmp_path / "run", tmp_path / "other" / ".." / "run"):
+        with pytest.raises(ValueError, match=f"`{name}` is .*, which is `output_dir`: name a folder of its own"):
+            PictureSettings(
+                pretrained_model_name_or_path="x", dataset_name="y", output_dir=f"{tmp_path}/run", **{name: str(cache)}
+            )

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from diffusers_tbcm.data import shards
 from diffusers_tbcm.data.shards import TORN, ShardFolder, own_shards, read_slice
 from diffusers_tbcm.owned import MARKER
 
@@ -44,6 +47,30 @@ def test_shards_hold_their_tensors_and_what_they_were_made_of(tmp_path):
     assert found == [("0", [0, 1, 2]), ("3", [3, 4])]
     assert read_slice(store(folder).path("0"), "numbers", slice(1, 3)).tolist() == [1, 2]
     assert int(read_slice(store(folder).path("3"), "numbers", 1)) == 4
+
+
+def test_two_runs_that_fill_a_folder_at_once_write_one_after_the_other(tmp_path, monkeypatch):
+    save, writing = shards.save_file, []
+
+    def slow(tensors, path, **kwargs):
+        writing.append(path)
+        assert len(writing) == 1
+        time.sleep(0.05)
+        save(tensors, path, **kwargs)
+        writing.remove(path)
+
+    monkeypatch.setattr(shards, "save_file", slow)
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(lambda _: fill(tmp_path), range(2))] == [5, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARKER, "0.safetensors", "3.safetensors"]
+
+
+@pytest.mark.parametrize("entry", ["no json", "[]", "3"])
+def test_a_shard_that_does_not_say_what_it_is_made_of_is_refused_in_words(tmp_path, entry):
+    fill(tmp_path)
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors", metadata={"made_of": entry})
+    with pytest.raises(ValueError, match="holds others: model is None, not a"):
+        [*store(tmp_path).whole()]
 
 
 def test_nothing_to_make_loads_no_model_and_makes_no_folder(tmp_path):

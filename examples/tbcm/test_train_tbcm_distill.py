@@ -22,6 +22,7 @@ from tiny import student_weights, tiny_sana_pipeline, write_tiny_pipeline
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.draws import draw_generator
+from diffusers_tbcm.errors import Failure
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.scripts import train_tbcm_distill
@@ -255,6 +256,20 @@ def test_a_filter_that_drops_everything_says_so_and_exports_nothing(flags, tmp_p
         main(flags(brightness_threshold=1e9, brightness_hard=True))
     assert [message[:7] for message in caplog.messages if "dropped every prompt" in message] == ["Step 1:", "Step 2:"]
     assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 1e30}, {"weight_decay": 1e30, "rank": 2}])
+def test_a_student_of_finite_weights_that_gives_no_numbers_is_not_exported(flags, tmp_path, changes):
+    with pytest.raises(Failure, match="nothing is exported: what the student gives for noise is not finite at step 2"):
+        main(flags(**changes))
+    assert not (tmp_path / "run" / "model_index.json").exists() and not (tmp_path / "run" / "lora").exists()
+
+
+def test_more_tokens_than_the_text_encoder_reads_are_refused(flags):
+    with pytest.raises(
+        ValueError, match="`max_sequence_length` is 8193: the teacher's text encoder reads 8192 tokens"
+    ):
+        main(flags(max_sequence_length=8193))
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,17 @@ from argparse import (
     RawDescriptionHelpFormatter,
 )
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
-from .errors import in_a_line, is_users
+from .errors import EndedElsewhere, in_a_line, is_lost_process, is_users
 from .redaction import hide_secrets
 
 
 USERS_MISTAKE = 2  # the exit code, argparse's own
 INTERRUPTED = 130  # a shell's, of SIGINT
+LOST_PROCESS = "another process of the run is gone, and its message says why"
 DEBUG_HELP = "end an error with its traceback"
 
 
@@ -45,6 +46,8 @@ class CommandParser(ArgumentParser):
         super().__init__(*args, **{"formatter_class": HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of the machine says the same
+            self.exit(USERS_MISTAKE)
         self.exit(USERS_MISTAKE, f"{self.prog}: error: {hide_secrets(message)}\n")
 
     def check_at_least(self, minimum: int, **values: int | None) -> None:
@@ -96,14 +99,61 @@ def ending_in_words(flags: Mapping[str, str], *, debug: bool, program: str | Non
     except Exception as error:
         if debug or not is_users(error):
             raise
+        if isinstance(error, EndedElsewhere):
+            sys.exit(USERS_MISTAKE)
         rank = int(os.environ.get("RANK", "0"))
         where = f"rank {rank}: " if rank else ""
-        message = hide_secrets(name_flags(in_a_line(error), flags))
+        words = LOST_PROCESS if is_lost_process(error) else in_a_line(error)
+        message = hide_secrets(name_flags(words, flags))
         line = f"{program or Path(sys.argv[0]).name}: error: {where}{message}"
         print(line, file=sys.stderr)
         ended = SystemExit(line)
         ended.code = USERS_MISTAKE
         raise ended from error
+
+
+class _Outlived:
+    """A stream whose end the program outlives: a closed terminal or pipe, a log on a full disk, a narrow encoding."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def leave(self) -> None:
+        """Let what cannot be written go: the interpreter would end with another exit code."""
+        try:
+            self._stream.flush()
+        except OSError:
+            with suppress(OSError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def outliving_streams() -> Iterator[None]:
+    """Let nothing that is printed in the block end the program, whatever has become of its output."""
+    with ExitStack() as stack:
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if stream is None:  # the program was started without
+                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            outlived = _Outlived(stream)
+            stack.enter_context(redirect(cast(TextIO, outlived)))
+            stack.callback(outlived.leave)
+        yield
 
 
 def show_information() -> None:

@@ -14,6 +14,10 @@ class Failure(RuntimeError):
     """What ends a command that was given rightly, such as a Hub that refuses a push; the message says what to do."""
 
 
+class EndedElsewhere(Failure):
+    """What ends a process because another one has failed; that one's message says why."""
+
+
 def in_a_line(error: BaseException) -> str:
     """Give the message of an error in one line, with its kind where the message alone would not tell.
 
@@ -92,4 +96,12 @@ def is_users(error: BaseException) -> bool:
     from safetensors import SafetensorError
 
     known = (ValueError, OSError, ImportError, Failure, HTTPError, SafetensorError)
-    return isinstance(error, known) or is_memory(error)
+    return isinstance(error, known) or is_memory(error) or is_lost_process(error)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Say whether another process of the run is gone, which leaves this one without an answer."""
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ in ("DistBackendError", "DistNetworkError")
+        or ("gloo" in str(error) and any(words in str(error).lower() for words in ("connection", "broken pipe")))
+    )

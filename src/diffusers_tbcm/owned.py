@@ -58,7 +58,7 @@ class OwnedFolder:
         try:
             if self.disk() != self.folder:
                 return
-            names = sorted(path.name for path in self.folder.iterdir() if not _is_neutral(path.name))
+            names = sorted(path.name for path in self.folder.iterdir() if not _is_neutral(path))
             claimed = (self.folder / MARKER).is_file()  # looked for last: it is there before anything else
         except OSError as error:
             raise ValueError(f"{self._named} cannot be read: {error}") from error
@@ -74,9 +74,10 @@ class OwnedFolder:
         Raises:
             ValueError: where that is a file.
         """
-        found = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        found = next(path for path in (self.folder, *self.folder.parents) if os.path.lexists(path))
         if not found.is_dir():
-            raise ValueError(f"{self._named} cannot be a folder, as {str(found)!r} is a file: name another")
+            kind = "a link that leads nowhere" if found.is_symlink() else "a file"
+            raise ValueError(f"{self._named} cannot be a folder, as {str(found)!r} is {kind}: name another")
         return found
 
     def claim(self) -> None:
@@ -299,11 +300,15 @@ class OwnedFolder:
         }
 
     def _written(self) -> dict[str, list[Written]]:
-        """What the marker lists, by path: the states that we know, none where any is ours."""
+        """What the marker lists, by path: the states that we know, none where any is ours.
+
+        A marker may have been edited, or come from others: an entry that leads out of the folder is none.
+        """
         try:
-            return dict(read_json(self.folder / MARKER)["files"])
+            listed = dict(read_json(self.folder / MARKER)["files"])
         except (OSError, ValueError, KeyError, TypeError):  # a new marker is empty
             return {}
+        return {name: states for name, states in listed.items() if _leads_inside(name) and _are_states(states)}
 
     def _note(self, states: dict[str, list[Written]], gone: Iterable[str] = ()) -> None:
         written = {**self._written(), **states}
@@ -312,8 +317,22 @@ class OwnedFolder:
         write_json(self.folder / MARKER, {"written by": "diffusers_tbcm", "files": written})
 
 
-def _is_neutral(name: str) -> bool:
-    return name in (MARKER, LOCK, *NEUTRAL) or (name.startswith(".") and name.endswith(PARTIAL_SUFFIX))
+def _is_neutral(path: Path) -> bool:
+    name = path.name
+    if name in (MARKER, LOCK):
+        return not path.is_dir()
+    return name in NEUTRAL or (name.startswith(".") and name.endswith(PARTIAL_SUFFIX))
+
+
+def _leads_inside(name: str) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and path != Path() and ".." not in path.parts
+
+
+def _are_states(states: object) -> bool:
+    return isinstance(states, list) and all(
+        isinstance(state, dict) and state.keys() >= Written.__required_keys__ for state in states
+    )
 
 
 def _state(path: Path) -> Written:

@@ -253,8 +253,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     Returns:
         The folders `checkpoint-{step}`, by step; those still being written are not among them.
     """
-    found = [path for path in output_dir.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+    steps = {path: path.name.removeprefix(CHECKPOINT) for path in output_dir.glob(f"{CHECKPOINT}*")}
+    found = [path for path, step in steps.items() if step.isascii() and step.isdigit()]
+    return sorted(found, key=lambda path: int(steps[path]))
 
 
 def license_of(card: Path) -> dict[str, str]:

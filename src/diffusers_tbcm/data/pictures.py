@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..files import PICTURE_SUFFIXES
 from ..images import to_rgb
 from .columns import MJHQ_30K, column_values, load_data
+from .prompts import prompt_text
 
 
 if TYPE_CHECKING:  # `datasets` is an extra, and heavy
@@ -305,4 +306,5 @@ def _captions(entry: Any, column: str) -> tuple[str, ...]:
     captions = [entry] if entry is None or isinstance(entry, str) else entry
     if not isinstance(captions, list) or not all(caption is None or isinstance(caption, str) for caption in captions):
         raise ValueError(f"column {column!r} is neither text nor a list of texts: it holds {reprlib.repr(entry)}")
-    return tuple(caption.strip() for caption in captions if caption and caption.strip())
+    texts = (prompt_text(caption, f"column {column}").strip() for caption in captions)
+    return tuple(text for text in texts if text)

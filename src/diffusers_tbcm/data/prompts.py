@@ -191,18 +191,34 @@ def _read(
             labels = column_values(data, label_column)
     place = str(source) if suffix not in DATA_FILES and path.is_file() else f"{source}, column {prompt_column}"
     for prompt, label in zip(prompts, labels, strict=False):
-        yield _text(prompt, place).strip(), label
+        yield prompt_text(prompt, place).strip(), label
 
 
-def _text(prompt: object, place: str) -> str:
-    """Refuse what no tokenizer can read; what is missing is empty."""
+def is_text(words: str) -> bool:
+    """Say whether every character is one, and none a NUL: a tokenizer, and a file, can take them."""
+    return "\0" not in words and not any("\ud800" <= character <= "\udfff" for character in words)
+
+
+def prompt_text(prompt: object, place: str) -> str:
+    """Refuse what no tokenizer can read; what is missing is empty.
+
+    Args:
+        prompt: as it was read.
+        place: where, for messages.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: where it is no text, or not that of one prompt.
+    """
     if prompt is None:
         return ""
     if not isinstance(prompt, str):
         raise ValueError(f"{place!r} is not text: it holds {reprlib.repr(prompt)}")
     if len(prompt) > MAX_CHARACTERS:
         raise ValueError(f"{place!r} holds a prompt of {len(prompt):,} characters: is it one prompt a line?")
-    if "\0" in prompt or any("\ud800" <= character <= "\udfff" for character in prompt):
+    if not is_text(prompt):
         raise ValueError(f"{place!r} holds {reprlib.repr(prompt)}, which is no text: it has a NUL or half a character")
     return prompt
 

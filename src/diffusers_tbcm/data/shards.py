@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from diffusers.utils import logging
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import written_beside
+from ..files import PARTIAL_SUFFIX, written_beside
 from ..owned import OwnedFolder
 
 
 logger = logging.get_logger(__name__)
 
 SUFFIX = ".safetensors"
+WRITING = f".shards{PARTIAL_SUFFIX}"  # the lock of who writes one
 TORN = (OSError, SafetensorError)  # what reading a shard raises that is gone or cut short
 ModelT = TypeVar("ModelT")
 ShardT = TypeVar("ShardT", bound=Sized)
@@ -64,7 +67,7 @@ class ShardFolder:
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._check(json.loads((file.metadata() or {}).get(self.entry, "{}")))
+                    self._check(_fingerprint((file.metadata() or {}).get(self.entry, "{}")))
                     found = {name: file.get_tensor(name) for name in tensors}
             except TORN as error:
                 logger.warning(f"{str(path)!r} is torn, its {self.items} count as missing: {error}")
@@ -111,7 +114,7 @@ class ShardFolder:
                         f"{self.items} became NaN or infinity: the model's weights hold some, or its precision is too"
                         " low for it"
                     )
-                with written_beside(self.path(name)) as partial:
+                with self._alone(), written_beside(self.path(name)) as partial:
                     save_file(dict(tensors), partial, metadata={self.entry: json.dumps(dict(self.fingerprint))})
         return total
 
@@ -126,6 +129,20 @@ class ShardFolder:
         """
         return self.folder / f"{name}{SUFFIX}"
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other run write here meanwhile: one that makes the same shards writes them by the same names."""
+        path = self.folder / WRITING
+        lock = FileLock(path)
+        with suppress(OSError, NotImplementedError):  # some network disks have no locks
+            lock.acquire()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)  # who waits for it takes the next
+            lock.release()
+
     def _check(self, found: Mapping[str, str]) -> None:
         differences = [
             f"{name} is {found.get(name)}, not {value}"
@@ -137,6 +154,15 @@ class ShardFolder:
                 f"{str(self.folder)!r} holds {self.others}: {'; '.join(differences)}. Choose another folder, or delete"
                 f" this one to {self.redo}"
             )
+
+
+def _fingerprint(text: str) -> dict[str, str]:
+    """What a shard says that it is made of; nothing, where that cannot be read."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_slice(path: Path, tensor: str, place: int | slice) -> torch.Tensor:

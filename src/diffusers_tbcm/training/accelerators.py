@@ -1,8 +1,13 @@
 """The launches that are tested, and those that are refused."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, get_int_from_env
+from accelerate.utils import DistributedType, gather_object, get_int_from_env
+
+from ..errors import EndedElsewhere, in_a_line
 
 
 # Where launchers say how many processes they have started: torchrun and those of MPI
@@ -50,6 +55,32 @@ def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) 
         raise ValueError("`mixed_precision` is fp16, whose loss scale two optimisers cannot share: use bf16 or no")
     if report_to != "none" and report_to not in map(str, get_available_trackers()):
         raise ValueError(f"`report_to` is {report_to!r}, which is not installed or no tracker of accelerate")
+
+
+@contextmanager
+def ending_together(accelerator: Accelerator) -> Iterator[None]:
+    """Let no process wait for one that has failed in the block: they leave it together.
+
+    The block must not wait for other processes itself.
+
+    Args:
+        accelerator: of the run; every process enters the block.
+
+    Raises:
+        Exception: what has failed in this process, where no process before it says the same.
+        EndedElsewhere: where another process has failed, and says why.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    words = None if failure is None else in_a_line(failure)
+    said = [words] if accelerator.num_processes == 1 else gather_object([words])
+    if failure is not None and said.index(words) == accelerator.process_index:
+        raise failure
+    if any(word is not None for word in said):
+        raise EndedElsewhere("another process has failed, and says why")
 
 
 def keep_whole_states(accelerator: Accelerator) -> None:

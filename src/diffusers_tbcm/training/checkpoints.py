@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ..files import WRITE_ERRORS, beside, read_json, write_json
 from ..owned import OwnedFolder
 from ..pipeline_folder import MANIFEST, list_checkpoints
+from .resumption import BATCH, LENGTH
 
 
 logger = logging.get_logger(__name__)
@@ -167,12 +168,33 @@ def load_run_state(checkpoint: Path) -> dict[str, Any]:
         state = read_json(checkpoint / RUN_STATE)
         if not all(isinstance(state[name], kind) for name, kind in RUN_STATE_ENTRIES.items()):
             raise TypeError("an entry is of another kind")
+        if not (all(map(_is_change, state["changes"])) and all(map(_is_count, state["averaged_steps"].values()))):
+            raise TypeError("a change or a number of steps is none")
+        if not (_is_count(state["health"]["recovering"]) and isinstance(state["health"]["sound"], str | None)):
+            raise TypeError("the health is of another kind")
+        if not all(_is_count(state["told"][name]) for name in (LENGTH, *BATCH)):
+            raise TypeError("a number of steps or rows is none")
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint {str(checkpoint)!r} has no readable {RUN_STATE}, as those of earlier versions, which kept a"
             " run's state in pickles: go on with the version that wrote it, or train in another `output_dir`"
         ) from error
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_change(change: object) -> bool:
+    return (
+        isinstance(change, dict)
+        and all(
+            _is_count(values) if name == "step" else isinstance(values, list) and len(values) == 2
+            for name, values in change.items()
+        )
+        and "step" in change
+    )
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, partial: bool) -> dict[str, torch.Tensor]:
@@ -220,7 +242,9 @@ def checkpoint_step(checkpoint: Path) -> int:
     """
     try:
         manifest = read_json(checkpoint / MANIFEST)
-        step, sizes = int(manifest["step"]), dict(manifest["files"])
+        step, sizes = manifest["step"], dict(manifest["files"])
+        if not _is_count(step):
+            raise TypeError("the step is no number")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {str(checkpoint)!r} is not complete: no readable {MANIFEST}") from error
     for name, size in sizes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..pipeline_folder import LORA
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
+from .accelerators import ending_together
 from .distillation import Distillation
 from .run import Run
 from .settings import RowSettings
@@ -68,12 +70,13 @@ class ConsistencyDistillation(Distillation):
         student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
         model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
         self.teacher.to(run.weight_dtype)
-        if run.accelerator.is_main_process:
+        with ending_together(run.accelerator):
             rows = settings.train_batch_size * rows_per_prompt
             one = torch.ones(rows, device=run.device)
             text = self.negative_text.expand(settings.train_batch_size)
             latents = torch.zeros((rows, *self.latent_shape), device=run.device)
-            self._print_memory_plan({"student": model}, (latents, one, text.embeds, text.mask, one))
+            if run.accelerator.is_main_process:
+                self._print_memory_plan({"student": model}, (latents, one, text.embeds, text.mask, one))
         if settings.compile:
             for block in (*self.backbone.blocks(self.teacher.transformer), *self.backbone.blocks(transformer)):
                 block.compile()
@@ -105,6 +108,15 @@ class ConsistencyDistillation(Distillation):
                 raise ValueError(f"`lora_target_modules`: {error}") from error
         student.register_to_config(timestep_scale=self.teacher.timestep_scale)
         return student
+
+    def _first_output(self, transformer: Any, noise: torch.Tensor) -> torch.Tensor:
+        return TrigFlowTransformer(transformer, self.teacher.timestep_scale)(
+            noise,
+            torch.full((1,), math.pi / 2, device=noise.device),
+            self.negative_text.embeds.to(transformer.dtype),
+            self.negative_text.mask,
+            guidance=torch.full((1,), self.settings.guidance_scales[0], device=noise.device),
+        )
 
     def _pipeline(self, vae: Any, transformer: Any) -> SanaTBCMPipeline:
         return SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)

@@ -17,15 +17,17 @@ from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
 from ..digests import digest_texts
+from ..draws import draw_generator, draw_noise
 from ..errors import Failure, in_a_line
 from ..evaluation.drawing import draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import check_target
 from ..export.record import Sample, StudentDescription
-from ..files import WRITE_ERRORS
+from ..files import WRITE_ERRORS, read_json
 from ..flow import FlowTransformer
 from ..lora import merge_lora
 from ..pipeline_folder import LORA, TRANSFORMER, VALIDATION, digest_component, resolve_teacher
+from .accelerators import ending_together
 from .health import all_finite
 from .memory import memory_plan
 from .optimizers import state_bytes
@@ -78,6 +80,12 @@ class Distillation(ABC):
         self.backbone = find_backbone(self.folder)
         transformer = self.backbone.load_transformer(self.folder, settings.variant)
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
+        context = read_json(self.folder / "text_encoder" / "config.json").get("max_position_embeddings")
+        if context is not None and settings.max_sequence_length > context:
+            raise ValueError(
+                f"`max_sequence_length` is {settings.max_sequence_length}: the teacher's text encoder reads {context}"
+                " tokens"
+            )
         components = (TRANSFORMER, "text_encoder", "tokenizer")
         run.depends_on(
             method=method,
@@ -107,6 +115,10 @@ class Distillation(ABC):
     @abstractmethod
     def _make_student(self) -> Any:
         """A student's transformer, equal to its teacher: of weights of its own, or of adapters on the teacher's."""
+
+    @abstractmethod
+    def _first_output(self, transformer: Any, noise: torch.Tensor) -> torch.Tensor:
+        """What a student's transformer makes of noise for the empty prompt."""
 
     @abstractmethod
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
@@ -156,17 +168,17 @@ class Distillation(ABC):
             images, self.folder, resolution=self.resolution, dtype=torch.float32, variant=variant
         )
         run.depends_on(pictures=digest_texts(map(str, sorted(fingerprint.items()))))
-        precompute_latents(
-            images,
-            lambda: self.backbone.load_vae(self.folder, variant).to(run.device),
-            cache,
-            fingerprint,
-            backbone=self.backbone,
-            resolution=self.resolution,
-            process_index=run.accelerator.process_index,
-            num_processes=run.accelerator.num_processes,
-        )
-        run.accelerator.wait_for_everyone()
+        with ending_together(run.accelerator):
+            precompute_latents(
+                images,
+                lambda: self.backbone.load_vae(self.folder, variant).to(run.device),
+                cache,
+                fingerprint,
+                backbone=self.backbone,
+                resolution=self.resolution,
+                process_index=run.accelerator.process_index,
+                num_processes=run.accelerator.num_processes,
+            )
         return LatentCache(cache, fingerprint)
 
     def show_when_due(self, student: nn.Module) -> None:
@@ -187,10 +199,10 @@ class Distillation(ABC):
             student: from `add_student`.
         """
         weights = self.run.weights(student)
-        if self.run.accelerator.is_main_process:
-            transformer = self._load_student(weights)
-            self._draw(transformer if self.settings.rank is None else merge_lora(transformer))
-        self.run.accelerator.wait_for_everyone()
+        with ending_together(self.run.accelerator):
+            if self.run.accelerator.is_main_process:
+                transformer = self._load_student(weights)
+                self._draw(transformer if self.settings.rank is None else merge_lora(transformer))
 
     def export(self, student: nn.Module) -> None:
         """Save the student as a pipeline or LoRA folder, and push it if asked to; every process calls this.
@@ -203,7 +215,9 @@ class Distillation(ABC):
     def _export(self, student: nn.Module, *, last: bool) -> None:
         """Save and push; before the `last` time, one that cannot be written costs a warning."""
         weights = self.run.weights(student)
-        if self.run.accelerator.is_main_process:
+        with ending_together(self.run.accelerator):
+            if not self.run.accelerator.is_main_process:
+                return
             self.teacher.float()
             try:
                 self._save_and_push(weights)
@@ -217,13 +231,14 @@ class Distillation(ABC):
                     raise
                 logger.warning(f"The student of step {self.run.step} was not saved, training goes on: {error}")
             self.teacher.to(self.run.weight_dtype)
-        self.run.accelerator.wait_for_everyone()
 
     def _save_and_push(self, weights: Mapping[str, torch.Tensor]) -> None:
         run, settings = self.run, self.settings
         if not all_finite(weights.values()):
             raise Failure(f"nothing is exported: the student's weights are not finite at step {run.step}")
         transformer = self._load_student(weights)
+        if not self._gives_numbers(transformer):
+            raise Failure(f"nothing is exported: what the student gives for noise is not finite at step {run.step}")
         description = StudentDescription(
             prompt=(settings.validation_prompts or self.prompts)[0],
             training=self._training_table(),
@@ -233,6 +248,12 @@ class Distillation(ABC):
             resolution=settings.resolution,
         )
         run.push(self._save(transformer, description))
+
+    @torch.no_grad()
+    def _gives_numbers(self, transformer: Any) -> bool:
+        """Whether the student turns noise into numbers: weights may be finite, and too large for it."""
+        noise = draw_noise(self.latent_shape, [draw_generator(0, self.settings.seed)], device=transformer.device)
+        return all_finite([self._first_output(transformer, noise)])
 
     def _make_encoder(self) -> PromptEncoder | EmbeddingCache:
         run, settings = self.run, self.settings
@@ -246,15 +267,15 @@ class Distillation(ABC):
             return make_encoder()
         cache = Path(settings.precompute_embeddings)
         fingerprint = encoder_fingerprint(self.folder, dtype=run.weight_dtype, variant=settings.variant, **reading)
-        precompute_embeddings(
-            [*self.prompts, *(settings.validation_prompts or [])],
-            make_encoder,
-            cache,
-            fingerprint,
-            process_index=run.accelerator.process_index,
-            num_processes=run.accelerator.num_processes,
-        )
-        run.accelerator.wait_for_everyone()
+        with ending_together(run.accelerator):
+            precompute_embeddings(
+                [*self.prompts, *(settings.validation_prompts or [])],
+                make_encoder,
+                cache,
+                fingerprint,
+                process_index=run.accelerator.process_index,
+                num_processes=run.accelerator.num_processes,
+            )
         return EmbeddingCache(cache, fingerprint, device=run.device)
 
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:

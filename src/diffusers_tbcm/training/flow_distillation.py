@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -104,6 +105,14 @@ class FlowDistillation(Distillation):
         student = copy.deepcopy(self.teacher.transformer).float().requires_grad_(True)
         self.backbone.name_timestep_scale(student, self.teacher.timestep_scale)
         return student
+
+    def _first_output(self, transformer: Any, noise: torch.Tensor) -> torch.Tensor:
+        return FlowTransformer(transformer, self.teacher.timestep_scale)(
+            noise,
+            torch.ones(1, device=noise.device),
+            self.negative_text.embeds.to(transformer.dtype),
+            self.negative_text.mask,
+        )
 
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
         return self.backbone.PIPELINE_CLASS(None, None, vae, transformer, self.scheduler)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 STILL = "are still those that it began with"
+DUST = 1e-12  # far below what one step of any learning rate in use adds
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -101,7 +102,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum up the bits of every tensor, so that one which changes is told.
+    """Sum up the bits of every tensor, so that one which changes is told; values that are as good as 0 are 0.
 
     Args:
         tensors: of any shapes; of a sharded one, this process's shard.
@@ -109,7 +110,7 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     Returns:
         One integer a tensor, on the CPU.
     """
-    sums = [_local(tensor).view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    sums = [_without_dust(tensor).view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
     return torch.stack(sums).cpu() if sums else torch.empty(0, dtype=torch.int64)
 
 
@@ -129,6 +130,12 @@ def untrained(accelerator: Accelerator, weights: Sequence[torch.Tensor], before:
     if infinite:
         return "are not finite"
     return None if moved else STILL
+
+
+def _without_dust(tensor: torch.Tensor) -> torch.Tensor:
+    """What a learning rate of next to nothing adds to weights of 0 is no training."""
+    tensor = _local(tensor)
+    return tensor.masked_fill(tensor.abs() < DUST, 0)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request: the step that runs is finished, a checkpoint is written, then the run ends."""
+"""SIGTERM, SIGINT and SIGHUP as a request: the step that runs is finished, a checkpoint is written, the run ends."""
 
 import os
 import signal
@@ -20,12 +20,15 @@ LAUNCHERS = {
     "accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run",
 }  # fmt: skip
 LAUNCHED = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")  # what launchers tell their children, and only they
+HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that was closed; Windows has none
 INIT = 1  # the process that gets the children of those that are gone
 POLL_SECONDS = 0.5
 
 
 class StopRequest:
     """In its `with` block, the first SIGTERM or SIGINT is a request to stop; a second one acts as it always did.
+
+    So is SIGHUP, as often as it comes (a terminal's shell sends it too), unless `nohup` has it ignored.
 
     Before training begins there is no step to finish: the first signal then ends the program at once, with code 75.
     From `finish_steps` on it only sets `received`. On Linux a launcher that is gone, killed alone, counts as SIGTERM.
@@ -38,6 +41,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._hangup = None if HANGUP is None else signal.getsignal(HANGUP)
+        if HANGUP is not None and self._hangup is not signal.SIG_IGN:
+            signal.signal(HANGUP, self._note)
         launcher = find_launcher()
         if launcher is not None:
             Thread(target=self._watch, args=(launcher,), daemon=True).start()
@@ -48,12 +54,16 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         self._over.set()
         self._restore()
+        if HANGUP is not None:
+            signal.signal(HANGUP, self._hangup)
 
     def finish_steps(self) -> None:
         """From now on a signal is only noted: training has begun, and asks `received` in every step."""
         self._finishes_steps = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == HANGUP:
+            return
         self.received = True
         self._restore()
         name = signal.Signals(number).name

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from diffusers.utils import logging
 
-from ..command_line import ending_in_words, show_information
+from ..command_line import ending_in_words, outliving_streams, show_information
 from ..files import PARTIAL_SUFFIX
 from ..owned import OwnedFolder
 from ..pipeline_folder import CARD, CHECKPOINT, LORA, METRICS, METRICS_LOG, SAMPLE_GRID, VALIDATION
+from .accelerators import ending_together
 from .interruption import RESUMABLE_EXIT_CODE, StopRequest
 from .run import Run
 from .settings import RunSettings, flags_of
@@ -37,17 +38,18 @@ def launch(train: Callable[[S, StopRequest], Run], settings: S) -> None:
             run could not go on for a reason that is no bug; a line says it.
     """
     show_information()
-    with ending_in_words(flags_of(type(settings)), debug=settings.debug), StopRequest() as stop:
-        run = dry_run(train, settings, stop) if settings.dry_run else train(settings, stop)
-    try:
-        run.accelerator.end_training()
-    except OSError as error:  # of a tracker that has more to write
-        logger.warning(f"The trackers could not be closed: {error}")
-    if run.stopped:
-        print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")
-        sys.exit(RESUMABLE_EXIT_CODE)
-    if not run.pushed:
-        sys.exit(1)  # a warning has said what to do
+    with outliving_streams():
+        with ending_in_words(flags_of(type(settings)), debug=settings.debug), StopRequest() as stop:
+            run = dry_run(train, settings, stop) if settings.dry_run else train(settings, stop)
+        try:
+            run.accelerator.end_training()
+        except OSError as error:  # of a tracker that has more to write
+            logger.warning(f"The trackers could not be closed: {error}")
+        if run.stopped:
+            print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")
+            sys.exit(RESUMABLE_EXIT_CODE)
+        if not run.pushed:
+            sys.exit(1)  # a warning has said what to do
 
 
 def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopRequest) -> Run:
@@ -73,12 +75,12 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
         )
         train(once, stop)
         run = train(replace(once, max_train_steps=2, resume_from_checkpoint="latest"), stop)
-        if run.accelerator.is_main_process:
-            _check_places(folder, Path(settings.output_dir))
-            lines = (folder / METRICS_LOG).read_text(encoding="utf-8").splitlines()
-            print("\nDry run: everything ran once, in a folder that is now deleted. Its two steps:")
-            print("\n".join(lines))
-        run.accelerator.wait_for_everyone()
+        with ending_together(run.accelerator):
+            if run.accelerator.is_main_process:
+                _check_places(folder, Path(settings.output_dir))
+                lines = (folder / METRICS_LOG).read_text(encoding="utf-8").splitlines()
+                print("\nDry run: everything ran once, in a folder that is now deleted. Its two steps:")
+                print("\n".join(lines))
     return run
 
 

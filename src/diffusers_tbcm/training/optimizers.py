@@ -78,6 +78,23 @@ def build_schedule(
     )
 
 
+def moments(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, set[torch.Size]]]:
+    """Give the moments that an optimiser has gathered.
+
+    Args:
+        optimizer: `build_optimizer`'s.
+
+    Returns:
+        Each with the shapes that it can have: its weight's or, as CAME's, those of its rows or columns.
+    """
+    return [
+        (state, {weight.shape, weight.shape[:-1], weight.shape[:-2] + weight.shape[-1:]})
+        for weight, states in optimizer.state.items()
+        for name, state in states.items()
+        if name.startswith("exp_avg")
+    ]
+
+
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Give everything of an optimiser's groups that is no parameter."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]

@@ -39,7 +39,7 @@ from ..owned import MARKER, OwnedFolder
 from ..pipeline_folder import METRICS_LOG, MODEL_INDEX, TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
-from .accelerators import check_launch, keep_whole_states
+from .accelerators import check_launch, ending_together, keep_whole_states
 from .checkpoints import find_checkpoint, load_checkpoint, load_run_state, rotate_checkpoints, save_checkpoint
 from .health import STILL, Health, untrained
 from .interruption import StopRequest
@@ -115,17 +115,18 @@ class Run:
         self.step = 0
         self.folder = OwnedFolder(self.output_dir)
         self._lock: FileLock | None = None
-        if settings.resume_from_checkpoint is not None:
-            self._hold()
-            self.resumed, self.step = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
-        self._then = {} if self.resumed is None else load_run_state(self.resumed)
-        told = self.config["flags"] | {
-            "mixed_precision": self.accelerator.mixed_precision,
-            PROCESSES: self.accelerator.num_processes,
-        }
-        self.history = History(
-            told, checkpoint=self.resumed, then=self._then, step=self.step, allowed=settings.resume_with_changed
-        )
+        with ending_together(self.accelerator):
+            if settings.resume_from_checkpoint is not None:
+                self._hold()
+                self.resumed, self.step = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
+            self._then = {} if self.resumed is None else load_run_state(self.resumed)
+            told = self.config["flags"] | {
+                "mixed_precision": self.accelerator.mixed_precision,
+                PROCESSES: self.accelerator.num_processes,
+            }
+            self.history = History(
+                told, checkpoint=self.resumed, then=self._then, step=self.step, allowed=settings.resume_with_changed
+            )
         self.config["changes"] = self.history.changes
         self.health = Health(settings.max_skipped_steps)
         if self.resumed is not None:
@@ -172,7 +173,9 @@ class Run:
             RuntimeError: where the Hub cannot be reached.
         """
         settings = self.settings
-        if settings.push_to_hub and self.accelerator.is_main_process:
+        with ending_together(self.accelerator):
+            if not (settings.push_to_hub and self.accelerator.is_main_process):
+                return
             try:
                 terms = choose_license(model_folder, settings.hub_license)
             except ValueError as error:
@@ -193,7 +196,8 @@ class Run:
         Raises:
             ValueError: where the checkpoint to resume from was trained with something else.
         """
-        self.history.depends_on(content)
+        with ending_together(self.accelerator):
+            self.history.depends_on(content)
 
     def open_folder(self) -> None:
         """Begin to write: `output_dir` becomes ours. Whatever else is wrong should be found before.
@@ -202,7 +206,9 @@ class Run:
             ValueError: where the folder is not ours, another run's, or cannot be written to, or what this run is going
                 to write would replace something that is not ours.
         """
-        if self.accelerator.is_main_process:
+        with ending_together(self.accelerator):
+            if not self.accelerator.is_main_process:
+                return
             folder = self.folder
             folder.claim()
             self._hold()
@@ -212,7 +218,6 @@ class Run:
             if not (self.output_dir / MODEL_INDEX).exists():  # a student keeps what it was made with until it goes
                 with folder.written(TRAINING_CONFIG) as partial:
                     write_json(partial, self.config)
-        self.accelerator.wait_for_everyone()
 
     def own(self, name: str) -> Path:
         """Say that a file or folder in `output_dir` is the run's, to be read, written and replaced.
@@ -226,8 +231,9 @@ class Run:
         Raises:
             ValueError: where something else has that name.
         """
-        if self.accelerator.is_main_process:
-            self.folder.own(name)
+        with ending_together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self.folder.own(name)
         return self.output_dir / name
 
     def _hold(self) -> None:
@@ -532,8 +538,9 @@ class Run:
                 trained.ema.to(self.device)
         if self.resumed is not None:
             self._load(self.resumed)
-        if self.accelerator.is_main_process:
-            set_aside_later(self.folder, last_kept(self.folder, self.resumed, self.step))
+        with ending_together(self.accelerator):
+            if self.accelerator.is_main_process:
+                set_aside_later(self.folder, last_kept(self.folder, self.resumed, self.step))
         if self.settings.report_to != "none":
             flags = {name: str(value) for name, value in self.config["flags"].items()}
             try:
@@ -643,9 +650,11 @@ class Run:
         for trained, groups in zip(self._trained, wanted, strict=True):
             for group, values in zip(trained.optimizer.param_groups, groups, strict=True):
                 group |= values
-            trained.load_averages(averages, self._then["averaged_steps"])
-            if not trained.is_finite():
-                raise ValueError(f"checkpoint {str(checkpoint)!r}: weights of the {trained.name} are not finite")
+            try:
+                trained.load_averages(averages, self._then["averaged_steps"])
+                trained.check()
+            except ValueError as error:
+                raise ValueError(f"checkpoint {str(checkpoint)!r}: {error}") from error
         self.say(f"Resumed from {checkpoint} at step {self.step}")
         if self.history.changes:
             self.say(f"Changed on the way: {self.history}")

@@ -81,6 +81,11 @@ def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
     checkpoints = list_checkpoints(folder.folder)
     ahead = [path for path in checkpoints if path.name in folder.names and _step_in_name(path) > step]
     folder.check_free(path.name for path in checkpoints if step < _step_in_name(path) <= max_train_steps)
+    aside = folder.folder / SET_ASIDE
+    if step > 0 and (aside.is_symlink() or (aside.exists() and not aside.is_dir())):
+        raise ValueError(
+            f"{str(aside)!r} is no folder, and what the run leaves behind is to go there: move it to another place"
+        )
     for checkpoint in ahead:
         ours = listed_files(checkpoint)
         if ours is None:
@@ -140,4 +145,4 @@ def _stays(line: str, step: int) -> bool:
 def _step_in_name(path: Path) -> int:
     """The step that a checkpoint or a validation picture is named by."""
     number = path.stem.rpartition("-")[2]
-    return int(number) if number.isdigit() else 0
+    return int(number) if number.isascii() and number.isdigit() else 0

@@ -19,6 +19,7 @@ from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 from ..command_line import DEBUG_HELP, CommandParser, name_flags
+from ..data.prompts import is_text
 from ..errors import in_a_line
 from ..pipeline_folder import VARIANTS
 from .resumption import CHANGEABLE
@@ -27,6 +28,7 @@ from .run_folder import check_place
 
 S = TypeVar("S", bound="RunSettings")
 
+MAX_COUNT = 2**53  # what counts in tensors and floats can be
 MAX_SEED = 2**32 - 1  # numpy's
 OPTIMIZERS = ("adamw", "came")
 # The piecewise constant one needs rules that no setting gives.
@@ -77,11 +79,28 @@ def check_not_negative(settings: object, *names: str) -> None:
 
 
 def check_finite(settings: object) -> None:
-    """Refuse numbers that are infinite or not a number, in the way of `check_positive`."""
+    """Refuse numbers that are infinite, not a number or beyond any count, in the way of `check_positive`."""
     for name, value in vars(settings).items():
         numbers = value if isinstance(value, list | tuple) else [value]
+        if any(abs(number) > MAX_COUNT for number in numbers if isinstance(number, int)):
+            raise ValueError(f"`{name}` is {value}: it is too large")
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             raise ValueError(f"`{name}` is {value}: it has to be finite")
+
+
+def check_text(settings: object) -> None:
+    """Refuse text that no file, card or tokenizer takes, in the way of `check_positive`."""
+    for name, value in vars(settings).items():
+        texts = value if isinstance(value, list | tuple) else [value]
+        if not all(is_text(text) for text in texts if isinstance(text, str)):
+            raise ValueError(f"`{name}` is {value!r}: it has a NUL, or bytes that are not UTF-8")
+
+
+def check_not_output(settings: "RunSettings", name: str) -> None:
+    """Refuse a folder of a cache that is the run's own, in the way of `check_positive`."""
+    folder = getattr(settings, name)
+    if folder is not None and Path(folder).resolve() == Path(settings.output_dir).resolve():
+        raise ValueError(f"`{name}` is {folder!r}, which is `output_dir`: name a folder of its own")
 
 
 @dataclass(kw_only=True)
@@ -132,6 +151,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        check_text(self)
         check_not_negative(self, "lr_warmup_steps", "weight_decay", "seed")
         if self.seed > MAX_SEED:
             raise ValueError(f"`seed` is {self.seed}: the largest is {MAX_SEED}")
@@ -202,6 +222,7 @@ class DistillationSettings(RunSettings):
                 raise ValueError(f"`{name}` needs `rank`")
         if self.lora_alpha is None:
             self.lora_alpha = self.rank
+        check_not_output(self, "precompute_embeddings")
         if self.export_variants and self.rank is not None and not self.merge_lora:
             raise ValueError("`export_variants` are of a pipeline: with `rank` they need `merge_lora`")
 
@@ -290,6 +311,14 @@ class PictureSettings(RowSettings):
             raise ValueError("give either `train_data_dir` or `dataset_name`")
         if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
             raise ValueError(f"`train_data_dir` is {self.train_data_dir}: there is no such folder")
+        if self.train_data_dir is not None and Path(self.output_dir).resolve().is_relative_to(
+            Path(self.train_data_dir).resolve()
+        ):
+            raise ValueError(
+                f"`output_dir` {self.output_dir!r} lies in `train_data_dir`, whose folders are all read for pictures:"
+                " choose another place"
+            )
+        check_not_output(self, "latents_cache")
         check_positive(self, "max_train_samples")
 
 

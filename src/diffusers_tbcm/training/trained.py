@@ -11,7 +11,7 @@ from torch import nn
 
 from .averaging import ShardedEMA
 from .health import all_finite, fingerprint
-from .optimizers import build_optimizer, build_schedule
+from .optimizers import build_optimizer, build_schedule, moments
 from .settings import RunSettings
 
 
@@ -54,13 +54,32 @@ class Trained:
         return dict(zip(names, self.ema.full_weights(), strict=True))
 
     def load_averages(self, averages: Mapping[str, torch.Tensor], steps: Mapping[str, int]) -> None:
-        """Take over what `averages` gave, and the steps that each average is of, by the model's name."""
-        if self.ema is not None:
-            self.ema.load([averages[f"{self.name}.{name}"] for name in self.averaged], steps[self.name])
+        """Take over what `averages` gave, and the steps that each average is of, by the model's name.
 
-    def is_finite(self) -> bool:
-        """Whether what trains is finite in this process, the weights and their average."""
-        return all_finite([*self.averaged.values(), *self.to_export])
+        Raises:
+            ValueError: where some are missing, or are of another model.
+        """
+        if self.ema is None:
+            return
+        found = {name: averages.get(f"{self.name}.{name}") for name in self.averaged}
+        shapes = {name: None if whole is None else whole.shape for name, whole in found.items()}
+        if self.name not in steps or shapes != {name: weight.shape for name, weight in self.averaged.items()}:
+            raise ValueError(f"it lacks averages of the {self.name}, or they have other shapes than its weights")
+        self.ema.load([averages[f"{self.name}.{name}"] for name in self.averaged], steps[self.name])
+
+    def check(self) -> None:
+        """Refuse what training cannot go on from in this process.
+
+        Raises:
+            ValueError: where weights, averages or the optimiser's states are not finite, or of another shape.
+        """
+        if not all_finite([*self.averaged.values(), *self.to_export]):
+            raise ValueError(f"weights of the {self.name} are not finite")
+        states = moments(self.optimizer)
+        if any(state.shape not in shapes for state, shapes in states):
+            raise ValueError(f"states of the {self.name}'s optimiser have other shapes than its weights")
+        if not all_finite(state for state, _ in states):
+            raise ValueError(f"states of the {self.name}'s optimiser are not finite")
 
 
 def prepare_trained(
