@@ -42,7 +42,8 @@ from ..standalone import standalone_pipeline_source
 RECORDS = (TRAINING_RECORD, TRAINING_CONFIG, METRICS)
 CODE_ENTRIES = ("auto_map", "custom_pipelines")  # of configs: they name code to run, and stock classes need none
 CHECKPOINT_MANIFEST = "checkpoint.json"
-PICTURE_PATH = re.compile(rf"[^\s\"'()<>\[\]|]+(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))})", re.IGNORECASE)
+WORD = re.compile(r"[^\s\"'()<>\[\]|]+")  # of a card: a picture's path may be one, or stand at the start of one
+PICTURE_PATH = re.compile(rf".+(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))})", re.IGNORECASE)
 PLACE_OF_PICTURE = 0x8825  # EXIF's GPS
 CAMERA = 0x8769  # EXIF's own section
 
@@ -193,7 +194,8 @@ def _pipeline_files(folder: Path) -> list[Path]:
 def _shown_pictures(folder: Path) -> Iterator[Path]:
     """The pictures of the folder that its card shows."""
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    for shown in sorted({unquote(found).removeprefix("./") for found in PICTURE_PATH.findall(text)}):
+    found = [match[0] for word in WORD.findall(text) if (match := PICTURE_PATH.match(word))]
+    for shown in sorted({unquote(path).removeprefix("./") for path in found}):
         path = folder / shown
         hidden = any(part.startswith(".") for part in Path(shown).parts)
         if not hidden and path.is_relative_to(folder) and _is_own(path):
