@@ -20,6 +20,7 @@ from ..backbones import find_backbone
 from ..components import VOCABULARY_FILES, check_file, check_weights, read_object
 from ..files import PICTURE_SUFFIXES, json_text
 from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
+from ..owned import LOCK, MARKER
 from ..pipeline_folder import (
     CARD,
     LEGAL_FILES,
@@ -37,6 +38,7 @@ from ..pipeline_folder import (
 )
 from ..redaction import redact, redact_values
 from ..standalone import standalone_pipeline_source
+from .record import check_record
 
 
 RECORDS = (TRAINING_RECORD, TRAINING_CONFIG, METRICS)
@@ -159,10 +161,7 @@ def _chosen_files(folder: Path) -> list[Path]:
     files.append(check_file(folder / CARD))
     license_of(folder / CARD)
     if _is_own(folder / TRAINING_RECORD):
-        record = read_object(folder / TRAINING_RECORD)
-        kinds = (("model_id", str), ("license", dict), ("training", dict))
-        if not all(isinstance(record.get(name), kind) for name, kind in kinds):
-            raise ValueError(f"its {TRAINING_RECORD} is not the one that training writes")
+        check_record(read_object(folder / TRAINING_RECORD))
     files += [folder / name for name in (*RECORDS, *LEGAL_FILES) if _is_own(folder / name)]
     return files + list(_shown_pictures(folder))
 
@@ -266,8 +265,10 @@ def _check_picture(path: Path, name: str, secrets: Collection[str]) -> None:
 
 
 def _left_out(folder: Path, chosen: Mapping[str, Path | bytes]) -> Iterator[str]:
-    """What a folder holds beside what was chosen; of folders with nothing chosen their names alone."""
+    """What a folder holds beside what was chosen and our marks; of folders with nothing chosen their names alone."""
     for entry in os.scandir(folder):
+        if entry.name in (MARKER, LOCK):
+            continue
         is_folder = entry.is_dir(follow_symlinks=False)
         inside = {name.partition("/")[2]: chosen[name] for name in chosen if name.startswith(f"{entry.name}/")}
         if inside and is_folder:
