@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
+from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from PIL import Image
 from tiny import generate, tiny_tbcm_pipeline
 
@@ -42,6 +44,10 @@ BAD_CALLS = [
         for value in (0, -1, True, 2.0, "2", [2], NAN, np.float32(2), torch.tensor([2, 2]))
     ),
     ({"num_images_per_prompt": None}, "`num_images_per_prompt` is None"),
+    ({"max_sequence_length": 100_000}, "`max_sequence_length` is 100000, but `text_encoder` reads at most 8192"),
+    *(({"prompt": prompt}, r"`prompt.* is .*no text in UTF-8") for prompt in ("caf\udce9", ["a dog", "\ud800"])),
+    ({"complex_human_instruction": ["\ud800"]}, "`complex_human_instruction` is .*no text in UTF-8"),
+    *(({"guidance_scale": value}, "`guidance_scale` is ") for value in (1e300, -1e300, 10**400)),
     *(
         ({name: value}, f"`{name}` is ")
         for name in ("guidance_scale", "eta", "max_timesteps", "intermediate_timesteps")
@@ -103,8 +109,10 @@ BAD_CALLS = [
     *((returning(value), "`callback_on_step_end` returned a ") for value in (torch.zeros(1), [], True, "latents")),
     *(
         (returning({"latents": value}), "`callback_on_step_end` returned 'latents'")
-        for value in (None, torch.zeros(1, 4, 4, 4), [0.0])
+        for value in (None, torch.zeros(1, 4, 4, 4), [0.0], np.zeros((1, 4, 8, 8), np.float32))
     ),
+    ({**returning({"latents": torch.zeros(1, 4, 2, 2)}), "callback_on_step_end_tensor_inputs": []},
+     "`callback_on_step_end` returned 'latents', which it was not given"),
     *(
         ({"image": value}, "`image` ")
         for value in (
@@ -168,6 +176,28 @@ def test_a_missing_component_is_named(pipeline, missing, arguments, message):
             without.encode_prompt("a red fox")
 
 
+@pytest.mark.parametrize("scheduler", [SCMScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_a_sampler_of_another_kind_that_was_set_since_is_named(pipeline, scheduler):
+    other = SanaTBCMPipeline(**pipeline.components)
+    other.scheduler = scheduler
+    with pytest.raises(ValueError, match=f"`scheduler` is a {type(scheduler).__name__}, which has been set since"):
+        generate(other)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, NAN, 1000.0])
+def test_a_scale_of_time_that_no_student_has_is_named(scale):
+    pipeline = tiny_tbcm_pipeline()
+    pipeline.transformer.register_to_config(timestep_scale=scale)
+    with pytest.raises(ValueError, match=r"`transformer\.config\.timestep_scale` is "):
+        generate(pipeline)
+
+
+def test_a_pipeline_is_made_of_pipelines_of_its_family_only(pipeline):
+    for other in (None, "student", SanaPipelineOutput(images=[])):
+        with pytest.raises(ValueError, match=f"`pipeline` is a {type(other).__name__}, which has no scheduler, "):
+            SanaTBCMPipeline.from_pipe(other)
+
+
 def test_latents_need_no_decoder(pipeline):
     without = SanaTBCMPipeline(**{**pipeline.components, "vae": None})
     without.set_progress_bar_config(disable=True)
@@ -205,6 +235,23 @@ def test_a_look_at_latents_is_a_picture(pipeline, output_type):
         ({"guidance_scales": [4.0, NAN]}, "`guidance_scales` is nan"),
         ({"guidance_scales": ["4"]}, "`guidance_scales` is '4'"),
         ({"timesteps_by_steps": {"1": ["a", 0]}}, r"`timesteps_by_steps\['1'\]` is"),
+        ({"timesteps_by_steps": {"1": {"a": 1}}}, r"`timesteps_by_steps\['1'\]` is"),
+        ({"timesteps_by_steps": [1.0, 0.0]}, r"`timesteps_by_steps` is \[1.0, 0.0\]"),
+        ({"timesteps_by_steps": "2"}, "`timesteps_by_steps` is '2'"),
+        ({"sigma_data": 1e300}, "`sigma_data` is 1e"),
+        ({"num_train_timesteps": 0}, "`num_train_timesteps` is 0"),
+        ({"num_train_timesteps": 1.5}, "`num_train_timesteps` is 1.5"),
+        ({"guidance_scales": 4.5}, "`guidance_scales` is 4.5"),
+        ({"guidance_scales": "4"}, "`guidance_scales` is 4"),
+        ({"guidance_scales": {"4": 1}}, "`guidance_scales` is {"),
+        ({"guidance_scales": [1e300]}, "`guidance_scales` is 1e"),
+        ({"call_options": {"guidance_scale": NAN}}, r"`call_options\['guidance_scale'\]` is nan"),
+        ({"call_options": {"guidance_scale": -3}}, r"`call_options\['guidance_scale'\]` is -3"),
+        ({"call_options": {"guidance_scale": "4"}}, r"`call_options\['guidance_scale'\]` is '4'"),
+        ({"call_options": {"height": 64.0}}, r"`call_options\['height'\]` is 64.0"),
+        ({"call_options": {"width": -8}}, r"`call_options\['width'\]` is -8"),
+        ({"call_options": {"max_sequence_length": None}}, r"`call_options\['max_sequence_length'\]` is None"),
+        ({"call_options": {"complex_human_instruction": "abc"}}, "`complex_human_instruction` is 'abc'"),
     ],
 )
 def test_a_samplers_config_is_checked(config, message):

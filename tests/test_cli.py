@@ -390,3 +390,57 @@ def test_a_wrong_training_command_ends_in_the_scripts_line(tmp_path):
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_every_script_that_can_be_started_is_there(script):
     assert importlib.util.find_spec(f"diffusers_tbcm.scripts.train_{script}") is not None
+
+
+@pytest.mark.parametrize("kind", ["picture", "text", "link", "link to nowhere"])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_what_this_program_did_not_draw_is_never_replaced(kind, in_folder, tmp_path, capsys):
+    """Refused before anything is loaded: there is no model."""
+    name = "000-a-dog-2-steps-seed-0.png"
+    file, notes = tmp_path / name, tmp_path / "mine.png"
+    Image.new("RGB", (4, 4), "red").save(notes)
+    if kind == "text":
+        notes.write_text("notes")
+    if kind.startswith("link"):
+        file.symlink_to(notes if kind == "link" else tmp_path / "nowhere.png")
+    else:
+        notes.rename(file)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        generate("nowhere", tmp_path if in_folder else file)
+    assert f"{name}' is there already and was not drawn by this program" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG", "webp"])
+def test_what_it_drew_itself_and_an_empty_file_are(student, suffix, tmp_path):
+    out = tmp_path / f"dog.{suffix}"
+    out.touch()  # as `mktemp` makes one
+    arguments = ("--steps", 1, "--max_sequence_length", 16, "--no-complex_human_instruction")
+    generate(student, out, *arguments)
+    first = out.read_bytes()
+    (tmp_path / "link.png").symlink_to(out)
+    generate(student, out, *arguments, "--seed", 1)
+    second = out.read_bytes()
+    assert first != second
+    generate(student, tmp_path / "link.png", *arguments)
+    assert (tmp_path / "link.png").is_symlink() and pixels(out).shape == (64, 64, 3) and out.read_bytes() != second
+    generate(student, tmp_path / "grid.png", *arguments, "--seed", 0, 1, "--grid")
+    generate(student, tmp_path / "grid.png", *arguments, "--seed", 2, 3, "--grid")
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, "link.png", "grid.png"}
+
+
+@pytest.mark.parametrize("name", ["", " ", "-", "a" * 300, "a\0.png"])
+@pytest.mark.parametrize("command", [["generate", "--model", "m", "--prompt", "dog", "--out"], ["card"], ["push"]])
+def test_what_names_no_file_is_refused(command, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, name, *(["me/x"] if command == ["push"] else [])])
+    error = capsys.readouterr().err
+    assert "names no file or folder" in error and len(error) < 250
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_of_other_bytes_than_utf_8_is_named(student, tmp_path):
+    with pytest.raises(SystemExit, match="no text in UTF-8"):
+        generate(student, tmp_path / "dog.png", prompts=[os.fsdecode(b"caf\xe9")])

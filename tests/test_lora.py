@@ -419,6 +419,7 @@ def test_checkpoint_holds_what_trains_and_brings_it_back(student, tmp_path):
         ({"rank": 4, "target_modules": ["to_q", "to_z"]}, "'to_z', but no linear or convolution layer"),
         ({"rank": 4, "target_modules": ["attn1"]}, "'attn1', but no linear or convolution layer"),
         ({"rank": 4, "target_modules": ["linear_1"]}, "'linear_1', which takes in the guidance embedder"),
+        ({"rank": 4, "target_modules": ["timestep_embedder.linear_1"]}, "has that layer under another name"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(teacher, arguments, message):

@@ -136,3 +136,53 @@ def test_a_full_card_has_what_the_hub_reads_and_every_picture_it_shows(export):
     assert 'variant="bf16", torch_dtype=torch.bfloat16' in card.text and "fp16" not in card.text
     for snippet in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
         compile(snippet, "README.md", "exec")
+
+
+def test_a_sample_that_is_gone_is_not_shown(export, tmp_path):
+    folder = export(samples=SAMPLES)
+    (folder / "images" / "00.png").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "01.png")
+    edit(folder / "training.json", lambda record: record["samples"][1].update(file="nowhere.png"))
+    card = render_model_card(folder)
+    assert "images/00.png" not in str(card) and "nowhere.png" not in str(card)
+    assert [shown["output"]["url"] for shown in card.data.to_dict()["widget"]] == ["images/02.png", "images/03.png"]
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"samples": "x"}, {"samples": [{"prompt": 1}]}, {"samples": [3]}, {"samples": None}, {"prompt": None},
+        {"license": "mit"}, {"license": None}, {"training": []}, {"base_model": 3}, {"model_id": None},
+        {"resolution": "64"}, {"teacher": None}, {"image_free": "no"}, {"adapter": "x"},
+    ],
+)  # fmt: skip
+def test_a_training_record_that_is_none_is_named(export, entries):
+    folder = export(samples=SAMPLES)
+    edit(folder / "training.json", lambda record: record.update(entries))
+    with pytest.raises(ValueError, match=f"training.json is not the one that training writes: {next(iter(entries))} "):
+        render_model_card(folder)
+
+
+ROW = {"model": "student", "num_inference_steps": 1, "metrics": {"FD": 1.0}, "intervals": {}}
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {}, {"measurements": 3}, {"measurements": [{"model": "student"}]}, {"measurements": [ROW | {"metrics": 3}]},
+        {"measurements": [ROW | {"metrics": {"FD": None}}]}, {"measurements": [ROW | {"metrics": {"FD": "1"}}]},
+        {"measurements": [ROW | {"intervals": {"FD": 3}}]}, {"measurements": [ROW], "unknown": 1},
+    ],
+)  # fmt: skip
+def test_metrics_that_are_none_are_named(export, metrics):
+    folder = export()
+    whole = {"measurements": [ROW], "dataset": "x", "command": "y", "details": {}}
+    (folder / "metrics.json").write_text(json.dumps({**whole, **metrics} if metrics else {}))
+    with pytest.raises(ValueError, match=r"is not the metrics\.json that an evaluation writes: "):
+        render_model_card(folder)

@@ -3,6 +3,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -536,3 +537,21 @@ def test_encode_prompt_names_what_it_returns_as_diffusers_reads_it():
     """diffusers' `test_encode_prompt_works_in_isolation` reads the returned names from the last line of the source."""
     returned = inspect.getsource(SanaTBCMPipeline.encode_prompt).split("return")[-1].strip().split(", ")
     assert returned == ["prompt_embeds", "prompt_attention_mask"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipeline_in_one_file_that_is_not_ours_is_left_alone(linked, tmp_path):
+    pipeline, folder, notes = tiny_tbcm_pipeline(), tmp_path / "student", tmp_path / "notes.py"
+    folder.mkdir()
+    notes.write_text("print('mine')\n")
+    if linked:
+        (folder / "pipeline.py").symlink_to(notes)
+    else:
+        shutil.copy(notes, folder / "pipeline.py")
+    with pytest.raises(ValueError, match=r"`save_directory` holds a pipeline\.py that this package did not write"):
+        pipeline.save_pretrained(folder)
+    assert (folder / "pipeline.py").read_text() == notes.read_text() == "print('mine')\n"
+    assert len(list(folder.iterdir())) == 1
+    (folder / "pipeline.py").unlink()
+    for _ in range(2):  # its own is replaced
+        pipeline.save_pretrained(folder)

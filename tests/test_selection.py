@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -441,3 +442,11 @@ def test_adapters_are_published_with_their_guidance_and_card(tmp_path, private):
             (folder / name).unlink()
             with pytest.raises(ValueError, match=f"neither a pipeline nor LoRA|{name} is missing"):
                 select_files(folder)
+
+
+def test_a_card_of_one_long_word_is_read_in_time_in_proportion(folder, whole):
+    card = folder / "README.md"
+    card.write_text(card.read_text() + f"\n![x](data:image/png;base64,{'iVBORw0KGgo' * 20_000})\n")
+    start = time.perf_counter()
+    assert select_files(folder).files.keys() == whole.files.keys()
+    assert time.perf_counter() - start < 20  # a step a character and not one a pair of them: that took minutes

@@ -1,16 +1,20 @@
 """A student's guidance embedder goes with its adapter: every verb, whichever way it is called."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import SanaPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tiny import generate, tiny_sana_pipeline, tiny_transformer
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.lora import make_lora_student, save_lora
-from diffusers_tbcm.student_adapters import CALLS, SCALED, check_can_be_saved
+from diffusers_tbcm.student_adapters import CALLS, GUIDANCE_EMBEDDER_FILE, SCALED, check_can_be_saved
 
 
 SIZE = {"height": 64, "width": 64, "use_resolution_binning": False}
@@ -316,3 +320,94 @@ def test_a_moved_network_keeps_its_precision_when_it_changes(both):
         both.set_adapters(name)
         assert {weight.dtype for weight in both.transformer.parameters()} == {torch.bfloat16}
         assert np.isfinite(draw(both).float().numpy()).all()
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_student_of_another_teacher_is_named(loras, num_layers):
+    pipeline = on_teacher(num_layers=num_layers)
+    before = pipeline.transformer
+    with pytest.raises(ValueError, match=r"a student of another network, as transformer_blocks\.\d\."):
+        pipeline.load_lora_weights(loras / "a")
+    assert pipeline.transformer is before and not hasattr(before, "peft_config")
+
+
+def test_a_second_student_is_compared_with_the_layers_below_the_first(both, loras, alone):
+    both.load_lora_weights(loras / "a", adapter_name="again")
+    torch.testing.assert_close(draw(both), alone["a"], **SAME)
+
+
+def damaged(lora, folder, *, tensors=(), header=None, cut=None):
+    """A copy of a student whose guidance embedder has other tensors or another header, or ends early."""
+    shutil.copytree(lora, folder)
+    file = folder / GUIDANCE_EMBEDDER_FILE
+    metadata = {"format": "pt"} if header is None else {"format": "pt", LORA_ADAPTER_METADATA_KEY: header}
+    save_file({**load_file(file), **dict(tensors)}, file, metadata)
+    if cut is not None:
+        file.write_bytes(file.read_bytes()[:cut])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"guidance_embeds_scale": torch.tensor(float("nan"))},
+        {"guidance_embeds_scale": torch.tensor(0.0)},
+        {"timestep_scale": torch.tensor(-1.0)},
+        {"timestep_scale": torch.ones(2)},
+        {"linear_1.weight": torch.ones(3, 7)},
+        {"linear_1.weight": torch.tensor(1.0)},
+        {"linear_1.bias": torch.ones(1)},
+        {"linear_2.weight": torch.ones(2, 2)},
+        {"linear_2.bias": torch.tensor(1.0)},
+        {"linear_2.bias": torch.ones(16, dtype=torch.int64)},
+    ],
+)
+def test_an_embedder_that_does_not_fit_is_named_and_changes_nothing(loras, tensors, tmp_path):
+    pipeline = on_teacher()
+    before = pipeline.transformer
+    with pytest.raises(ValueError, match="does not fit `transformer`"):
+        pipeline.load_lora_weights(damaged(loras / "a", tmp_path / "lora", tensors=tensors))
+    assert pipeline.transformer is before
+
+
+@pytest.mark.parametrize("cut", [0, 50, 1000])
+def test_a_torn_embedder_is_named(loras, cut, tmp_path):
+    with pytest.raises(ValueError, match=f"{GUIDANCE_EMBEDDER_FILE} of the LoRA is torn"):
+        on_teacher().load_lora_weights(damaged(loras / "a", tmp_path / "lora", cut=cut))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[]", "holds \\[\\], and no dict"),
+        ("3", "holds 3, and no dict"),
+        ("{", "is torn"),
+        ('{"guidance_scales": []}', "`guidance_scales` is "),
+        ('{"guidance_scales": 4}', "`guidance_scales` is 4"),
+        ('{"guidance_scales": [-1]}', "`guidance_scales` is "),
+        ('{"guidance_scales": [NaN]}', "`guidance_scales` is nan"),
+        ('{"call_options": "x"}', "`call_options` is x"),
+        ('{"call_options": {"callback_on_step_end": "os.system"}}', "`call_options` is "),
+        ('{"call_options": {"max_sequence_length": "300"}}', "`call_options\\['max_sequence_length'\\]` is '300'"),
+    ],
+)
+def test_what_a_lora_says_of_its_training_is_checked(loras, header, message, tmp_path):
+    pipeline = on_teacher()
+    with pytest.raises(ValueError, match=message):
+        pipeline.load_lora_weights(damaged(loras / "a", tmp_path / "lora", header=header))
+    assert not pipeline.transformer.config.guidance_embeds
+
+
+@pytest.mark.parametrize(
+    "header", [None, "null", "{}", '{"timesteps_by_steps": {"2": [9, 0]}, "auto_map": {"a": "b"}}']
+)
+def test_nothing_else_in_its_header_counts(loras, alone, header, tmp_path):
+    pipeline = on_teacher()
+    pipeline.load_lora_weights(damaged(loras / "a", tmp_path / "lora", header=header))
+    torch.testing.assert_close(draw(pipeline), alone["a"], **SAME)
+
+
+@pytest.mark.parametrize("name", ["v1.5", ""])
+def test_a_name_that_no_layer_can_have_is_refused(loras, name):
+    with pytest.raises(ValueError, match=f"`adapter_name` is '{name}'"):
+        on_teacher().load_lora_weights(loras / "a", adapter_name=name)

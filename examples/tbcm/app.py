@@ -82,12 +82,14 @@ def draw_pictures(
     Raises:
         ValueError: where there is no prompt or no seed, or one of the numbers is out of range.
     """
-    if not (prompt or "").strip():
+    if not isinstance(prompt, str | None) or not (prompt or "").strip():
         raise ValueError("Say what to draw first.")
     if randomize:
         seed = random.randint(0, MAX_SEED)
     elif seed is None:
         raise ValueError("Give a seed, or ask for another one each time.")
+    seed, steps = _whole("seed", seed), _whole("number of steps", steps)
+    num_pictures = _whole("number of pictures", num_pictures)
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"The seed is {seed}: it takes 0 to {MAX_SEED}.")
     if not 1 <= num_pictures <= MAX_PICTURES:
@@ -99,6 +101,13 @@ def draw_pictures(
     width, height = drawings[0].image.size
     report = f"**{seconds:.2f} s** a picture · {steps} step{'s' * (steps > 1)} · {width} x {height} pixels"
     return Result([(drawing.image, f"seed {drawing.seed}") for drawing in drawings], seed, report)
+
+
+def _whole(name: str, value: Any) -> int:
+    """Take a whole number as JSON has it: the page's API is sent anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError(f"The {name} is {value!r}: it takes a whole number.")
+    return int(value)
 
 
 def build_page(pipeline: SanaTBCMPipeline, name: str) -> "Blocks":

@@ -28,6 +28,7 @@ from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
 
 from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
+from diffusers_tbcm.components import MODEL_CONFIG
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
@@ -47,8 +48,9 @@ from diffusers_tbcm.evaluation.runs import Drawn, draw_runs
 from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
 from diffusers_tbcm.export.model_card import render_model_card, save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.files import read_json
 from diffusers_tbcm.owned import OwnedFolder
-from diffusers_tbcm.pipeline_folder import METRICS, TRAINING_RECORD, resolve_teacher
+from diffusers_tbcm.pipeline_folder import METRICS, TRAINING_RECORD, TRANSFORMER, resolve_teacher
 from diffusers_tbcm.redaction import redact, redact_command
 from diffusers_tbcm.training.accelerators import check_processes
 from diffusers_tbcm.training.settings import SettingsParser
@@ -206,7 +208,9 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
         DiffusionPipeline.load_config(settings.model)
     check_installed()
     if settings.teacher is not None:
-        resolve_teacher(settings.teacher, settings.variant)
+        folder = resolve_teacher(settings.teacher, settings.variant)
+        if read_json(folder / TRANSFORMER / MODEL_CONFIG).get("guidance_embeds"):
+            raise ValueError(f"teacher {settings.teacher!r} is a few-step student, which no SanaPipeline draws with")
     if settings.update_card:
         render_model_card(settings.model)
     prompts = load_evaluation_prompts(

@@ -62,6 +62,13 @@ def test_empty_fields_are_asked_for(pipeline):
         ({"seed": 2**31}, "The seed is 2147483648"),
         ({"num_pictures": 0}, "The number of pictures is 0: it takes 1 to 8"),
         ({"num_pictures": 9}, "The number of pictures is 9"),
+        *(({"prompt": value}, "Say what to draw first") for value in (5, ["a dog"], "\n\t")),
+        ({"prompt": "\ud800"}, "no text in UTF-8"),
+        *(({"steps": value}, "The number of steps is") for value in ("2", None, 1.5, True)),
+        ({"steps": 0}, "`num_inference_steps` is 0"),
+        *(({"seed": value}, "The seed is") for value in ("3", 1.5, [1], float("nan"), float("inf"), True)),
+        *(({"num_pictures": value}, "The number of pictures is") for value in ("2", 1.5, None)),
+        *(({"guidance_scale": value}, "`guidance_scale` is") for value in ("4", [1], 1e300, float("nan"))),
     ],
 )
 def test_what_the_api_is_sent_out_of_range_is_refused(pipeline, changes, message):

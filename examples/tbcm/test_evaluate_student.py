@@ -307,3 +307,9 @@ def test_every_flag_is_read_after_it_was_checked():
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "settings"
     }
     assert {field.name for field in dataclasses.fields(Settings)} == read
+
+
+def test_a_student_is_no_teacher_to_measure_beside_it(arguments, student, tmp_path):
+    with pytest.raises(ValueError, match=r"teacher .* is a few-step student, which no SanaPipeline draws with"):
+        main(arguments(teacher=student))
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from .command_line import DEBUG_HELP, CommandParser, ending_in_words
+from .command_line import DEBUG_HELP, CommandParser, ending_in_words, path_argument
 from .evaluation.generate import add_generate_flags, read_generation, run_generate
 
 
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[
     train.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own; --help shows them")
 
     push = commands.add_parser("push", help="publish a student's folder on the Hub")
-    push.add_argument("folder", type=Path, help="what training or export wrote")
+    push.add_argument("folder", type=path_argument, help="what training or export wrote")
     push.add_argument("repo_id", help="owner/name; made where there is none")
     push.add_argument("--private", action="store_true", default=None, help="where the repository is made")
     push.add_argument("--license", help="where the card has none, such as apache-2.0")
@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[
     push.add_argument("--token", help="better: HF_TOKEN or `hf auth login`, which no process list shows")
 
     card = commands.add_parser("card", help="write a student's README.md again, from what its folder holds")
-    card.add_argument("folder", type=Path, help="what training or export wrote")
+    card.add_argument("folder", type=path_argument, help="what training or export wrote")
     card.add_argument("--license", help="the student's, such as apache-2.0; the recorded one by default")
     card.add_argument("--model_id", help="what the examples load; the recorded one by default")
 

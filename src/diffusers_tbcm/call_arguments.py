@@ -11,6 +11,9 @@ import numpy as np
 import torch
 
 
+MAX_FLOAT32 = torch.finfo(torch.float32).max  # networks and samplers compute with no larger numbers
+
+
 def whole_number(name: str, value: Any, minimum: int = 1) -> int:
     """Take a whole number of any library.
 
@@ -45,13 +48,13 @@ def real_number(name: str, value: Any) -> float:
         The number.
 
     Raises:
-        ValueError: for anything else, NaN, infinity and `True` among it.
+        ValueError: for anything else, NaN, infinity, what float32 cannot hold and `True` among it.
     """
     try:
         number = math.nan if isinstance(value, bool | np.bool_ | str | bytes) else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= MAX_FLOAT32:  # nor where it is none
         raise ValueError(f"`{name}` is {value!r}, but has to be a finite number.")
     return number
 
@@ -95,6 +98,7 @@ def check_prompt(prompt: Any) -> None:
         ValueError: for anything else, an empty list among it.
     """
     if isinstance(prompt, str):
+        _check_text("prompt", prompt)
         return
     if not isinstance(prompt, list):
         raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}")
@@ -103,6 +107,15 @@ def check_prompt(prompt: Any) -> None:
     for number, text in enumerate(prompt):
         if not isinstance(text, str):
             raise ValueError(f"`prompt[{number}]` is {text!r}, but has to be a string.")
+        _check_text(f"prompt[{number}]", text)
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuse half a character, which a program makes of bytes that are no UTF-8 and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` is {text!r}, which is no text in UTF-8: {error.reason}.") from error
 
 
 def check_instruction(instruction: Any) -> None:
@@ -117,6 +130,8 @@ def check_instruction(instruction: Any) -> None:
     lines = isinstance(instruction, list | tuple) and all(isinstance(line, str) for line in instruction)
     if instruction is not None and not lines:
         raise ValueError(f"`complex_human_instruction` is {instruction!r}, but has to be a list of strings, or None.")
+    for line in instruction or ():
+        _check_text("complex_human_instruction", line)
 
 
 def check_embeddings(prompt_embeds: Any, prompt_attention_mask: Any, channels: int) -> None:
@@ -251,7 +266,7 @@ def checked_callback(callback: Callable[..., Any]) -> Callable[..., dict[str, An
 
     Returns:
         The same, which raises ValueError where the callback returns anything but a dict or None, or a tensor of
-        another shape than the one that it was given.
+        another shape than the one that it was given, or one that the next step takes and it was not given.
     """
 
     def checked(pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -264,8 +279,14 @@ def checked_callback(callback: Callable[..., Any]) -> Callable[..., dict[str, An
                 f"`callback_on_step_end` returned a {type(returned).__name__}, but has to return a dict of the tensors"
                 " that it changes, or nothing."
             )
+        for name in returned.keys() & {*pipeline._callback_tensor_inputs} - shapes.keys():
+            raise ValueError(
+                f"`callback_on_step_end` returned {name!r}, which it was not given: name it in"
+                " `callback_on_step_end_tensor_inputs`."
+            )
         for name in shapes.keys() & returned.keys():
-            if getattr(returned[name], "shape", None) != shapes[name]:
+            tensor = returned[name]
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != shapes[name]:
                 raise ValueError(
                     f"`callback_on_step_end` returned {name!r} that is not a tensor of the shape"
                     f" {tuple(shapes[name])}, which it was given."

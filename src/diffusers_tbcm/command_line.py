@@ -24,6 +24,7 @@ from .redaction import hide_secrets
 
 
 USERS_MISTAKE = 2  # the exit code, argparse's own
+NAMED_LENGTH = 60  # characters of a path that is too long
 INTERRUPTED = 130  # a shell's, of SIGINT
 LOST_PROCESS = "another process of the run is gone, and its message says why"
 DEBUG_HELP = "end an error with its traceback"
@@ -63,6 +64,23 @@ def finite_number(text: str) -> float:
     if not math.isfinite(number):
         raise ArgumentTypeError(f"{text} is no finite number")
     return number
+
+
+def path_argument(text: str) -> Path:
+    """Read a path, and neither nothing, which would be the working directory, nor a name that no disk takes.
+
+    `-` is refused too: what is written is no stream.
+    """
+    if not text.strip() or text == "-":
+        raise ArgumentTypeError(f"{text!r} names no file or folder")
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # whoever reads or writes there says it
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ArgumentTypeError(f"{text[:NAMED_LENGTH]!r} names no file or folder: {reason}") from error
+    return Path(text)
 
 
 def name_flags(message: str, flags: Mapping[str, str]) -> str:

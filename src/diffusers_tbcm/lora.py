@@ -49,14 +49,15 @@ def make_lora_student(
         The student; its parameters with `requires_grad` are all that trains.
 
     Raises:
-        ValueError: if `rank` or `alpha` is not positive, or a target names no layer or the guidance embedder.
+        ValueError: if `rank` or `alpha` is not positive, or a target names no layer, the guidance embedder or a layer
+            that the teacher has under another name.
     """
     alpha = rank if alpha is None else alpha
     for name, value in (("rank", rank), ("alpha", alpha)):
         if not value > 0:
             raise ValueError(f"`{name}` is {value}, but it has to be positive.")
     student = _with_own_guidance_embedder(teacher)
-    _check_targets(student, target_modules)
+    _check_targets(student, teacher, target_modules)
     student.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules)))
     student.get_submodule(GUIDANCE_EMBEDDER).requires_grad_(True)
     cast_training_params(student, dtype=torch.float32)
@@ -176,8 +177,11 @@ def _with_own_guidance_embedder(transformer: SanaTransformer2DModel) -> SanaTran
     return student
 
 
-def _check_targets(student: SanaTransformer2DModel, target_modules: Sequence[str]) -> None:
+def _check_targets(
+    student: SanaTransformer2DModel, teacher: SanaTransformer2DModel, target_modules: Sequence[str]
+) -> None:
     """Refuse what peft passes over in silence: it minds only if none of the targets is found."""
+    teachers = {name for name, _ in teacher.named_modules()}
     layers = [name for name, module in student.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in target_modules:
         found = [name for name in layers if f".{name}".endswith(f".{target}")]
@@ -190,4 +194,9 @@ def _check_targets(student: SanaTransformer2DModel, target_modules: Sequence[str
             raise ValueError(
                 f"`target_modules` has {target!r}, which takes in the guidance embedder; that trains in full. Name"
                 f" the layers apart: {', '.join(found)}."
+            )
+        if renamed := sorted({*found} - teachers):
+            raise ValueError(
+                f"`target_modules` has {target!r}, which takes in {renamed[0]}: the teacher has that layer under"
+                " another name, where the adapters would not be found again. Leave it out."
             )

@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_scm import SCMScheduler, SCMSchedulerOutput
 
-from .call_arguments import real_number, whole_number
+from .call_arguments import check_instruction, real_number, whole_number
 
 
 MAX_TIMESTEP = math.pi / 2  # pure noise
@@ -58,8 +58,7 @@ class TBCMScheduler(SCMScheduler):
 
     Raises:
         `ValueError`: for another `prediction_type`, a `sigma_data` that is not positive, timesteps that
-            `set_timesteps` would refuse, guidance scales that are not positive, or a name in `call_options` that is
-            none of `CALL_OPTIONS`.
+            `set_timesteps` would refuse, and as `check_distilled_with`.
     """
 
     @register_to_config
@@ -76,8 +75,11 @@ class TBCMScheduler(SCMScheduler):
             raise ValueError(f"`prediction_type` is {prediction_type!r}, but TBCM students predict 'trigflow' only.")
         if not real_number("sigma_data", sigma_data) > 0:
             raise ValueError(f"`sigma_data` is {sigma_data}, but a standard deviation has to be positive.")
+        whole_number("num_train_timesteps", num_train_timesteps)
         if timesteps_by_steps is None:
             timesteps_by_steps = TIMESTEPS_BY_STEPS
+        if not isinstance(timesteps_by_steps, Mapping):
+            raise ValueError(f"`timesteps_by_steps` is {timesteps_by_steps!r}, but has to be a dict, or None.")
         for steps, timesteps in timesteps_by_steps.items():
             checked = _check_timesteps(timesteps, name=f"timesteps_by_steps[{steps!r}]")
             if steps != str(len(checked) - 1):
@@ -85,12 +87,7 @@ class TBCMScheduler(SCMScheduler):
                     f"`timesteps_by_steps[{steps!r}]` has {len(checked)} timesteps; its key has to be the string"
                     f" {str(len(checked) - 1)!r}, one less, because the last timestep is the 0 where sampling ends."
                 )
-        if guidance_scales is not None and not (
-            guidance_scales and min(real_number("guidance_scales", scale) for scale in guidance_scales) > 0
-        ):
-            raise ValueError(f"`guidance_scales` is {guidance_scales}, but has to hold positive scales, or be None.")
-        if call_options is not None and not (isinstance(call_options, Mapping) and {*call_options} <= {*CALL_OPTIONS}):
-            raise ValueError(f"`call_options` is {call_options}, but has to be a dict of {', '.join(CALL_OPTIONS)}.")
+        check_distilled_with(guidance_scales, call_options)
 
         super().__init__(num_train_timesteps, prediction_type, sigma_data)
         self.register_to_config(timesteps_by_steps=timesteps_by_steps)
@@ -306,6 +303,37 @@ class TBCMScheduler(SCMScheduler):
         angle = timesteps.to(original_samples.device).reshape(-1, *[1] * (original_samples.ndim - 1))
         noisy = torch.cos(angle) * original_samples + torch.sin(angle) * (self.config["sigma_data"] * noise)
         return noisy.to(original_samples.dtype)
+
+
+def check_distilled_with(guidance_scales: Any = None, call_options: Any = None) -> None:
+    """
+    Refuse records of a student's training that its pipeline's call would refuse, or draw nonsense with.
+
+    Args:
+        guidance_scales (`list[float]`, *optional*), call_options (`dict[str, Any]`, *optional*):
+            As [`TBCMScheduler`] takes them.
+
+    Raises:
+        `ValueError`: for guidance scales that are not positive, a name in `call_options` that is none of
+            `CALL_OPTIONS`, or a value there that the call does not take.
+    """
+    if guidance_scales is not None and not (
+        isinstance(guidance_scales, list | tuple)
+        and guidance_scales
+        and min(real_number("guidance_scales", scale) for scale in guidance_scales) > 0
+    ):
+        raise ValueError(f"`guidance_scales` is {guidance_scales}, but has to hold positive scales, or be None.")
+    if call_options is None:
+        return
+    if not isinstance(call_options, Mapping) or not {*call_options} <= {*CALL_OPTIONS}:
+        raise ValueError(f"`call_options` is {call_options}, but has to be a dict of {', '.join(CALL_OPTIONS)}.")
+    for name, value in call_options.items():
+        if name == "complex_human_instruction":
+            check_instruction(value)
+        elif name != "guidance_scale":
+            whole_number(f"call_options[{name!r}]", value)
+        elif not real_number(f"call_options[{name!r}]", value) > 0:
+            raise ValueError(f"`call_options[{name!r}]` is {value}, but a guidance scale has to be positive.")
 
 
 def recorded_call_options(config: Mapping[str, Any]) -> dict[str, Any]:

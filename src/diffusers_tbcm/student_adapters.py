@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from .backbones.sana import embed_guidance
 GUIDANCE_EMBEDDER_FILE = "guidance_embedder.safetensors"
 OFFLOADING_HOOKS = ("_diffusers_hook", "_hf_hook")  # as diffusers and accelerate name them on a layer
 EMBEDDER_TENSORS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+GUIDANCE_CHANNELS = 256  # of diffusers' sinusoidal projection in front of it
 STUDENT_CONFIG_ENTRIES = ("guidance_embeds_scale", "timestep_scale")  # what a student's config adds to its teacher's
 
 COUNTING = threading.Lock()
@@ -223,14 +225,62 @@ def check_embedder(transformer: SanaTransformer2DModel, embedder: Mapping[str, t
         embedder: what `save_lora` wrote.
 
     Raises:
-        ValueError: if it lacks a tensor, or is of another size.
+        ValueError: if it lacks a tensor, or one is of another size or kind.
     """
     width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
-    bias = embedder.get("linear_2.bias")
-    if not {*EMBEDDER_TENSORS, *STUDENT_CONFIG_ENTRIES} <= embedder.keys() or bias is None or len(bias) != width:
+    hidden = len(embedder["linear_1.weight"]) if embedder.get("linear_1.weight", torch.empty(())).ndim else 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "linear_1.weight": (hidden, GUIDANCE_CHANNELS),
+        "linear_1.bias": (hidden,),
+        "linear_2.weight": (width, hidden),
+        "linear_2.bias": (width,),
+        **dict.fromkeys(STUDENT_CONFIG_ENTRIES, ()),
+    }
+    fits = all(
+        name in embedder and tuple(embedder[name].shape) == shape and embedder[name].is_floating_point()
+        for name, shape in shapes.items()
+    )
+    if not fits or not all(0 < embedder[name].item() < math.inf for name in STUDENT_CONFIG_ENTRIES):
         raise ValueError(
             f"{GUIDANCE_EMBEDDER_FILE} of the LoRA does not fit `transformer`: it is of another network, or not whole."
         )
+
+
+def check_layers(
+    transformer: SanaTransformer2DModel, layers: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None
+) -> None:
+    """Refuse a student's LoRA layers that are another network's: diffusers would leave out those it does not find.
+
+    Args:
+        transformer: the network.
+        layers: what `pytorch_lora_weights.safetensors` holds.
+        metadata: the adapter's config in that file's header; None where there is none.
+
+    Raises:
+        ValueError: if the network lacks a layer or has it in another size, or the config adapts more layers of it.
+    """
+    found = {name.partition(".lora_A.")[0].removeprefix("transformer.") for name in layers if ".lora_A." in name}
+    networks = {
+        name.removesuffix(".base_layer"): module  # of a layer that has adapters already
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
+    }
+    targets = (metadata or {}).get("transformer.target_modules", ())
+    named = {name for name in networks if any(f".{name}".endswith(f".{target}") for target in targets)}
+    for name in sorted(found | named):
+        down, up = (layers.get(f"transformer.{name}.{part}.weight") for part in ("lora_A", "lora_B"))
+        if name not in networks or down is None or up is None or not _fits(networks[name], down, up):
+            raise ValueError(
+                f"the LoRA does not fit `transformer`: it is a student of another network, as {name} shows. Load it"
+                " into its own teacher."
+            )
+
+
+def _fits(layer: nn.Linear | nn.Conv2d, down: torch.Tensor, up: torch.Tensor) -> bool:
+    """Whether an adapter goes from what a layer takes to what it gives."""
+    if isinstance(layer, nn.Linear):
+        return down.shape[1:] == (layer.in_features,) and len(up) == layer.out_features
+    return down.shape[1] in (layer.in_channels, layer.in_channels // layer.groups) and len(up) == layer.out_channels
 
 
 def _weight(transformer: SanaTransformer2DModel, adapter: str) -> float:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from json import JSONDecodeError
 from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
 from diffusers.loaders import SanaLoraLoaderMixin
+from safetensors import SafetensorError
 
 from .backbones.sana import TEACHER_TIME_LAYER
-from .scheduling_tbcm import DISTILLED_WITH, TBCMScheduler
+from .scheduling_tbcm import DISTILLED_WITH, TBCMScheduler, check_distilled_with
 from .student_adapters import (
     GUIDANCE_EMBEDDER_FILE,
     check_embedder,
+    check_layers,
     check_unfused,
     follow_adapters,
     own_weights,
@@ -90,12 +93,16 @@ class StudentLoraLoaderMixin(SanaLoraLoaderMixin):
                 As in [`~loaders.SanaLoraLoaderMixin.load_lora_weights`].
 
         Raises:
-            `ValueError`: if there is a guidance embedder to load and offloading is already enabled.
+            `ValueError`: if there is a guidance embedder to load and offloading is already enabled, or what is to be
+                loaded is torn, or a student of another network.
         """
         source, before = pretrained_model_name_or_path_or_dict, self.transformer
+        if adapter_name is not None and (not adapter_name or "." in adapter_name):
+            raise ValueError(f"`adapter_name` is {adapter_name!r}, but has to be a name without a dot.")
         embedder, scheduler_config = self._read_guidance_embedder(source, **kwargs)
         if embedder is not None:
             check_embedder(before, embedder)
+            check_layers(before, *self.lora_state_dict(source, **kwargs, return_lora_metadata=True))
             self.register_modules(transformer=take_students(before))
         known = {*getattr(self.transformer, "peft_config", ())}
         try:
@@ -127,7 +134,13 @@ class StudentLoraLoaderMixin(SanaLoraLoaderMixin):
             embedder, scheduler_config = self.lora_state_dict(folder, **where, return_lora_metadata=True)
         except OSError:
             return None, {}
-        return embedder, {name: value for name, value in (scheduler_config or {}).items() if name in DISTILLED_WITH}
+        except (SafetensorError, JSONDecodeError) as error:
+            raise ValueError(f"{GUIDANCE_EMBEDDER_FILE} of the LoRA is torn: {error}") from error
+        if not isinstance(scheduler_config, dict | None):
+            raise ValueError(f"the header of {GUIDANCE_EMBEDDER_FILE} holds {scheduler_config!r}, and no dict.")
+        recorded = {name: value for name, value in (scheduler_config or {}).items() if name in DISTILLED_WITH}
+        check_distilled_with(**recorded)
+        return embedder, recorded
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Take all LoRA layers out, and the students' guidance embedders; what is fused into the weights stays."""

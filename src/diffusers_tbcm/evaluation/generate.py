@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..command_line import CommandParser, finite_number
-from ..files import PICTURE_SUFFIXES
+from ..command_line import CommandParser, finite_number, path_argument
+from ..files import PICTURE_SUFFIXES, written_beside
 
 
 if TYPE_CHECKING:  # what is heavy is imported when something is drawn
@@ -27,6 +27,8 @@ MAX_SEED = 2**64 - 1  # torch's
 NAME_LENGTH = 48  # characters of a prompt in a file name
 LABEL_LENGTH = 40  # and beside a grid's row
 MAX_CELL_SIZE = 512  # pixels a side of a grid's pictures
+SOFTWARE = 0x0131  # EXIF's entry for the program that made a picture
+PROGRAM = "diffusers-tbcm"
 FILE_SUFFIX = r"\.[a-z][a-z0-9]{2,4}"  # of a file; a folder may be named student-0.6b or run.v2
 
 
@@ -70,7 +72,9 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", help="load the half-precision weights of --model of this name, such as bf16")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, each in quotes")
-    prompts.add_argument("--prompts_file", type=Path, help="text with one prompt a line, or csv, jsonl or parquet")
+    prompts.add_argument(
+        "--prompts_file", type=path_argument, help="text with one prompt a line, or csv, jsonl or parquet"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[2], help="numbers of inference steps")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each")
     parser.add_argument("--guidance_scale", type=finite_number, help="the middle of the student's own by default")
@@ -84,7 +88,12 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--device", help="a GPU where there is one, else the CPU by default")
-    parser.add_argument("--out", type=Path, required=True, help="a picture's file, or a folder for many")
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        required=True,
+        help="a picture's file, or a folder for many; only pictures that this program drew are replaced",
+    )
     parser.add_argument("--grid", action="store_true", help="all pictures in one, a labelled table")
 
 
@@ -156,6 +165,11 @@ def read_generation(
     pictures = len(prompt) * len(steps) * len(seed)
     if not to_folder and pictures > 1 and not grid:
         parser.error(f"--out {str(out)!r} is one file for {pictures} pictures: name a folder, or add --grid")
+    files = [out / name for name in file_names(prompt, steps, seed)] if to_folder else [out]
+    if foreign := [file for file in files if not is_replaceable(file)]:
+        parser.error(
+            f"--out: {str(foreign[0])!r} is there already and was not drawn by this program: move it, or name another"
+        )
     options = {
         "guidance_scale": guidance_scale,
         "height": height,
@@ -193,11 +207,11 @@ def run_generate(asked: Generation) -> None:
         if asked.grid:
             in_grid.append(drawing)
         elif asked.to_folder:
-            drawing.image.save(asked.out / file_name(drawing, asked.prompts.index(drawing.prompt)))
+            save(drawing.image, asked.out / file_name(drawing, asked.prompts.index(drawing.prompt)))
         else:
-            drawing.image.save(asked.out)
+            save(drawing.image, asked.out)
     if asked.grid:
-        grid(in_grid, columns=len(asked.steps) * len(asked.seeds)).save(asked.out)
+        save(grid(in_grid, columns=len(asked.steps) * len(asked.seeds)), asked.out)
 
     print(f"{total} picture{'s' * (total > 1)} in {asked.out}")
     for steps, taken in seconds.items():
@@ -215,8 +229,52 @@ def file_name(drawing: Drawing, index: int) -> str:
     Returns:
         The name, such as `003-a-small-dog-2-steps-seed-7.png`.
     """
-    words = re.sub(r"\W+", "-", drawing.prompt.lower())[:NAME_LENGTH].strip("-")
-    return f"{index:03}-{words}-{drawing.num_inference_steps}-steps-seed-{drawing.seed}.png"
+    return _name(index, drawing.prompt, drawing.num_inference_steps, drawing.seed)
+
+
+def file_names(prompts: Sequence[str], steps: Sequence[int], seeds: Sequence[int]) -> list[str]:
+    """Name every picture of a command as `file_name` does."""
+    return [
+        _name(index, prompt, number, seed)
+        for index, prompt in enumerate(prompts)
+        for number in steps
+        for seed in seeds
+    ]
+
+
+def _name(index: int, prompt: str, steps: int, seed: int) -> str:
+    words = re.sub(r"\W+", "-", prompt.lower())[:NAME_LENGTH].strip("-")
+    return f"{index:03}-{words}-{steps}-steps-seed-{seed}.png"
+
+
+def is_replaceable(path: Path) -> bool:
+    """Say whether a picture may be put here: nothing is there, an empty file, or a picture that `save` wrote."""
+    from PIL import Image
+
+    if not os.path.lexists(path):
+        return True
+    try:
+        if not path.is_symlink() and path.is_file() and path.stat().st_size == 0:
+            return True
+        with Image.open(path) as picture:
+            return picture.getexif().get(SOFTWARE) == PROGRAM
+    except Exception:  # Pillow has one for every way in which a file is no picture
+        return False
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a picture that is known again as ours, whole or not at all.
+
+    Args:
+        picture: to write.
+        path: of the file, with one of `PICTURE_SUFFIXES`.
+    """
+    from PIL import Image
+
+    exif = picture.getexif()
+    exif[SOFTWARE] = PROGRAM
+    with written_beside(os.path.realpath(path)) as partial:
+        picture.save(partial, format=Image.registered_extensions()[path.suffix.lower()], exif=exif)
 
 
 def grid(drawings: Sequence[Drawing], columns: int) -> Image.Image:

@@ -19,7 +19,7 @@ from ..pipeline_folder import CARD, MODEL_INDEX, SAMPLE_GRID, SCHEDULER, TRAININ
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
-from .record import Metrics, load_metrics
+from .record import Metrics, check_record, load_metrics
 
 
 logger = logging.get_logger(__name__)
@@ -45,9 +45,14 @@ def render_model_card(
 
     Returns:
         The card; `save_model_card` puts it into place.
+
+    Raises:
+        ValueError: where a record in the folder is not the one that training or an evaluation writes.
     """
     folder = Path(folder)
     record = read_json(folder / TRAINING_RECORD)
+    check_record(record)
+    samples = [sample for sample in record["samples"] if (folder / sample["file"]).is_file()]
     model_id = model_id or record["model_id"]
     metrics = load_metrics(folder)
     adapter = record.get("adapter")
@@ -59,7 +64,7 @@ def render_model_card(
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=[*TAGS, *_image_free_tags(record, flow), *([] if adapter is None else ["lora"])],
-        widget=_widget(record["samples"]),
+        widget=_widget(samples),
         **(record["license"] if license is None else {"license": license}),
         **({} if metrics is None else _eval_results(metrics, model_id)),
     )
@@ -80,8 +85,8 @@ def render_model_card(
         call_options=_beyond_stock(call_options),
         intermediate=_rounded(angles[2])[1],
         sigmas={steps: _rounded(trig_to_flow_timestep(angle)) for steps, angle in angles.items()},
-        samples=_samples_by_prompt(record["samples"]),
-        sample_steps=sorted({sample["num_inference_steps"] for sample in record["samples"]}),
+        samples=_samples_by_prompt(samples),
+        sample_steps=sorted({sample["num_inference_steps"] for sample in samples}),
         sample_grid=SAMPLE_GRID if (folder / SAMPLE_GRID).is_file() else None,
         variants={name: dtype for name, dtype in VARIANTS.items() if [*folder.glob(f"{TRANSFORMER}/*.{name}*")]},
         metrics=metrics,

@@ -15,12 +15,18 @@ from PIL import Image
 
 from diffusers_tbcm import __version__
 
+from ..errors import in_a_line
 from ..files import read_json, write_json
 from ..owned import OwnedFolder
-from ..pipeline_folder import METRICS
+from ..pipeline_folder import METRICS, TRAINING_RECORD
 from ..redaction import is_secret, redact_values
 
 
+RECORD_ENTRIES: dict[str, Any] = {  # of a training record, and their kinds
+    "model_id": str, "teacher": str, "base_model": str | None, "license": dict, "resolution": int, "prompt": str,
+    "training": dict, "image_free": bool, "samples": list, "adapter": dict | None,
+}  # fmt: skip
+SAMPLE_ENTRIES = {"prompt": str, "num_inference_steps": int, "file": str}
 RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")
 
 
@@ -136,12 +142,46 @@ def load_metrics(folder: str | PathLike[str]) -> Metrics | None:
 
     Returns:
         The metrics; None where nothing was measured.
+
+    Raises:
+        ValueError: where the file holds something else.
     """
     path = Path(folder) / METRICS
     if not path.is_file():
         return None
     found = read_json(path)
-    return Metrics(**{**found, "measurements": [Measurement(**row) for row in found["measurements"]]})
+    try:
+        metrics = Metrics(**{**found, "measurements": [Measurement(**row) for row in found["measurements"]]})
+        values = [value for row in metrics.measurements for value in row.metrics.values()]
+        values += [end for row in metrics.measurements for ends in row.intervals.values() for end in ends]
+        if not all(isinstance(value, int | float) for value in values):
+            raise TypeError("a value is no number")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not the {METRICS} that an evaluation writes: {in_a_line(error)}"
+        ) from error
+    return metrics
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Refuse a training record that a card cannot be made of.
+
+    Args:
+        record: what `training.json` holds.
+
+    Raises:
+        ValueError: where an entry is missing or of another kind.
+    """
+    samples = record.get("samples")
+    wrong = [name for name, kind in RECORD_ENTRIES.items() if not isinstance(record.get(name), kind)]
+    if wrong or not all(
+        isinstance(sample, dict) and all(isinstance(sample.get(name), kind) for name, kind in SAMPLE_ENTRIES.items())
+        for sample in samples or ()
+    ):
+        raise ValueError(
+            f"its {TRAINING_RECORD} is not the one that training writes: {wrong[0] if wrong else 'samples'} is missing"
+            " or of another kind"
+        )
 
 
 def training_config(flags: Mapping[str, Any], script: str | PathLike[str]) -> dict[str, Any]:

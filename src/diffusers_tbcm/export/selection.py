@@ -39,11 +39,13 @@ from ..pipeline_folder import (
 )
 from ..redaction import redact, redact_values
 from ..standalone import standalone_pipeline_source
+from .record import check_record
 
 
 RECORDS = (TRAINING_RECORD, TRAINING_CONFIG, METRICS)
 CODE_ENTRIES = ("auto_map", "custom_pipelines")  # of configs: they name code to run, and stock classes need none
-PICTURE_PATH = re.compile(rf"[^\s\"'()<>\[\]|]+(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))})", re.IGNORECASE)
+WORD = re.compile(r"[^\s\"'()<>\[\]|]+")  # of a card: a picture's path may be one, or stand at the start of one
+PICTURE_PATH = re.compile(rf".+(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))})", re.IGNORECASE)
 PLACE_OF_PICTURE = 0x8825  # EXIF's GPS
 CAMERA = 0x8769  # EXIF's own section
 
@@ -159,10 +161,7 @@ def _chosen_files(folder: Path) -> list[Path]:
     files.append(check_file(folder / CARD))
     license_of(folder / CARD)
     if _is_own(folder / TRAINING_RECORD):
-        record = read_object(folder / TRAINING_RECORD)
-        kinds = (("model_id", str), ("license", dict), ("training", dict))
-        if not all(isinstance(record.get(name), kind) for name, kind in kinds):
-            raise ValueError(f"its {TRAINING_RECORD} is not the one that training writes")
+        check_record(read_object(folder / TRAINING_RECORD))
     files += [folder / name for name in (*RECORDS, *LEGAL_FILES) if _is_own(folder / name)]
     return files + list(_shown_pictures(folder))
 
@@ -194,7 +193,8 @@ def _pipeline_files(folder: Path) -> list[Path]:
 def _shown_pictures(folder: Path) -> Iterator[Path]:
     """The pictures of the folder that its card shows."""
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    for shown in sorted({unquote(found).removeprefix("./") for found in PICTURE_PATH.findall(text)}):
+    found = [match[0] for word in WORD.findall(text) if (match := PICTURE_PATH.match(word))]
+    for shown in sorted({unquote(path).removeprefix("./") for path in found}):
         path = folder / shown
         hidden = any(part.startswith(".") for part in Path(shown).parts)
         if not hidden and path.is_relative_to(folder) and _is_own(path):
@@ -265,7 +265,7 @@ def _check_picture(path: Path, name: str, secrets: Collection[str]) -> None:
 
 
 def _left_out(folder: Path, chosen: Mapping[str, Path | bytes]) -> Iterator[str]:
-    """What a folder holds beside what was chosen; of folders with nothing chosen their names alone."""
+    """What a folder holds beside what was chosen and our marks; of folders with nothing chosen their names alone."""
     for entry in os.scandir(folder):
         if entry.name in (MARKER, LOCK):
             continue
