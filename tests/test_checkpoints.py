@@ -16,7 +16,6 @@ from diffusers_tbcm.training.checkpoints import (
     AVERAGES,
     MANIFEST,
     RUN_STATE,
-    check_way,
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
@@ -26,6 +25,7 @@ from diffusers_tbcm.training.checkpoints import (
     save_checkpoint,
 )
 from diffusers_tbcm.training.resumption import BATCH, LENGTH
+from diffusers_tbcm.training.run_folder import check_way
 
 
 STATE = {

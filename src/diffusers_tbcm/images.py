@@ -170,8 +170,7 @@ def _grey(values: np.ndarray) -> Image.Image:
 def _to_unit_range(image: Any) -> torch.Tensor:
     """One image of any kind, or a batch of arrays or tensors, as (images, 3, height, width) in [0, 1], float32."""
     if isinstance(image, Image.Image):
-        pixels = torch.from_numpy(np.array(to_rgb(image), dtype=np.float32) / 255)
-        return pixels.permute(2, 0, 1).unsqueeze(0)
+        return torch.from_numpy(np.array(to_rgb(image), dtype=np.float32)[None] / 255).permute(0, 3, 1, 2)
     if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
         pixels = torch.from_numpy(image.astype(np.float32))
         pixels = pixels.movedim(-1, -3) if pixels.ndim in (3, 4) else pixels
