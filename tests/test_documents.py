@@ -59,6 +59,7 @@ def test_python_in_a_document_knows_its_names(document):
     """Blocks of a document follow each other; names in the sketches of a method of one's own are its reader's."""
     sketched = "settings stop prompts record network other_network critic_loss student_loss".split()
     code = "\n\n".join(blocks(document, "python"))
+    pytest.importorskip("ruff")
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,E9", "--config"]
     ruff += [f"builtins = {[*sketched, '__file__']}", "-"]
     result = subprocess.run(ruff, input=code, capture_output=True, text=True)

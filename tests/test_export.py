@@ -170,7 +170,7 @@ def test_an_export_copies_what_components_consist_of_and_strips_it(student, teac
     for name in ("text_encoder/modeling_evil.py", "vae/.cache.json", "vae/x.joblib"):
         (damaged_teacher / name).write_text("private")
     weights = damaged_teacher / "vae" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, {"format": "pt", "made_of": "/data/of/somebody/merge.safetensors", "häuser": "ü"})
     for name in ("vae/config.json", "tokenizer/tokenizer_config.json"):
         config = json.loads((damaged_teacher / name).read_text())

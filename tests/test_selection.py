@@ -85,7 +85,7 @@ def edit(path: Path, change: Callable) -> None:
 
 
 def test_a_student_is_published_whole_and_unchanged(whole, saved):
-    assert set(whole.files) == {
+    assert {*whole.files} - {"tokenizer/special_tokens_map.json"} == {  # which transformers 4 writes, too
         "model_index.json", "README.md", "training.json", "training_config.json", "LICENSE", "pipeline.py",
         "images/00.png", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
@@ -341,13 +341,13 @@ def test_configs_records_and_card_lose_paths_secrets_and_code_and_keep_the_rest(
         "address": "https://example.com/x?token=***", "key": "***",
     }  # fmt: skip
     names = [name for name in whole.files if name.endswith(".json") and name != "tokenizer/tokenizer.json"]
+    assert len({*names} - {"tokenizer/special_tokens_map.json"}) == 8
     before = content(select_files(folder))
     for name in names:
         edit(folder / name, lambda value: value | paths)
     for name in ("README.md", "LICENSE"):
         (folder / name).write_text((folder / name).read_text() + f"\n{paths['command']} hf_0123456789abcdef\n")
     after = content(select_files(folder))
-    assert len(names) == 8
     for name in names:
         assert json.loads(after[name]) == json.loads(before[name]) | public
     for name in ("README.md", "LICENSE"):

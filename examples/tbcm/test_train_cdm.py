@@ -53,10 +53,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(cdm_flags, tmp_path,
 
 
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tmp_path):
-    whole = {"train_batch_size": 4, "max_train_steps": 2}
+    rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "max_train_steps": 2}
+    whole = {"train_batch_size": 4, **rates}
     main(cdm_flags(output_dir=tmp_path / "one", **whole))
-    main(cdm_flags(output_dir=tmp_path / "cut", max_train_steps=2, train_batch_size=2, gradient_accumulation_steps=2))
-    launch(cdm_flags(output_dir=tmp_path / "two", max_train_steps=2), script=SCRIPTS / "train_cdm.py")
+    main(cdm_flags(output_dir=tmp_path / "cut", train_batch_size=2, gradient_accumulation_steps=2, **rates))
+    launch(cdm_flags(output_dir=tmp_path / "two", **rates), script=SCRIPTS / "train_cdm.py")
     for other in ("cut", "two"):
         assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
 

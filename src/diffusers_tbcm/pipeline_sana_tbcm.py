@@ -107,7 +107,8 @@ class SanaTBCMPipeline(StudentLoraLoaderMixin, SanaSprintPipeline):
         if scheduler is not None and not isinstance(scheduler, TBCMScheduler):
             scheduler = TBCMScheduler.from_config(scheduler.config)
         if tokenizer is not None and text_encoder is not None:
-            check_tokenizer(tokenizer, text_encoder)
+            with ENCODING:
+                check_tokenizer(tokenizer, text_encoder)
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self.image_processor = FiniteImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._init_image: torch.Tensor | None = None

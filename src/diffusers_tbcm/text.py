@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .transfer import to_device
+from .versions import token_embedding
 
 
 LEAST_VOCABULARY = 0.9  # of the text encoder's: some round theirs up, none by so much
@@ -27,7 +28,7 @@ def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
     """
     if tokenizer("cat").input_ids == tokenizer("dog").input_ids:
         raise ValueError("`tokenizer` reads every prompt alike: its files, such as tokenizer.json, are missing.")
-    tokens, embedded = len(tokenizer), text_encoder.get_input_embeddings().weight.shape[0]
+    tokens, embedded = len(tokenizer), token_embedding(text_encoder).weight.shape[0]
     if not LEAST_VOCABULARY * embedded <= tokens <= embedded:
         raise ValueError(
             f"`tokenizer` has {tokens} tokens and `text_encoder` embeds {embedded}: they are not of one model."

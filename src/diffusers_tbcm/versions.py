@@ -1,7 +1,10 @@
 """What diffusers and transformers call by another name from one version to the next; no other module has to know."""
 
+from typing import Any
+
 import torch
 from diffusers import __version__ as diffusers_version
+from torch import nn
 
 
 # How to install an extra, while no index has this package: what one has under its name would be somebody else's.
@@ -37,3 +40,17 @@ def tokenizer_class(name: str) -> str:
         The name to write into a `model_index.json`, such as `"GemmaTokenizerFast"`.
     """
     return name if name.endswith("Fast") else f"{name}Fast"
+
+
+def token_embedding(text_encoder: Any) -> nn.Embedding:
+    """Give what embeds the tokens: transformers 4 does not name it for CLIP's text part.
+
+    Args:
+        text_encoder: of transformers.
+
+    Returns:
+        The layer.
+    """
+    if hasattr(text_encoder, "get_input_embeddings"):
+        return text_encoder.get_input_embeddings()
+    return text_encoder.embeddings.token_embedding

@@ -50,13 +50,14 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
         ValueError: where `repo_id` is none, or the token is missing, invalid or not allowed to write there.
         RuntimeError: where the Hub cannot be reached, or huggingface_hub is too old to ask it.
     """
+    _check_no_token(repo_id=repo_id)
+    with _explained_errors(repo_id):
+        validate_repo_id(repo_id)
     installed = huggingface_hub.__version__
     if Version(installed) < Version(MIN_HUB_VERSION):
         raise Failure(f"pushing needs huggingface_hub {MIN_HUB_VERSION}; {installed} is installed: update it")
-    _check_no_token(repo_id=repo_id)
     api = HfApi(token=_checked_token(token))
     with _explained_errors(repo_id):
-        validate_repo_id(repo_id)
         user = _retry(api.whoami)["name"]
         repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
         try:
