@@ -27,7 +27,8 @@ STEPS = 240
 
 @pytest.fixture
 def runs(tmp_path):
-    return Study(TEACHER_DIR, tmp_path / "runs", 500, tmp_path)
+    (tmp_path / "pictures").mkdir()
+    return Study(TEACHER_DIR, tmp_path / "runs", 500, tmp_path / "pictures")
 
 
 def parsed(setting, runs, steps=STEPS):
