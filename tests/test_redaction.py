@@ -13,7 +13,7 @@ def machine(monkeypatch):
     monkeypatch.setenv("HOME", f"{TOP}/home/alice smith")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("SHORT_TOKEN", "a")
-    monkeypatch.setattr("os.getcwd", lambda: f"{TOP}/work/my project")
+    monkeypatch.setattr("os.getcwd", lambda: f"{TOP}/data/my project")
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def machine(monkeypatch):
         ("//server/share/x.txt", "x.txt"),
         (f"{TOP}/home/alice", "~"),
         (f"{TOP}/Users/bob/", "~"),
-        (f"in {TOP}/home/alice smith/docs/p.txt and {TOP}/work/my project/x/y.txt.", "in p.txt and y.txt."),
+        (f"in {TOP}/home/alice smith/docs/p.txt and {TOP}/data/my project/x/y.txt.", "in p.txt and y.txt."),
         (r"C:\Users\alice smith\my p.txt", "my p.txt"),
         (r"see C:\Users\alice\p.txt now", "see p.txt now"),
         ("D:/data/x/p.txt", "p.txt"),
