@@ -14,6 +14,7 @@ from diffusers_tbcm.backbones import sana
 from diffusers_tbcm.flow import flow_prediction, shift_sigmas
 from diffusers_tbcm.scripts import train_cdm
 from diffusers_tbcm.scripts.train_cdm import main
+from diffusers_tbcm.training.run import Run
 
 
 CALL = {"guidance_scale": 1.0, "use_resolution_binning": False, "height": 64, "width": 64, "max_sequence_length": 16}
@@ -89,6 +90,22 @@ def test_diffusers_alone_draws_the_student_as_it_was_rolled_out(cdm_flags, tmp_p
     card = (run / "README.md").read_text()
     assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in card and "arxiv.org/abs/2605.06376" in card and "SanaTBCM" not in card
     assert json.loads((run / "training.json").read_text())["training"]["method"] == train_cdm.METHOD
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_student_and_critic_begin_as_the_teacher_whatever_the_precision(cdm_flags, teacher, monkeypatch, precision):
+    add, begun = Run.add, {}
+
+    def keep(self, name, model, **options):
+        begun[name] = {key: weight.clone() for key, weight in model.transformer.state_dict().items()}
+        return add(self, name, model, **options)
+
+    monkeypatch.setattr(Run, "add", keep)
+    main(cdm_flags(mixed_precision=precision, max_train_steps=2))
+    expected = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name in ("student", "critic"):
+        assert begun[name].keys() == expected.keys()
+        assert all(torch.equal(begun[name][key], expected[key]) for key in expected), name
 
 
 def test_a_rollout_knows_this_steps_weights(cdm_flags, monkeypatch):

@@ -161,8 +161,9 @@ def train(settings: CDMSettings, stop: StopRequest) -> Run:
     distillation = FlowDistillation(
         run, settings, prompts.prompts, method=METHOD, image_free=True, shift=settings.flow_shift
     )
-    student = distillation.add_student(every=settings.student_every)
-    critic = distillation.add_critic(learning_rate=settings.critic_learning_rate)
+    student, critic = distillation.add_networks(
+        every=settings.student_every, critic_learning_rate=settings.critic_learning_rate
+    )
     merge = partial(merge_critic, critic, student, settings.critic_merge)
     batches = run.batches(
         record_rollouts(settings, run, distillation, student, prompts.prompts),

@@ -71,15 +71,13 @@ class ConsistencyDistillation(Distillation):
         model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
         self.teacher.to(run.weight_dtype)
         with ending_together(run.accelerator):
-            rows = settings.train_batch_size * rows_per_prompt
-            one = torch.ones(rows, device=run.device)
-            text = self.negative_text.expand(settings.train_batch_size)
-            latents = torch.zeros((rows, *self.latent_shape), device=run.device)
             if run.accelerator.is_main_process:
+                rows = settings.train_batch_size * rows_per_prompt
+                one = torch.ones(rows, device=run.device)
+                text = self.negative_text.expand(settings.train_batch_size)
+                latents = torch.zeros((rows, *self.latent_shape), device=run.device)
                 self._print_memory_plan({"student": model}, (latents, one, text.embeds, text.mask, one))
-        if settings.compile:
-            for block in (*self.backbone.blocks(self.teacher.transformer), *self.backbone.blocks(transformer)):
-                block.compile()
+        self._compile(self.teacher.transformer, transformer)
         return run.add(
             "student",
             model,

@@ -54,7 +54,7 @@ class Distillation(ABC):
 
     Attributes:
         folder: the teacher's pipeline folder.
-        teacher: the frozen network, in the training precision once `add_student` has copied it.
+        teacher: the frozen network, in the training precision once the student was made of it.
         encode: embeds a list of prompts as a `Text`.
         negative_text: the empty prompt, classifier-free guidance's.
         latent_shape: of one picture, without the batch.
@@ -277,6 +277,13 @@ class Distillation(ABC):
                 num_processes=run.accelerator.num_processes,
             )
         return EmbeddingCache(cache, fingerprint, device=run.device)
+
+    def _compile(self, *transformers: nn.Module) -> None:
+        """Compile the blocks of networks where that was asked for."""
+        if self.settings.compile:
+            for transformer in transformers:
+                for block in self.backbone.blocks(transformer):
+                    block.compile()
 
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy of the student in its teacher's dtype."""

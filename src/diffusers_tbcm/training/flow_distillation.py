@@ -50,19 +50,21 @@ class FlowDistillation(Distillation):
         self.shift = flow_shift(self.folder) if shift is None else shift
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
 
-    def add_student(self, *, every: int = 1) -> nn.Module:
-        """Make the student and add it to the run.
+    def add_networks(self, *, every: int, critic_learning_rate: float) -> tuple[nn.Module, nn.Module]:
+        """Make student and critic, both of them copies of the teacher, and add them to the run.
 
         Args:
-            every: it is updated in every so many steps of the run.
+            every: the student is updated in every so many steps of the run, the critic in every one.
+            critic_learning_rate: after the warm-up, which is the student's.
 
         Returns:
-            The prepared model, giving v.
+            The prepared student and critic, giving v.
         """
-        settings = self.settings
-        student = self._make_network()
-        self.teacher.to(self.run.weight_dtype)
-        return self.run.add(
+        settings, run = self.settings, self.run
+        student, critic = self._make_network(), self._make_network()
+        self.teacher.to(run.weight_dtype)  # both have copied it by now
+        self._compile(self.teacher.transformer, student.transformer, critic.transformer)
+        prepared = run.add(
             "student",
             student,
             exported="transformer",
@@ -70,26 +72,14 @@ class FlowDistillation(Distillation):
             every=every,
             ema=settings.use_ema,
         )
-
-    def add_critic(self, *, learning_rate: float) -> nn.Module:
-        """Make the critic, another copy of the teacher, and add it to the run.
-
-        Args:
-            learning_rate: after the warm-up, which is the student's.
-
-        Returns:
-            The prepared model, giving v.
-        """
-        critic = self._make_network()
-        return self.run.add("critic", critic, learning_rate=learning_rate, lr_scheduler=self.settings.lr_scheduler)
+        return prepared, run.add(
+            "critic", critic, learning_rate=critic_learning_rate, lr_scheduler=settings.lr_scheduler
+        )
 
     def _make_network(self) -> FlowTransformer:
         transformer = self._make_student()
         if self.settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        if self.settings.compile:
-            for block in self.backbone.blocks(transformer):
-                block.compile()
         return FlowTransformer(transformer, self.teacher.timestep_scale).to(self.run.device)
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
