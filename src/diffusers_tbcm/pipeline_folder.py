@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 
 from .backbones import find_backbone
 from .components import (
+    SCHEDULER_CONFIG,
     WEIGHT_NAMES,
     check_file,
     model_files,
@@ -112,7 +113,7 @@ def flow_shift(teacher_folder: Path) -> float:
     Returns:
         k of s -> k s / (1 + (k - 1) s); 1 where the scheduler has none.
     """
-    config = read_json(teacher_folder / SCHEDULER / "scheduler_config.json")
+    config = read_json(teacher_folder / SCHEDULER / SCHEDULER_CONFIG)
     return float(config.get("shift", config.get("flow_shift", 1.0)))
 
 

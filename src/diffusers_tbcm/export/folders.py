@@ -15,13 +15,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SanaTransformer2DModel,
     SchedulerMixin,
-    SCMScheduler,
 )
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
 from ..backbones import backbone_of, find_backbone
-from ..components import plain_name, stored_precision
+from ..components import MODEL_CONFIG, SCHEDULER_CONFIG, plain_name, stored_precision
 from ..files import read_json, write_json
 from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE, save_lora
 from ..owned import OwnedFolder
@@ -98,25 +97,17 @@ def save_student_pipeline(
         raise ValueError(
             "student has guidance_embeds=False, but Sana-Sprint pipelines give guidance to the transformer"
         )
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise ValueError(f"variants has {variant!r}: choose from {', '.join(VARIANTS)}")
-    teacher_folder = resolve_teacher(teacher, teacher_variant)
-    output_dir = Path(output_dir)
-    check_target(output_dir, teacher_folder, teacher_variant=teacher_variant)
-    scheduler = TBCMScheduler() if scheduler is None else scheduler
-
-    with _staged(output_dir, last=MODEL_INDEX) as folder:
-        _save_components(folder, student, teacher_folder, teacher_variant)
-        scheduler.to_stock().save_pretrained(folder / SCHEDULER)
-        (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(standalone_pipeline_source(), encoding="utf-8")
-        pipeline_class = backbone_of(student).STUDENT_PIPELINE_CLASS
-        write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder, pipeline_class, SCMScheduler))
-        for variant in variants:
-            _save_variant(folder, variant, pipeline_class)
-        record = _record(description, student, teacher, teacher_folder, output_dir)
-        _describe(folder, teacher_folder, description, record)
-    return output_dir
+    return _save_pipeline(
+        student,
+        teacher,
+        Path(output_dir),
+        description,
+        pipeline_class=backbone_of(student).STUDENT_PIPELINE_CLASS,
+        scheduler=(TBCMScheduler() if scheduler is None else scheduler).to_stock(),
+        source=standalone_pipeline_source(),
+        variants=variants,
+        teacher_variant=teacher_variant,
+    )
 
 
 def save_flow_student(
@@ -140,33 +131,57 @@ def save_flow_student(
         `output_dir`.
 
     Raises:
-        ValueError: where the teacher is no complete pipeline, or `check_target` refuses `output_dir`.
+        ValueError: where a variant is unknown, the teacher is no complete pipeline, or `check_target` refuses
+            `output_dir`.
     """
+    return _save_pipeline(
+        student,
+        teacher,
+        Path(output_dir),
+        description,
+        pipeline_class=backbone_of(student).PIPELINE_CLASS,
+        scheduler=scheduler,
+        source=None,
+        variants=variants,
+        teacher_variant=teacher_variant,
+    )
+
+
+def _save_pipeline(
+    student: Any,
+    teacher: str | PathLike[str],
+    output_dir: Path,
+    description: StudentDescription,
+    *,
+    pipeline_class: type[DiffusionPipeline],
+    scheduler: SchedulerMixin,
+    source: str | None,
+    variants: Sequence[str],
+    teacher_variant: str | None,
+) -> Path:
+    """Save a student as a folder of a stock pipeline; `source` is that of another pipeline which draws with it."""
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"variants has {variant!r}: choose from {', '.join(VARIANTS)}")
     teacher_folder = resolve_teacher(teacher, teacher_variant)
-    output_dir = Path(output_dir)
     check_target(output_dir, teacher_folder, teacher_variant=teacher_variant)
-    backbone = backbone_of(student)
     with _staged(output_dir, last=MODEL_INDEX) as folder:
-        _save_components(folder, student, teacher_folder, teacher_variant)
+        for component in backbone_of(student).COPIED_COMPONENTS:
+            _copy_component(teacher_folder, component, folder, teacher_variant)
+        student.save_pretrained(folder / TRANSFORMER)
+        student_config = read_json(folder / TRANSFORMER / MODEL_CONFIG)
+        student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
+        write_json(folder / TRANSFORMER / MODEL_CONFIG, student_config)
         scheduler.save_pretrained(folder / SCHEDULER)
-        write_json(
-            folder / MODEL_INDEX, _model_index(teacher_folder, folder, backbone.PIPELINE_CLASS, type(scheduler))
-        )
+        if source is not None:
+            (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(source, encoding="utf-8")
+        write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder, pipeline_class, type(scheduler)))
         for variant in variants:
-            _save_variant(folder, variant, backbone.PIPELINE_CLASS)
-        record = _record(description, student, teacher, teacher_folder, output_dir)
-        _describe(folder, teacher_folder, description, record)
+            _save_variant(folder, variant, pipeline_class)
+        _describe(
+            folder, teacher_folder, description, _record(description, student, teacher, teacher_folder, output_dir)
+        )
     return output_dir
-
-
-def _save_components(folder: Path, student: Any, teacher_folder: Path, teacher_variant: str | None) -> None:
-    """Put a student's transformer, and what it takes over from its teacher, into a folder."""
-    for component in backbone_of(student).COPIED_COMPONENTS:
-        _copy_component(teacher_folder, component, folder, teacher_variant)
-    student.save_pretrained(folder / TRANSFORMER)
-    student_config = read_json(folder / TRANSFORMER / "config.json")
-    student_config.pop("_name_or_path", None)  # where its maker keeps the teacher
-    write_json(folder / TRANSFORMER / "config.json", student_config)
 
 
 def save_student_lora(
@@ -201,7 +216,7 @@ def save_student_lora(
     teacher_folder = resolve_teacher(teacher, teacher_variant)
     output_dir = Path(output_dir)
     check_target(output_dir, teacher_folder, lora=True)
-    stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / "config.json"))
+    stock = _draws_in_sana_pipeline(student, read_json(teacher_folder / TRANSFORMER / MODEL_CONFIG))
     scheduler = TBCMScheduler() if scheduler is None else scheduler
     if guidance_scale is None:
         guidance_scale = scheduler.default_call_options.get("guidance_scale", STOCK_CALL_OPTIONS["guidance_scale"])
@@ -279,7 +294,7 @@ def check_target(
     if lora:
         names += [LORA_FILE, GUIDANCE_EMBEDDER_FILE]
     else:
-        names += [MODEL_INDEX, CUSTOM_PIPELINE_FILE_NAME, f"{SCHEDULER}/scheduler_config.json"]
+        names += [MODEL_INDEX, CUSTOM_PIPELINE_FILE_NAME, f"{SCHEDULER}/{SCHEDULER_CONFIG}"]
         for component in (TRANSFORMER, *find_backbone(teacher_folder).COPIED_COMPONENTS):
             names += [f"{component}/{name}" for name in _copied(teacher_folder, component, teacher_variant)]
     folder = OwnedFolder(output_dir)
