@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from .command_line import DEBUG_HELP, CommandParser, ending_in_words, path_argument
-from .evaluation.generate import add_generate_flags, read_generation, run_generate
+from .evaluation.generate import PROGRAM, add_generate_flags, read_generation, run_generate
 
 
-PROG = "diffusers-tbcm"
 FLAGS = {
     name: f"--{name}" for name in ("device", "dtype", "guidance_scale", "height", "license", "tag", "token", "width")
 }
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with code 2 for arguments that do not fit, or that the command cannot be carried out with.
     """
     command, debug, run = parse_args(argv)
-    with ending_in_words(FLAGS, debug=debug, program=f"{PROG} {command}"):
+    with ending_in_words(FLAGS, debug=debug, program=f"{PROGRAM} {command}"):
         run()
 
 
@@ -49,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[
     Raises:
         SystemExit: for arguments that do not fit, with the reason on stderr.
     """
-    parser = CommandParser(PROG, description=__doc__)
+    parser = CommandParser(PROGRAM, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="draw pictures")
     add_generate_flags(generate)

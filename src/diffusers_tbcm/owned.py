@@ -271,7 +271,7 @@ class OwnedFolder:
 
     @property
     def names(self) -> list[str]:
-        """What is listed, as paths in the folder."""
+        """What is listed, as paths in the folder; the marker is read for it."""
         return list(self._written())
 
     @property

@@ -104,8 +104,8 @@ def rotate_checkpoints(output_dir: Path, newest: str, total_limit: int, *, sound
         total_limit: how many stay in all.
         sound: name of one that stays beside them.
     """
-    folder = OwnedFolder(output_dir)
-    others = [other for other in list_checkpoints(output_dir) if other.name != newest and other.name in folder.names]
+    listed = OwnedFolder(output_dir).names
+    others = [other for other in list_checkpoints(output_dir) if other.name != newest and other.name in listed]
     for other in others[: max(0, len(others) - total_limit + 1)]:
         if other.name != sound:
             try:

@@ -79,7 +79,8 @@ def check_way(folder: OwnedFolder, step: int, max_train_steps: int) -> None:
         ValueError: where something else is in the way.
     """
     checkpoints = list_checkpoints(folder.folder)
-    ahead = [path for path in checkpoints if path.name in folder.names and _step_in_name(path) > step]
+    listed = folder.names
+    ahead = [path for path in checkpoints if path.name in listed and _step_in_name(path) > step]
     folder.check_free(path.name for path in checkpoints if step < _step_in_name(path) <= max_train_steps)
     aside = folder.folder / SET_ASIDE
     if step > 0 and (aside.is_symlink() or (aside.exists() and not aside.is_dir())):
@@ -105,9 +106,10 @@ def set_aside_later(folder: OwnedFolder, step: int) -> None:
         folder: the run's.
         step: the last that is kept.
     """
+    listed = folder.names
     for path in [*list_checkpoints(folder.folder), *folder.folder.glob(f"{VALIDATION}/step-*.png")]:
         name = path.relative_to(folder.folder).as_posix()
-        if name in folder.names and _step_in_name(path) > step:
+        if name in listed and _step_in_name(path) > step:
             logger.warning(f"{name} is not of the run that goes on: it is now {folder.set_aside(name)}")
 
 
