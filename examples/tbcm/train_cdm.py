@@ -27,7 +27,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from diffusers_tbcm.data.prompts import load_prompts
 from diffusers_tbcm.draws import draw_generator, draw_noise, prompt_at
 from diffusers_tbcm.flow import add_flow_noise, flow_prediction, flow_step
 from diffusers_tbcm.matching import (
@@ -149,14 +148,7 @@ def noised(run: Run, prediction: torch.Tensor, upper: torch.Tensor, stream: int)
 def train(settings: CDMSettings, stop: StopRequest) -> Run:
     """CDM, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
     run = Run(settings, stop, script=__file__, num_models=2)
-    prompts = load_prompts(
-        settings.prompts_file or str(settings.dataset_name),
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        column=settings.caption_column,
-        streaming=settings.streaming,
-        max_prompts=settings.max_prompts,
-    )
+    prompts = settings.load_prompts()
     run.say(prompts)
     distillation = FlowDistillation(
         run, settings, prompts.prompts, method=METHOD, image_free=True, shift=settings.flow_shift

@@ -136,14 +136,7 @@ def noise_pictures(
 def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
     """Sana-Sprint's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
     run = Run(settings, stop, script=__file__, num_models=2)
-    images = CaptionedImages(
-        settings.train_data_dir or str(settings.dataset_name),
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        max_images=settings.max_train_samples,
-    )
+    images = settings.load_pictures()
     run.say(images)
     distillation = ConsistencyDistillation(run, settings, images.prompts, method=METHOD)
     blocks = choose_blocks(settings, distillation)

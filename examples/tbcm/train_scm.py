@@ -98,14 +98,7 @@ def noise_pictures(
 def train(settings: SCMSettings, stop: StopRequest) -> Run:
     """sCM's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
     run = Run(settings, stop, script=__file__)
-    images = CaptionedImages(
-        settings.train_data_dir or str(settings.dataset_name),
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        max_images=settings.max_train_samples,
-    )
+    images = settings.load_pictures()
     run.say(images)
     distillation = ConsistencyDistillation(run, settings, images.prompts, method=METHOD)
     student = distillation.add_student(rows_per_prompt=1)

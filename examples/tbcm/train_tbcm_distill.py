@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import torch
 
 from diffusers_tbcm.brightness import cached_black_latent, keep_mask
-from diffusers_tbcm.data.prompts import load_prompts
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
 from diffusers_tbcm.loss import consistency_error, consistency_loss, endpoint_loss
 from diffusers_tbcm.rows import Recording
@@ -161,14 +160,7 @@ def record_trajectories(
 def train(settings: TBCMSettings, stop: StopRequest) -> Run:
     """Algorithm 1, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
     run = Run(settings, stop, script=__file__)
-    prompts = load_prompts(
-        settings.prompts_file or str(settings.dataset_name),
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        column=settings.caption_column,
-        streaming=settings.streaming,
-        max_prompts=settings.max_prompts,
-    )
+    prompts = settings.load_prompts()
     run.say(prompts)
     distillation = ConsistencyDistillation(run, settings, prompts.prompts, method=METHOD, image_free=True)
     student = distillation.add_student(rows_per_prompt=settings.route_steps - 1)

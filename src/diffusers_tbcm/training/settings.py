@@ -19,7 +19,8 @@ from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 from ..command_line import DEBUG_HELP, CommandParser, name_flags
-from ..data.prompts import is_text
+from ..data.pictures import CaptionedImages
+from ..data.prompts import PromptList, is_text, load_prompts
 from ..errors import in_a_line
 from ..pipeline_folder import VARIANTS
 from .resumption import CHANGEABLE
@@ -290,6 +291,17 @@ class PromptSettings(DistillationSettings):
             raise ValueError("`streaming` is for `dataset_name`")
         check_positive(self, "max_prompts")
 
+    def load_prompts(self) -> PromptList:
+        """Read the prompts to train on."""
+        return load_prompts(
+            self.prompts_file or str(self.dataset_name),
+            config=self.dataset_config_name,
+            split=self.dataset_split,
+            column=self.caption_column,
+            streaming=self.streaming,
+            max_prompts=self.max_prompts,
+        )
+
 
 @dataclass(kw_only=True)
 class PictureSettings(RowSettings):
@@ -320,6 +332,17 @@ class PictureSettings(RowSettings):
             )
         check_not_output(self, "latents_cache")
         check_positive(self, "max_train_samples")
+
+    def load_pictures(self) -> CaptionedImages:
+        """Read the pictures to train on, and their captions."""
+        return CaptionedImages(
+            self.train_data_dir or str(self.dataset_name),
+            config=self.dataset_config_name,
+            split=self.dataset_split,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            max_images=self.max_train_samples,
+        )
 
 
 def parse_settings(settings: type[S], argv: Sequence[str] | None = None, *, description: str | None = None) -> S:
