@@ -188,3 +188,19 @@ def test_a_components_digest_is_of_all_that_is_loaded_and_of_nothing_else(halves
     content[-1] ^= 1  # the last bit of the last weight
     path.write_bytes(content)
     assert digest_component(teacher, "vae") != before
+
+
+def test_a_components_files_are_digested_once_until_they_change(tmp_path, monkeypatch):
+    teacher, read = write_tiny_pipeline(tmp_path / "teacher"), []
+    digest_part = pipeline_folder._digest_part
+    monkeypatch.setattr(
+        pipeline_folder, "_digest_part", lambda path, start: read.append(path) or digest_part(path, start)
+    )
+    before = digest_component(teacher, "text_encoder")
+    count = len(read)
+    assert count > 0 and digest_component(teacher, "text_encoder") == before and len(read) == count
+    weights = teacher / "text_encoder" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert digest_component(teacher, "text_encoder") != before

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from os import PathLike
 from pathlib import Path
@@ -212,9 +212,16 @@ def digest_component(teacher_folder: str | PathLike[str], name: str, variant: st
     files = component_files(
         folder, name, read_json(folder / MODEL_INDEX), home=Path(folder.resolve().anchor), variant=variant
     )
+    found = ((path, path.stat()) for path in sorted(files))
+    return _digest_files(tuple((path, state.st_size, state.st_mtime_ns) for path, state in found))
+
+
+@lru_cache
+def _digest_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Digest files, each with its size and time: a start asks for those of the text encoder several times."""
     digest = blake2b(digest_size=8)
-    for path in sorted(files):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for path, size, _ in files:
+        digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
             if path.suffix == ".safetensors":  # what wrote it, its metadata, changes nothing
                 tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -222,7 +229,7 @@ def digest_component(teacher_folder: str | PathLike[str], name: str, variant: st
                 digest.update(json.dumps(tensors, sort_keys=True).encode())
             start = file.tell()
         with ThreadPoolExecutor() as pool:
-            for part in pool.map(partial(_digest_part, path), range(start, path.stat().st_size, PART_BYTES)):
+            for part in pool.map(partial(_digest_part, path), range(start, size, PART_BYTES)):
                 digest.update(part)
     return digest.hexdigest()
 
