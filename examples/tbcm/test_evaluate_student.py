@@ -310,6 +310,8 @@ def test_every_flag_is_read_after_it_was_checked():
 
 
 def test_a_student_is_no_teacher_to_measure_beside_it(arguments, student, tmp_path):
-    with pytest.raises(ValueError, match=r"teacher .* is a few-step student, which no SanaPipeline draws with"):
+    with pytest.raises(
+        ValueError, match=r"teacher .* is a few-step student: give the teacher that it was distilled from"
+    ):
         main(arguments(teacher=student))
     assert not (tmp_path / "out").exists()

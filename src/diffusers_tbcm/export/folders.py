@@ -10,12 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SanaTransformer2DModel,
-    SchedulerMixin,
-)
+from diffusers import DiffusionPipeline, SanaTransformer2DModel, SchedulerMixin
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
@@ -43,6 +38,7 @@ from ..pipeline_folder import (
 )
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..redaction import redact_values
+from ..scheduling_flow import FlowStudentScheduler
 from ..scheduling_tbcm import DISTILLED_WITH, TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
@@ -116,7 +112,7 @@ def save_flow_student(
     output_dir: str | PathLike[str],
     description: StudentDescription,
     *,
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    scheduler: FlowStudentScheduler,
     variants: Sequence[str] = (),
     teacher_variant: str | None = None,
 ) -> Path:
@@ -125,7 +121,7 @@ def save_flow_student(
     Args:
         student: the distilled transformer, of the teacher's class and in its time.
         teacher, output_dir, description, variants, teacher_variant: as `save_student_pipeline` takes them.
-        scheduler: what it is drawn with.
+        scheduler: what it is drawn with, which carries how it was distilled.
 
     Returns:
         `output_dir`.
@@ -140,7 +136,7 @@ def save_flow_student(
         Path(output_dir),
         description,
         pipeline_class=backbone_of(student).PIPELINE_CLASS,
-        scheduler=scheduler,
+        scheduler=scheduler.to_stock(),
         source=None,
         variants=variants,
         teacher_variant=teacher_variant,
