@@ -5,10 +5,20 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline
+from diffusers import DiffusionPipeline, SanaPipeline
+from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline, write_tiny_flow_student, write_tiny_pipeline
 
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+from diffusers_tbcm.backbones.sana import INSTRUCTION
 from diffusers_tbcm.draws import draw_generator
-from diffusers_tbcm.evaluation.drawing import draw, draw_pictures, load_pipeline, numbered_generators
+from diffusers_tbcm.evaluation.drawing import (
+    call_options,
+    draw,
+    draw_pictures,
+    has_learned_guidance,
+    load_pipeline,
+    numbered_generators,
+)
 from diffusers_tbcm.text import Text
 
 
@@ -101,3 +111,73 @@ def test_a_half_precision_variant_is_loaded_where_it_is_asked_for(tmp_path):
             assert found.dtype == torch.float32 and torch.equal(found, weight.float())
     with pytest.raises((OSError, ValueError), match=r"no file named|model files|variant"):
         load_pipeline(tmp_path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def flow_student(tmp_path_factory):
+    return write_tiny_flow_student(tmp_path_factory.mktemp("flow"), width=32)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_flow_student_is_drawn_as_plain_diffusers_draws_it_with_the_right_times(flow_student, steps):
+    pipeline = load_pipeline(flow_student, device="cpu")
+    assert type(pipeline) is SanaPipeline and has_learned_guidance(pipeline)
+    found = pixels(
+        draw_pictures(
+            pipeline, PROMPTS, numbered_generators(SEED), num_inference_steps=steps, **call_options(pipeline)
+        )
+    )
+    plain = DiffusionPipeline.from_pretrained(flow_student)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(
+        PROMPTS,
+        sigmas=[1 - step / steps for step in range(steps)],
+        guidance_scale=1.0,
+        generator=[draw_generator(place, SEED) for place in range(3)],
+        height=64,
+        width=32,
+        use_resolution_binning=False,
+        **READING,
+    ).images
+    assert found.shape == (3, 64, 32, 3) and np.array_equal(found, pixels(expected))
+
+
+def test_a_call_is_as_the_student_was_distilled_unless_it_is_told(flow_student):
+    flow, consistency = load_pipeline(flow_student, device="cpu"), tiny_tbcm_pipeline()
+    consistency.scheduler = TBCMScheduler(guidance_scales=[2.0], call_options=READING)
+    size = {"height": 64, "width": 64}
+    assert call_options(consistency) == {**size, "guidance_scale": 2.0, **READING}
+    own = {"height": 64, "width": 32, "guidance_scale": 1.0, "use_resolution_binning": False, **READING}
+    assert call_options(flow) == own == call_options(flow, guidance_scale=1, height=None)
+    told = {"height": 32, "max_sequence_length": 20}
+    with_instruction = {**told, "complex_human_instruction": INSTRUCTION}
+    assert call_options(flow, **told, complex_human_instruction=True) == {**own, **with_instruction}
+    assert call_options(consistency, **told, guidance_scale=0.5, complex_human_instruction=False) == {
+        **size, **READING, **told, "guidance_scale": 0.5
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="`guidance_scale` is 4.5, but this student has learned its guidance"):
+        call_options(flow, guidance_scale=4.5)
+
+
+def test_a_flow_student_that_gives_infinity_is_no_picture(tmp_path):
+    pipeline = tiny_sana_pipeline()
+    folder = write_tiny_flow_student(tmp_path / "student")
+    pipeline.transformer.proj_out.bias.data[0] = torch.inf
+    pipeline.transformer.save_pretrained(folder / "transformer")
+    loaded = load_pipeline(folder, device="cpu")
+    with pytest.raises(ValueError, match="picture of 'a dog' at 1 step is not finite"):
+        next(draw(loaded, PROMPTS, steps=[1], seeds=[0], **call_options(loaded)))
+
+
+def test_what_is_no_student_is_said_to_be_neither_kind(tmp_path, flow_student):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA"):
+        load_pipeline(teacher, device="cpu")
+    with pytest.raises(ValueError, match=r"student of CDM, which `DiffusionPipeline.from_pretrained` loads"):
+        SanaTBCMPipeline.from_pretrained(flow_student)
+    config = flow_student / "scheduler" / "scheduler_config.json"
+    before = config.read_text()
+    config.write_text(before[:20])
+    with pytest.raises(ValueError, match=r"^model .* cannot be loaded: [^\n]*$"):
+        load_pipeline(flow_student, device="cpu")
+    config.write_text(before)

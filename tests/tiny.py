@@ -131,6 +131,22 @@ def write_tiny_pipeline(folder: str | Path) -> Path:
     return Path(folder)
 
 
+def write_tiny_flow_student(folder: str | Path, **call_options: Any) -> Path:
+    """Save a flow student of the tiny components, as CDM's are saved, and give its folder back.
+
+    Args:
+        folder: where to write.
+        call_options: what it was distilled with; by default short prompts, without the instruction, at 64 pixels.
+    """
+    from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
+
+    trained = {"height": 64, "width": 64, "max_sequence_length": 16, "complex_human_instruction": None}
+    pipeline = tiny_sana_pipeline()
+    pipeline.scheduler = FlowStudentScheduler(3.0, trained | call_options).to_stock()
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
 def student_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The transformer of a pipeline folder, by weight name."""
     return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
