@@ -257,7 +257,9 @@ def test_errors_in_words(student, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match=r"^diffusers-tbcm generate: error: model 'no/such' is neither a pipeline"):
         generate("no/such", tmp_path / "x.png")
-    with pytest.raises(SystemExit, match="is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes it one"):
+    with pytest.raises(
+        SystemExit, match="is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes it one"
+    ):
         generate(write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "x.png")
     with pytest.raises(SystemExit, match="lora 'no/such' is neither LoRA weights nor"):
         generate(student, tmp_path / "x.png", "--lora", "no/such")

@@ -155,7 +155,7 @@ def test_a_call_is_as_the_student_was_distilled_unless_it_is_told(flow_student):
     assert call_options(consistency, **told, guidance_scale=0.5, complex_human_instruction=False) == {
         **size, **READING, **told, "guidance_scale": 0.5
     }  # fmt: skip
-    with pytest.raises(ValueError, match="`guidance_scale` is 4.5, but this student has learned its guidance"):
+    with pytest.raises(ValueError, match=r"`guidance_scale` is 4.5, but this student has learned its guidance"):
         call_options(flow, guidance_scale=4.5)
 
 

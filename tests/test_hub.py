@@ -20,10 +20,11 @@ from packaging.version import Version
 from PIL import Image
 from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
-from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
+from diffusers_tbcm.export.folders import save_flow_student, save_student_lora, save_student_pipeline
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION, push_or_warn, push_pipeline_to_hub
 from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.lora import make_lora_student
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 
 
 pytestmark = pytest.mark.skipif(
@@ -123,13 +124,22 @@ def adapters(dense_teacher, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def flow_student(teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("flow") / "student"
+    reading = {"max_sequence_length": 16, "complex_human_instruction": None}
+    scheduler = FlowStudentScheduler(3.0, {"height": 64, "width": 64, **reading})
+    description = StudentDescription("a dolphin", {"steps": 9})
+    return save_flow_student(tiny_transformer(), teacher, folder, description, scheduler=scheduler)
+
+
+@pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
         yield hub
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, student, adapters) -> dict[str, list[str]]:
+def pushed(hub, student, flow_student, adapters) -> dict[str, list[str]]:
     """What came of pushes to repositories, one for each thing that can go well or wrong."""
     old_shard = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
     older = hub.repos["me/older"] = Repo(private=False)
@@ -149,6 +159,7 @@ def pushed(hub, student, adapters) -> dict[str, list[str]]:
         "older": {"repo_id": "me/older"},
         "with state": {"repo_id": "me/with-state", "include_training_state": True},
         "adapters": {"repo_id": "me/adapters", "folder": str(adapters)},
+        "flow": {"repo_id": "me/flow", "folder": str(flow_student)},
         "cut once": {"repo_id": "me/cut-once"},
         "unanswered": {"repo_id": "me/unanswered"},
         "cut always": {"repo_id": "me/cut-always"},
@@ -398,6 +409,18 @@ def test_a_lora_repository_makes_the_teachers_stock_pipeline_the_student(place, 
     assert (stock["class"], ours["class"]) == ("SanaPipeline", "SanaTBCMPipeline")
     np.testing.assert_allclose(stock["pixels"], ours["pixels"], atol=1e-5)  # sums in another order
     assert np.abs(np.subtract(stock["pixels"], teacher["pixels"])).max() > 0.01
+
+
+@pytest.mark.parametrize("place", [ONLINE, OFFLINE])
+def test_a_flow_student_of_the_hub_draws_what_its_folder_does(place, hub, pushed, flow_student, tmp_path):
+    pictures = []
+    for number, model in enumerate(["me/flow", flow_student]):
+        out = tmp_path / f"{number}.png"
+        flags = ["--prompt", "a dolphin", "--steps", "4", "--out", out, "--device", "cpu"]
+        environment = hub.environment(xet=True, offline=place == OFFLINE)
+        run("-m", "diffusers_tbcm", "generate", "--model", model, *flags, **environment)
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.parametrize("place", [ONLINE, OFFLINE])

@@ -50,10 +50,14 @@ def test_a_stock_config_carries_all_of_it_through_plain_diffusers_without_a_warn
 
 
 def test_teachers_and_consistency_students_are_no_flow_students():
-    assert not is_flow_student(tiny_sana_pipeline().scheduler.config | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert not is_flow_student(
+        tiny_sana_pipeline().scheduler.config | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    )
     consistency = TBCMScheduler(call_options=TRAINED).to_stock().config
     assert "_call_options" in consistency and not is_flow_student(consistency | {"_class_name": "SCMScheduler"})
-    assert is_flow_student({**FlowStudentScheduler().to_stock().config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert is_flow_student(
+        {**FlowStudentScheduler().to_stock().config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
+    )
 
 
 @pytest.mark.parametrize(

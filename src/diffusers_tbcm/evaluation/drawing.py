@@ -22,7 +22,7 @@ from ..pipeline_folder import SCHEDULER
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS, SanaTBCMPipeline
 from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student
 from ..scheduling_tbcm import TBCMScheduler
-from ..text import Text
+from ..text import Text, check_tokenizer
 from ..versions import dtype_argument
 
 
@@ -84,6 +84,7 @@ def load_pipeline(
     with loading("model", model):
         if flow_scheduler is not None:
             pipeline = DiffusionPipeline.from_pretrained(str(model), scheduler=flow_scheduler, **options)
+            check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
             pipeline.image_processor = FiniteImageProcessor(vae_scale_factor=pipeline.vae_scale_factor)
         elif is_tbcm:
             pipeline = SanaTBCMPipeline.from_pretrained(str(model), **options)
