@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -19,7 +18,7 @@ from ..pipeline_folder import CARD, MODEL_INDEX, SAMPLE_GRID, SCHEDULER, TRAININ
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
-from .record import Metrics, check_record, load_metrics
+from .record import FLOW_SCHEDULER, Metrics, check_record, is_flow_adapter, load_metrics
 
 
 logger = logging.get_logger(__name__)
@@ -57,7 +56,7 @@ def render_model_card(
     metrics = load_metrics(folder)
     adapter = record.get("adapter")
     relation = "finetune" if adapter is None else "adapter"
-    flow = adapter is None and _is_flow(folder)
+    flow = _is_flow(folder) if adapter is None else is_flow_adapter(record)
     card_data = ModelCardData(
         base_model=record["base_model"],
         base_model_relation=record["base_model"] and relation,
@@ -96,7 +95,7 @@ def render_model_card(
 
 def _is_flow(folder: Path) -> bool:
     """Whether a pipeline's student is drawn by its teacher's own class."""
-    return read_json(folder / MODEL_INDEX)["scheduler"][1] == FlowMatchEulerDiscreteScheduler.__name__
+    return read_json(folder / MODEL_INDEX)["scheduler"][1] == FLOW_SCHEDULER
 
 
 def _image_free_tags(record: Mapping[str, Any], flow: bool) -> tuple[str, ...]:
