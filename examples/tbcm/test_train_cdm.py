@@ -166,7 +166,8 @@ def test_a_teacher_that_embeds_guidance_is_refused(cdm_flags, tmp_path):
         ({"student_every": 0}, "--student_every is 0"),
         ({"critic_learning_rate": 0}, "--critic_learning_rate is 0"),
         ({"ca_weight": 0, "dm_weight": 0, "cdm_weight": 0}, "there is nothing to train the student on"),
-        ({"rank": 4}, "--rank is for consistency students"),
+        ({"rank": 0}, "--rank is 0"),
+        ({"lora_alpha": 4}, "--lora_alpha needs --rank"),
     ],
 )
 def test_wrong_settings_are_named(cdm_flags, capsys, changes, message):

@@ -7,18 +7,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SCMScheduler
+from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from ..backbones.sana import INSTRUCTION
+from ..components import read_object
 from ..draws import draw_generator
 from ..errors import in_a_line, loading, loading_by_name
+from ..export.record import is_flow_adapter
 from ..finite import NOT_FINITE, FiniteImageProcessor, is_finite
 from ..images import pixels_to_pil
-from ..pipeline_folder import SCHEDULER
+from ..pipeline_folder import SCHEDULER, TRAINING_RECORD
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS, SanaTBCMPipeline
 from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student
 from ..scheduling_tbcm import TBCMScheduler
@@ -75,6 +79,16 @@ def load_pipeline(
         is_tbcm = DiffusionPipeline.load_config(str(model)).get("scheduler") == ["diffusers", SCMScheduler.__name__]
     with loading("model", model):
         flow_scheduler = _flow_scheduler(model)
+    record = {} if lora is None else _lora_record(lora)
+    makes_flow_student = is_flow_adapter(record)
+    if record.get("adapter") and (flow_scheduler is not None or (is_tbcm and makes_flow_student)):
+        raise ValueError(
+            f"lora {str(lora)!r} makes a student of a teacher, but model {str(model)!r} is a student already: give"
+            f" the teacher, {record.get('teacher')!r}"
+        )
+    if makes_flow_student:
+        with loading("lora", lora or ""):
+            flow_scheduler = FlowStudentScheduler(record["adapter"]["shift"], record["adapter"]["call_options"])
     if not is_tbcm and flow_scheduler is None and lora is None:
         raise ValueError(
             f"model {str(model)!r} is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes"
@@ -93,6 +107,9 @@ def load_pipeline(
     if lora is not None:
         with loading_by_name("lora", lora, "LoRA weights"):
             pipeline.load_lora_weights(str(lora))
+    if makes_flow_student:
+        with loading("lora", lora or ""):  # its teacher's config may leave the time open
+            pipeline.transformer.register_to_config(timestep_scale=record["adapter"]["timestep_scale"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -101,6 +118,21 @@ def _flow_scheduler(model: str | PathLike[str]) -> FlowStudentScheduler | None:
     """What a flow student is drawn with; None of any other pipeline."""
     config = FlowStudentScheduler.load_config(str(model), subfolder=SCHEDULER)
     return FlowStudentScheduler.from_config(config) if is_flow_student(config) else None
+
+
+def _lora_record(lora: str | PathLike[str]) -> dict[str, Any]:
+    """What training has written beside LoRA weights; nothing of LoRA that is no student's."""
+    folder = Path(lora).parent if Path(lora).is_file() else Path(lora)
+    file = folder / TRAINING_RECORD
+    if not folder.is_dir():
+        try:
+            file = Path(hf_hub_download(str(lora), TRAINING_RECORD))
+        except (OSError, ValueError):  # it is not there, or nothing of that name is
+            return {}
+    if not file.is_file():
+        return {}
+    with loading("lora", lora):
+        return read_object(file)
 
 
 def find_device(name: str | torch.device) -> torch.device:

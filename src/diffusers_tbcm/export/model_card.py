@@ -20,7 +20,7 @@ from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..scheduling_flow import FlowStudentScheduler, even_sigmas, is_flow_student
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
-from .record import Metrics, check_record, load_metrics
+from .record import Metrics, check_record, is_flow_adapter, load_metrics
 
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,10 @@ def render_model_card(
     metrics = load_metrics(folder)
     adapter = record.get("adapter")
     relation = "finetune" if adapter is None else "adapter"
-    flow = adapter is None and is_flow_student(read_json(folder / SCHEDULER / SCHEDULER_CONFIG))
+    if adapter is None:
+        flow = is_flow_student(read_json(folder / SCHEDULER / SCHEDULER_CONFIG))
+    else:
+        flow = is_flow_adapter(record)
     card_data = ModelCardData(
         base_model=record["base_model"],
         base_model_relation=record["base_model"] and relation,

@@ -39,7 +39,7 @@ from ..pipeline_folder import (
 )
 from ..redaction import redact, redact_values
 from ..standalone import standalone_pipeline_source
-from .record import check_record
+from .record import check_record, is_flow_adapter
 
 
 RECORDS = (TRAINING_RECORD, TRAINING_CONFIG, METRICS)
@@ -157,7 +157,9 @@ def _chosen_files(folder: Path) -> list[Path]:
     if (folder / MODEL_INDEX).is_file():
         files = _pipeline_files(folder)
     elif (folder / LORA_FILE).is_file():
-        files = [folder / LORA_FILE, folder / GUIDANCE_EMBEDDER_FILE]
+        record = folder / TRAINING_RECORD
+        flow = _is_own(record) and is_flow_adapter(read_object(record))  # which embeds no guidance
+        files = [folder / LORA_FILE, *([] if flow else [folder / GUIDANCE_EMBEDDER_FILE])]
         for path in files:
             check_weights(path)
     else:

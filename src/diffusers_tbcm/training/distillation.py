@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,12 @@ class Distillation(ABC):
         """What draws with a student."""
 
     @abstractmethod
-    def _save(self, transformer: Any, description: StudentDescription) -> Path:
-        """Save the adapters, the pipeline or both; the folder to publish."""
+    def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
+        """Save a student's adapters."""
+
+    @abstractmethod
+    def _save_pipeline(self, student: Any, folder: Path, description: StudentDescription) -> str:
+        """Save a student inside a pipeline; the line of Python that draws with it."""
 
     @property
     def resolution(self) -> int:
@@ -245,6 +250,25 @@ class Distillation(ABC):
         )
         run.push(self._save(transformer, description))
 
+    def _save(self, transformer: Any, description: StudentDescription) -> Path:
+        """Save the adapters, the pipeline or both; the folder to publish."""
+        folder = self.run.output_dir
+        if self.settings.rank is not None:
+            adapters = folder / LORA
+            self._save_lora(transformer, adapters, replace(description, model_id=f"{folder.name}/{LORA}"))
+            self._tell(f"Adapters for load_lora_weights of a pipeline of the teacher: {adapters}")
+            if not self.settings.merge_lora:
+                return adapters
+            transformer = merge_lora(transformer)
+        call = self._save_pipeline(transformer, folder, description)
+        self._tell(f"Done. Draw with it:\n  {call}")
+        return folder
+
+    def _tell(self, message: str) -> None:
+        """Print what there is to use now; nothing stays of a dry run."""
+        if not self.settings.dry_run:
+            print(message)
+
     @torch.no_grad()
     def _gives_numbers(self, transformer: Any) -> bool:
         """Whether the student turns noise into numbers: weights may be finite, and too large for it."""
@@ -280,6 +304,15 @@ class Distillation(ABC):
             for transformer in transformers:
                 for block in self.backbone.blocks(transformer):
                     block.compile()
+
+    def _adapted(self, adapt: Callable[..., Any]) -> Any:
+        """What `adapt`, of `lora`, makes of the teacher with the run's settings."""
+        settings, teacher = self.settings, self.teacher.transformer
+        targets = {} if settings.lora_target_modules is None else {"target_modules": settings.lora_target_modules}
+        try:
+            return adapt(teacher, rank=settings.rank, alpha=settings.lora_alpha, **targets)
+        except ValueError as error:
+            raise ValueError(f"`lora_target_modules`: {error}") from error
 
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy of the student in its teacher's dtype."""
