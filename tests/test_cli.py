@@ -11,7 +11,14 @@ import torch
 from diffusers import SanaPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_flow_student, write_tiny_pipeline
+from tiny import (
+    TRAINED_WITH,
+    tiny_tbcm_pipeline,
+    tiny_transformer,
+    write_tiny_flow_lora,
+    write_tiny_flow_student,
+    write_tiny_pipeline,
+)
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
@@ -202,6 +209,19 @@ def test_a_flow_student_draws_as_any_other(tmp_path):
         with pytest.raises(SystemExit, match=message):
             generate(model, out, *flags)
     assert not out.exists()
+
+
+def test_a_flow_lora_makes_a_student_of_its_teacher(tmp_path):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    lora = write_tiny_flow_lora(tmp_path / "lora", teacher)
+    generate(teacher, tmp_path / "x.png", "--lora", lora, "--steps", 2)
+    plain = SanaPipeline.from_pretrained(teacher)  # whose scheduler has the same shift
+    plain.load_lora_weights(lora)
+    options = {"guidance_scale": 1.0, "use_resolution_binning": False, **TRAINED_WITH}
+    image = plain("a dog", sigmas=[1.0, 0.5], generator=torch.Generator().manual_seed(0), **options).images[0]
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), pixels(image))
+    with pytest.raises(SystemExit, match="is a student already: give the teacher, 'teacher'"):
+        generate(write_tiny_flow_student(tmp_path / "student"), tmp_path / "y.png", "--lora", lora)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from loopback_hub import LoopbackHub
 from loopback_repo import File, Repo, card_errors
 from packaging.version import Version
 from PIL import Image
-from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
+from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_flow_lora, write_tiny_pipeline
 
+from diffusers_tbcm.evaluation.drawing import call_options, draw, load_pipeline
 from diffusers_tbcm.export.folders import save_flow_student, save_student_lora, save_student_pipeline
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION, push_or_warn, push_pipeline_to_hub
 from diffusers_tbcm.export.record import StudentDescription
@@ -133,13 +134,18 @@ def flow_student(teacher, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def flow_adapters(teacher, tmp_path_factory) -> Path:
+    return write_tiny_flow_lora(tmp_path_factory.mktemp("flow_loras") / "lora", teacher)
+
+
+@pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
         yield hub
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, student, flow_student, adapters) -> dict[str, list[str]]:
+def pushed(hub, student, flow_student, flow_adapters, adapters) -> dict[str, list[str]]:
     """What came of pushes to repositories, one for each thing that can go well or wrong."""
     old_shard = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
     older = hub.repos["me/older"] = Repo(private=False)
@@ -160,6 +166,7 @@ def pushed(hub, student, flow_student, adapters) -> dict[str, list[str]]:
         "with state": {"repo_id": "me/with-state", "include_training_state": True},
         "adapters": {"repo_id": "me/adapters", "folder": str(adapters)},
         "flow": {"repo_id": "me/flow", "folder": str(flow_student)},
+        "flow LoRA": {"repo_id": "me/flow-lora", "folder": str(flow_adapters)},
         "cut once": {"repo_id": "me/cut-once"},
         "unanswered": {"repo_id": "me/unanswered"},
         "cut always": {"repo_id": "me/cut-always"},
@@ -412,15 +419,24 @@ def test_a_lora_repository_makes_the_teachers_stock_pipeline_the_student(place, 
 
 
 @pytest.mark.parametrize("place", [ONLINE, OFFLINE])
-def test_a_flow_student_of_the_hub_draws_what_its_folder_does(place, hub, pushed, flow_student, tmp_path):
+def test_flow_students_and_loras_of_the_hub_draw_what_their_folders_do(
+    place, hub, pushed, teacher, dense_teacher, flow_student, flow_adapters, adapters, tmp_path
+):
     pictures = []
-    for number, model in enumerate(["me/flow", flow_student]):
-        out = tmp_path / f"{number}.png"
-        flags = ["--prompt", "a dolphin", "--steps", "4", "--out", out, "--device", "cpu"]
+    for hub_model, hub_lora, model, lora in (
+        ("me/flow", None, flow_student, None),
+        (teacher, "me/flow-lora", teacher, flow_adapters),
+        (dense_teacher, "me/adapters", dense_teacher, adapters),
+    ):
+        out = tmp_path / f"{len(pictures)}.png"
+        flags = ["--prompt", "a dolphin", "--steps", "2", "--out", out, *(["--lora", hub_lora] if hub_lora else [])]
         environment = hub.environment(xet=True, offline=place == OFFLINE)
-        run("-m", "diffusers_tbcm", "generate", "--model", model, *flags, **environment)
-        pictures.append(out.read_bytes())
-    assert pictures[0] == pictures[1]
+        run("-m", "diffusers_tbcm", "generate", "--model", hub_model, *flags, "--device", "cpu", **environment)
+        pipeline = load_pipeline(model, lora=lora, device="cpu")
+        (expected,) = draw(pipeline, ["a dolphin"], steps=[2], seeds=[0], **call_options(pipeline))
+        pictures.append(np.asarray(Image.open(out)))
+        assert np.array_equal(pictures[-1], expected.image)
+    assert len({picture.tobytes() for picture in pictures}) == 3
 
 
 @pytest.mark.parametrize("place", [ONLINE, OFFLINE])

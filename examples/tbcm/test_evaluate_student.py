@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import SanaPipeline
 from PIL import Image
-from tiny import tiny_tbcm_pipeline, tiny_transformer
+from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_flow_lora
 
 from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.draws import draw_generator
@@ -271,6 +271,18 @@ def test_a_flow_student_is_measured_without_guidance_and_its_teacher_with(
         use_resolution_binning=False,
     ).images[0]
     assert np.abs(np.asarray(first).astype(int) - np.asarray(expected)).max() <= 1  # its batch was another
+
+
+def test_a_teacher_with_a_flow_lora_is_measured_beside_itself(arguments, teacher, tmp_path):
+    lora = write_tiny_flow_lora(tmp_path / "lora", teacher)
+    main(arguments(model=teacher, lora=lora, teacher=teacher, teacher_steps=2, max_prompts=2, steps="1 2"))
+    drawn = tmp_path / "out" / "pictures"
+    scales = {
+        path.name: json.loads((path / "settings.json").read_text())["guidance_scale"] for path in drawn.iterdir()
+    }
+    assert scales == {"student-1-steps": 1.0, "student-2-steps": 1.0, "teacher-2-steps": 4.5}
+    rows = load_metrics(tmp_path / "out").measurements
+    assert [(row.model, row.num_inference_steps) for row in rows] == [("teacher", 2), ("student", 1), ("student", 2)]
 
 
 def test_guidance_for_a_flow_student_alone_and_one_as_teacher_are_refused(arguments, flow_student, tmp_path):

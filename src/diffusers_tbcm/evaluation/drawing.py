@@ -22,6 +22,7 @@ from ..errors import in_a_line, loading, loading_by_name
 from ..export.record import is_flow_adapter
 from ..finite import NOT_FINITE, FiniteImageProcessor, is_finite
 from ..images import pixels_to_pil
+from ..lora import LORA_FILE
 from ..pipeline_folder import SCHEDULER, TRAINING_RECORD
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS, SanaTBCMPipeline
 from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student
@@ -105,8 +106,9 @@ def load_pipeline(
         else:  # a teacher's scheduler belongs to the teacher's many steps
             pipeline = SanaTBCMPipeline.from_pretrained(str(model), scheduler=TBCMScheduler(), **options)
     if lora is not None:
+        named = {"weight_name": LORA_FILE} if record.get("adapter") else {}  # which the Hub's offline mode asks for
         with loading_by_name("lora", lora, "LoRA weights"):
-            pipeline.load_lora_weights(str(lora))
+            pipeline.load_lora_weights(str(lora), **named)
     if makes_flow_student:
         with loading("lora", lora or ""):  # its teacher's config may leave the time open
             pipeline.transformer.register_to_config(timestep_scale=record["adapter"]["timestep_scale"])
