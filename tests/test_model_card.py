@@ -108,7 +108,7 @@ def test_the_example_of_a_flow_student_is_a_stock_call_with_times_and_without_gu
     exec(example, {})
     call = {"guidance_scale": 1.0, "height": 64, "width": 64, "use_resolution_binning": False, **reading}
     assert asked == [{"sigmas": sigmas, **call} for sigmas in ([1.0], [1.0, 0.5], [1.0, 0.75, 0.5, 0.25])]
-    assert "diffusers-tbcm generate --model student --prompt" in text and "SanaTBCM" not in text
+    assert 'diffusers-tbcm generate --model "student" --prompt' in text and "SanaTBCM" not in text
 
 
 def test_a_card_is_readable_however_many_and_long_the_prompts_are(export):

@@ -81,15 +81,15 @@ def load_pipeline(
     with loading("model", model):
         flow_scheduler = _flow_scheduler(model)
     record = {} if lora is None else _lora_record(lora)
-    makes_flow_student = is_flow_adapter(record)
-    if record.get("adapter") and (flow_scheduler is not None or (is_tbcm and makes_flow_student)):
+    flow_adapter = record["adapter"] if is_flow_adapter(record) else None
+    if record.get("adapter") and (flow_scheduler is not None or (is_tbcm and flow_adapter is not None)):
         raise ValueError(
             f"lora {str(lora)!r} makes a student of a teacher, but model {str(model)!r} is a student already: give"
             f" the teacher, {record.get('teacher')!r}"
         )
-    if makes_flow_student:
-        with loading("lora", lora or ""):
-            flow_scheduler = FlowStudentScheduler(record["adapter"]["shift"], record["adapter"]["call_options"])
+    if lora is not None and flow_adapter is not None:
+        with loading("lora", lora):
+            flow_scheduler = FlowStudentScheduler(flow_adapter["shift"], flow_adapter["call_options"])
     if not is_tbcm and flow_scheduler is None and lora is None:
         raise ValueError(
             f"model {str(model)!r} is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes"
@@ -109,9 +109,8 @@ def load_pipeline(
         named = {"weight_name": LORA_FILE} if record.get("adapter") else {}  # which the Hub's offline mode asks for
         with loading_by_name("lora", lora, "LoRA weights"):
             pipeline.load_lora_weights(str(lora), **named)
-    if makes_flow_student:
-        with loading("lora", lora or ""):  # its teacher's config may leave the time open
-            pipeline.transformer.register_to_config(timestep_scale=record["adapter"]["timestep_scale"])
+            if flow_adapter is not None:  # the teacher's config may not say in what time it was trained
+                pipeline.transformer.register_to_config(timestep_scale=flow_adapter["timestep_scale"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
