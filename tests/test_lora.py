@@ -31,6 +31,7 @@ from diffusers_tbcm.lora import (
 )
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
 from diffusers_tbcm.owned import MARKER
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 from diffusers_tbcm.tangent import consistency_tangent
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.trigflow import TrigFlowTransformer, trig_to_flow_timestep
@@ -463,8 +464,7 @@ def test_a_flow_lora_takes_the_place_of_a_consistency_students_and_leaves_no_emb
     where = (teacher, tmp_path / "lora", StudentDescription(PROMPT, {}))
     save_student_lora(make_lora_student(tiny_transformer(), rank=RANK), *where)
     assert (tmp_path / "lora" / "guidance_embedder.safetensors").exists()
-    flow = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "call_options": {"guidance_scale": 1.0}}
-    folder = save_flow_lora(adapt(tiny_transformer(), rank=RANK), *where, **flow)
+    folder = save_flow_lora(adapt(tiny_transformer(), rank=RANK), *where, scheduler=FlowStudentScheduler(3.0))
     assert {path.name for path in folder.iterdir()} == {LORA_FILE, "README.md", "training.json", MARKER}
     card = ModelCard.load(folder / "README.md")
     assert {"lora", "cdm"} <= {*card.data.tags} and "tbcm" not in card.data.tags

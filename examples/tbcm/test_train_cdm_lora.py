@@ -169,8 +169,11 @@ def test_the_teachers_stock_pipeline_draws_with_the_adapters_what_the_merged_stu
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "shift": 2.0,
         "timestep_scale": time_scale,
-        "call_options": {"guidance_scale": 1.0, "complex_human_instruction": None, "max_sequence_length": 16},
-    }
+        "call_options": {
+            "guidance_scale": 1.0, "complex_human_instruction": None, "max_sequence_length": 16, "height": 64,
+            "width": 64,
+        },
+    }  # fmt: skip
     card = Path("run/lora/README.md").read_text()
     assert "arxiv.org/abs/2605.06376" in card and "LoRA of rank 2" in card and "SanaTBCM" not in card
     selection = select_files(tmp_path / "run" / "lora")

@@ -10,12 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SanaTransformer2DModel,
-    SchedulerMixin,
-)
+from diffusers import DiffusionPipeline, SanaTransformer2DModel, SchedulerMixin
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
@@ -43,6 +38,7 @@ from ..pipeline_folder import (
 )
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..redaction import redact_values
+from ..scheduling_flow import FlowStudentScheduler
 from ..scheduling_tbcm import DISTILLED_WITH, TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
@@ -116,7 +112,7 @@ def save_flow_student(
     output_dir: str | PathLike[str],
     description: StudentDescription,
     *,
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    scheduler: FlowStudentScheduler,
     variants: Sequence[str] = (),
     teacher_variant: str | None = None,
 ) -> Path:
@@ -125,7 +121,7 @@ def save_flow_student(
     Args:
         student: the distilled transformer, of the teacher's class and in its time.
         teacher, output_dir, description, variants, teacher_variant: as `save_student_pipeline` takes them.
-        scheduler: what it is drawn with.
+        scheduler: what it is drawn with, which carries how it was distilled.
 
     Returns:
         `output_dir`.
@@ -140,7 +136,7 @@ def save_flow_student(
         Path(output_dir),
         description,
         pipeline_class=backbone_of(student).PIPELINE_CLASS,
-        scheduler=scheduler,
+        scheduler=scheduler.to_stock(),
         source=None,
         variants=variants,
         teacher_variant=teacher_variant,
@@ -239,8 +235,7 @@ def save_flow_lora(
     output_dir: str | PathLike[str],
     description: StudentDescription,
     *,
-    scheduler: FlowMatchEulerDiscreteScheduler,
-    call_options: Mapping[str, Any],
+    scheduler: FlowStudentScheduler,
     teacher_variant: str | None = None,
 ) -> Path:
     """Save a flow student's adapters for its teacher's own stock pipeline; else as `save_student_lora`.
@@ -248,8 +243,8 @@ def save_flow_lora(
     Args:
         student: made by `lora.adapt`, in its teacher's time.
         teacher, output_dir, description, teacher_variant: as `save_student_lora` takes them.
-        scheduler: what it is drawn with; the stock pipeline has to be given one of its shift.
-        call_options: arguments of the stock pipeline's call, as the student was distilled.
+        scheduler: what it is drawn with, which says how it was distilled; the stock pipeline has to be given one of
+            its shift.
 
     Returns:
         `output_dir`.
@@ -266,7 +261,7 @@ def save_flow_lora(
             "scheduler": FLOW_SCHEDULER,
             "shift": scheduler.config["shift"],
             "timestep_scale": student.config["timestep_scale"],
-            "call_options": dict(call_options),
+            "call_options": scheduler.default_call_options,
         }
         record = _record(description, student, teacher, teacher_folder, output_dir)
         _describe(folder, teacher_folder, description, {**record, "adapter": adapter})

@@ -83,7 +83,7 @@ def select_files(folder: Path, *, include_training_state: bool = False, secrets:
         if include_training_state:
             chosen += [file for checkpoint in list_checkpoints(folder) for file in _state_files(checkpoint)]
         files = {path.relative_to(folder).as_posix(): publishable(path, secrets) for path in chosen}
-        if MODEL_INDEX in files:  # not the folder's, which anybody may have changed
+        if _is_tbcm(folder):  # not the folder's, which anybody may have changed
             files[CUSTOM_PIPELINE_FILE_NAME] = standalone_pipeline_source().encode()
         left_out = sorted(_left_out(folder, files))
     except OSError as error:
@@ -91,6 +91,15 @@ def select_files(folder: Path, *, include_training_state: bool = False, secrets:
     except ValueError as error:
         raise ValueError(f"folder {str(given)!r} cannot be published: {error}") from error
     return Selection(files, left_out)
+
+
+def _is_tbcm(folder: Path) -> bool:
+    """Whether `SanaTBCMPipeline` draws with what a folder holds; a flow student has its teacher's own class."""
+    if not (folder / MODEL_INDEX).is_file():
+        return False
+    return (
+        read_object(folder / MODEL_INDEX).get("_class_name") == find_backbone(folder).STUDENT_PIPELINE_CLASS.__name__
+    )
 
 
 def publishable(path: Path, secrets: Collection[str] = ()) -> Path | bytes:

@@ -20,7 +20,7 @@ from ..data.pictures import CaptionedImages
 from ..digests import digest_texts
 from ..draws import draw_generator, draw_noise
 from ..errors import Failure, in_a_line
-from ..evaluation.drawing import draw_pictures, numbered_generators
+from ..evaluation.drawing import call_options, draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import check_target
 from ..export.record import Sample, StudentDescription
@@ -124,10 +124,6 @@ class Distillation(ABC):
     @abstractmethod
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
         """What draws with a student."""
-
-    def _call_options(self, num_inference_steps: int) -> dict[str, Any]:
-        """What the pipeline has to be told to draw with a student in so many steps."""
-        return {"height": self.settings.resolution, "width": self.settings.resolution}
 
     @abstractmethod
     def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
@@ -355,7 +351,7 @@ class Distillation(ABC):
                     self.encode(prompts),
                     numbered_generators(run.settings.seed),
                     num_inference_steps=steps,
-                    **self._call_options(steps),
+                    **call_options(pipeline),
                 )
             )
             for steps in VALIDATION_STEPS

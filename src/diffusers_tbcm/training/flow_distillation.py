@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from ..evaluation.generate import PROGRAM
 from ..export.folders import save_flow_lora, save_flow_student
 from ..export.record import StudentDescription
 from ..flow import FlowTransformer
 from ..lora import adapt, copy_trained
 from ..pipeline_folder import flow_shift
+from ..scheduling_flow import FlowStudentScheduler
 from .distillation import Distillation
 from .run import Run
 from .settings import DistillationSettings
@@ -50,7 +51,8 @@ class FlowDistillation(Distillation):
     ) -> None:
         super().__init__(run, settings, prompts, method=method, image_free=image_free)
         self.shift = flow_shift(self.folder) if shift is None else shift
-        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
+        size = {"height": self.resolution, "width": self.resolution}
+        self.scheduler = FlowStudentScheduler(self.shift, {**self._reading, **size})
 
     def add_networks(self, *, every: int, critic_learning_rate: float) -> tuple[nn.Module, nn.Module]:
         """Make student and critic, both of them equal to the teacher, and add them to the run.
@@ -113,10 +115,6 @@ class FlowDistillation(Distillation):
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
         return self.backbone.PIPELINE_CLASS(None, None, vae, transformer, self.scheduler)
 
-    def _call_options(self, num_inference_steps: int) -> dict[str, Any]:
-        size = {"height": self.resolution, "width": self.resolution, "use_resolution_binning": False}
-        return {"sigmas": even_sigmas(num_inference_steps), "guidance_scale": 1.0, **size}
-
     def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
         settings = self.settings
         save_flow_lora(
@@ -125,7 +123,6 @@ class FlowDistillation(Distillation):
             folder,
             description,
             scheduler=self.scheduler,
-            call_options={"guidance_scale": 1.0, **self._reading},
             teacher_variant=settings.variant,
         )
 
@@ -140,19 +137,4 @@ class FlowDistillation(Distillation):
             variants=settings.export_variants,
             teacher_variant=settings.variant,
         )
-        return (
-            f'DiffusionPipeline.from_pretrained("{folder}")("a prompt", guidance_scale=1.0,'
-            f" sigmas={even_sigmas(4)}).images[0]"
-        )
-
-
-def even_sigmas(num_inference_steps: int) -> list[float]:
-    """Give the times of a flow student's steps as a stock pipeline takes them, before the scheduler's shift.
-
-    Args:
-        num_inference_steps: N.
-
-    Returns:
-        1, 1 - 1/N, ..., 1/N.
-    """
-    return [1 - step / num_inference_steps for step in range(num_inference_steps)]
+        return f'{PROGRAM} generate --model "{folder}" --steps 4 --prompt "a prompt" --out picture.png'
