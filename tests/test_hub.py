@@ -151,6 +151,9 @@ def pushed(hub, student, flow_student, flow_adapters, adapters) -> dict[str, lis
     older = hub.repos["me/older"] = Repo(private=False)
     old = {"README.md": b"---\nlicense: mit\n---\n", old_shard: b"old", "notes.txt": b"mine"}
     older.tags["step-7"] = older.commit("old", {name: File(old[name], large=False) for name in old}).oid
+    hub.repos["me/flow-lora"] = Repo(private=False)  # held a consistency student's, whose embedder would be loaded
+    others = {name: File(b"old", large=False) for name in ("guidance_embedder.safetensors", "notes.txt")}
+    hub.repos["me/flow-lora"].commit("old", others)
     hub.repos["someone/theirs"] = Repo(private=False)
     hub.repos["someone/theirs"].commit("theirs", {})
     hub.cut_uploads["me/cut-once"] = 1
@@ -245,6 +248,8 @@ def test_options(hub, student, adapters, pushed):
         assert lora[name] == (adapters / name).read_bytes()
     assert 'load_lora_weights("me/adapters")' in lora["README.md"].decode()
     assert set(hub.repos["me/adapters"].tags) == {"step-8"}
+    flow = hub.files("me/flow-lora")
+    assert "guidance_embedder.safetensors" not in flow and flow["notes.txt"] == b"old"
 
 
 def test_a_repository_with_a_card_gets_one_commit_that_takes_away_old_weights_and_nothing_else(hub, pushed):
