@@ -131,6 +131,28 @@ def write_tiny_pipeline(folder: str | Path) -> Path:
     return Path(folder)
 
 
+def write_plain_pipeline(folder: str | Path) -> Path:
+    """Save a tiny plain Sana: one that has learned, a little, that time 1000 is pure noise, and 1 hardly any.
+
+    Args:
+        folder: where to write; created where it does not exist.
+    """
+    pipeline = tiny_sana_pipeline()
+    transformer, generator = pipeline.transformer, torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(transformer.parameters(), lr=1e-2)
+    times = torch.tensor([1.0, 1000.0]).repeat_interleave(4)
+    for _ in range(60):
+        sample = torch.randn(8, LATENT_CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE, generator=generator)
+        text = torch.randn(8, 3, TEXT_HIDDEN_SIZE, generator=generator)
+        velocity = transformer(sample, encoder_hidden_states=text, timestep=times, return_dict=False)[0]
+        target = torch.where(times.view(-1, 1, 1, 1) > 1, sample, -sample)  # v = e, and v = -x_0 on average
+        optimizer.zero_grad()
+        (velocity - target).square().mean().backward()
+        optimizer.step()
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
 def student_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The transformer of a pipeline folder, by weight name."""
     return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")

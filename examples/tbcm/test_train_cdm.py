@@ -12,7 +12,7 @@ from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.backbones import sana
 from diffusers_tbcm.flow import flow_prediction, shift_sigmas
-from diffusers_tbcm.scripts import train_cdm
+from diffusers_tbcm.scripts import train_cdm, train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.scripts.train_cdm import main
 from diffusers_tbcm.training.run import Run
 
@@ -149,6 +149,28 @@ def test_the_teacher_stays_and_no_loss_reaches_the_critic(cdm_flags, teacher, mo
     weights = teacher / "transformer" / "diffusion_pytorch_model.safetensors"
     monkeypatch.setattr(train_cdm, "student_losses", check)
     main(cdm_flags())
+
+
+def test_a_plain_teacher_that_consistency_training_refuses_is_distilled(
+    cdm_flags, flags, picture_flags, plain_teacher, tmp_path
+):
+    consistency = (
+        (train_tbcm_distill, flags), (train_scm, picture_flags), (train_sana_sprint, picture_flags),
+        (train_lcm, picture_flags),
+    )  # fmt: skip
+    for script, arguments in consistency:
+        with pytest.raises(ValueError) as refused:
+            script.main(arguments(pretrained_model_name_or_path=plain_teacher))
+        message = str(refused.value)
+        assert "\n" not in message and "CDM with train_cdm.py" in message and "fine-tune it to dense time" in message
+        assert "names a plain teacher, which sees time multiplied by 1000" in message
+    main(cdm_flags(pretrained_model_name_or_path=plain_teacher))  # into the folder of the runs that were refused
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert type(pipeline) is SanaPipeline and pipeline.transformer.config.timestep_scale == 1.0
+    (picture,) = pipeline("a dog", sigmas=[1.0, 0.5], complex_human_instruction=None, **CALL).images
+    assert picture.size == (64, 64)
+    expected, actual = student_weights(plain_teacher), student_weights(tmp_path / "run")
+    assert actual.keys() == expected.keys() and largest_relative_difference(actual, expected) > 0
 
 
 def test_a_teacher_that_embeds_guidance_is_refused(cdm_flags, tmp_path):

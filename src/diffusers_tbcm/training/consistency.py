@@ -87,10 +87,16 @@ class ConsistencyDistillation(Distillation):
         )
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> TrigFlowTransformer:
-        if self.settings.validation_prompts and timestep_scale > 1:
+        if timestep_scale > 1 and not self.settings.allow_plain_teacher:
+            raise ValueError(
+                "`pretrained_model_name_or_path` names a plain teacher, which sees time multiplied by"
+                f" {timestep_scale:g}: consistency training wants dense time. Distil it by CDM with train_cdm.py, or"
+                " prepare it, that is fine-tune it to dense time, first (`allow_plain_teacher` trains on it as it is)"
+            )
+        if timestep_scale > 1 and self.settings.validation_prompts:
             raise ValueError(
                 f"`validation_prompts` cannot be drawn: the teacher sees time multiplied by {timestep_scale:g}, which"
-                " the Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
+                " the Sana-Sprint pipelines do not; leave them out"
             )
         return TrigFlowTransformer(transformer, timestep_scale)
 
