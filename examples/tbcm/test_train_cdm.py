@@ -6,18 +6,30 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
-from runs import SCRIPTS, largest_relative_difference, launch, metrics
+from runs import SCRIPTS, kill_after_updates, largest_relative_difference, launch, launch_sharded, metrics
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.backbones import sana
 from diffusers_tbcm.flow import flow_prediction, shift_sigmas
+from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts import train_cdm, train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.scripts.train_cdm import main
 from diffusers_tbcm.training.run import Run
 
 
 CALL = {"guidance_scale": 1.0, "use_resolution_binning": False, "height": 64, "width": 64, "max_sequence_length": 16}
+
+
+def assert_same_models(broken, whole):
+    """Checkpoints hold the same student, critic, average and optimisers, bit for bit."""
+    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
+        expected, actual = load_file(whole / name), load_file(broken / name)
+        assert len(expected) > 20 and all(torch.equal(actual[key], expected[key]) for key in expected)
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        expected, actual = (torch.load(folder / name, weights_only=True)["state"] for folder in (whole, broken))
+        assert len(expected) > 20
+        assert all(torch.equal(actual[key][part], expected[key][part]) for key in expected for part in expected[key])
 
 
 def test_the_student_steps_every_second_time_and_the_critic_always(cdm_flags, teacher, tmp_path):
@@ -41,16 +53,34 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(cdm_flags, tmp_path,
     main(cdm_flags(use_ema=True))
     main(cdm_flags(use_ema=True, output_dir=tmp_path / "broken", max_train_steps=stop))
     main(cdm_flags(use_ema=True, output_dir=tmp_path / "broken", resume_from_checkpoint="latest"))
-    whole, broken = (tmp_path / name / "checkpoint-4" for name in ("run", "broken"))
-    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
-        expected, actual = load_file(whole / name), load_file(broken / name)
-        assert len(expected) > 20 and all(torch.equal(actual[key], expected[key]) for key in expected)
-    for name in ("optimizer.bin", "optimizer_1.bin"):
-        expected, actual = (torch.load(folder / name, weights_only=True)["state"] for folder in (whole, broken))
-        assert len(expected) > 20
-        assert all(torch.equal(actual[key][part], expected[key][part]) for key in expected for part in expected[key])
+    assert_same_models(*(tmp_path / name / "checkpoint-4" for name in ("broken", "run")))
     for name, weight in student_weights(tmp_path / "run").items():
         assert torch.equal(weight, student_weights(tmp_path / "broken")[name])
+
+
+def test_kill_9_and_resume_give_the_uninterrupted_run_bit_for_bit(cdm_flags, tmp_path):
+    """The updates of steps 1 to 4 are: critic; critic, student; critic; critic, student."""
+    long = {"use_ema": True, "max_train_steps": 8, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
+    main(cdm_flags(**long))
+    broken, script = tmp_path / "broken", SCRIPTS / "train_cdm.py"
+    arguments = cdm_flags(output_dir=broken, **long)
+    kill_after_updates(4, arguments, script)  # in step 3
+    assert list_checkpoints(broken)[-1].name == "checkpoint-3"
+    arguments += ["--resume_from_checkpoint", "latest"]
+    kill_after_updates(1, arguments, script)  # in step 4, between the critic's update and the student's
+    assert list_checkpoints(broken)[-1].name == "checkpoint-3"
+    kill_after_updates(2, arguments, script)  # in step 4, after both
+    assert list_checkpoints(broken)[-1].name == "checkpoint-4"
+    main(arguments)
+    assert_same_models(broken / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    for name, weight in student_weights(tmp_path / "run").items():
+        assert torch.equal(weight, student_weights(broken)[name])
+    lines = [[entry for entry in metrics(tmp_path / name) if entry["step"] > 5] for name in ("run", "broken")]
+    figures = ("loss", "critic_loss", "grad_norm", "critic_grad_norm", "disagreement", "lr", "critic_lr")
+    assert len(lines[0]) == 3
+    assert [[line.get(name) for name in figures] for line in lines[1]] == [
+        [line.get(name) for name in figures] for line in lines[0]
+    ]
 
 
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tmp_path):
@@ -61,6 +91,22 @@ def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tm
     launch(cdm_flags(output_dir=tmp_path / "two", **rates), script=SCRIPTS / "train_cdm.py")
     for other in ("cut", "two"):
         assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
+
+
+def test_fsdp2_gives_the_weights_of_one_process_and_resumes_bit_for_bit(cdm_flags, tmp_path):
+    one, run = tmp_path / "one", tmp_path / "sharded"
+    rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "use_ema": True, "ema_decay": 0.5}
+    main(cdm_flags(output_dir=one, train_batch_size=4, **rates))
+    arguments = cdm_flags(output_dir=run, **rates)
+    launch_sharded(arguments, script=SCRIPTS / "train_cdm.py")
+    whole = student_weights(run)
+    assert largest_relative_difference(whole, student_weights(one)) < 1e-5
+    critic = torch.load(run / "checkpoint-4" / "pytorch_model_fsdp_1.bin", weights_only=True)
+    assert largest_relative_difference(critic, load_file(one / "checkpoint-4" / "model_1.safetensors")) < 1e-5
+    for checkpoint in ("checkpoint-3", "checkpoint-1"):  # after a critic's step; before any of the student's
+        (run / "model_index.json").unlink()
+        launch_sharded([*arguments, "--resume_from_checkpoint", checkpoint], script=SCRIPTS / "train_cdm.py")
+        assert all(torch.equal(weight, whole[name]) for name, weight in student_weights(run).items()), checkpoint
 
 
 @pytest.mark.parametrize("time_scale", [1.0, 0.001], ids=["plain time", "dense time"])
