@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.backbones import sana
+from diffusers_tbcm.draws import draw_generator, draw_noise
 from diffusers_tbcm.flow import flow_prediction, shift_sigmas
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts import train_cdm, train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.scripts.train_cdm import main
+from diffusers_tbcm.training import drift
+from diffusers_tbcm.training.flow_distillation import even_sigmas
 from diffusers_tbcm.training.run import Run
 
 
@@ -176,6 +179,37 @@ def test_a_rollout_knows_this_steps_weights(cdm_flags, monkeypatch):
     monkeypatch.setattr(train_cdm, "student_losses", check)
     main(cdm_flags())
     assert len(seen) == 4
+
+
+def test_the_alarm_looks_at_what_the_stock_pipelines_draw_and_changes_no_weight(
+    cdm_flags, plain_teacher, tmp_path, monkeypatch, caplog
+):
+    fit, seen = drift.fit_colours, []
+    monkeypatch.setattr(drift, "fit_colours", lambda *made: seen.append(made) or fit(*made))
+    one_prompt = tmp_path / "prompt.txt"
+    one_prompt.write_text("a dog\n")
+    options = {"pretrained_model_name_or_path": plain_teacher, "prompts_file": one_prompt}
+    options |= {"augmentation_scale": 2.5, "max_train_steps": 5, "learning_rate": 0.02}
+    main(cdm_flags(drift_steps=2, drift_tolerance=1e-3, **options))
+    ((latents, pictures),) = seen
+    pipeline = SanaPipeline.from_pretrained(plain_teacher)
+    noise = draw_noise((4, 8, 8), [draw_generator(draw, 0) for draw in range(len(latents))])
+    call = CALL | {
+        "prompt": "a dog", "num_images_per_prompt": 8, "complex_human_instruction": None, "guidance_scale": 3.5,
+        "sigmas": even_sigmas(20), "latents": noise,
+    }  # fmt: skip
+    drawn = pipeline(**call, output_type="latent").images
+    torch.testing.assert_close(latents, drawn, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(pictures, pipeline(**call, output_type="pt").images, atol=1e-3, rtol=1e-3)
+
+    lines = [line for line in metrics(tmp_path / "run") if line["step"] in (1, 3, 5)]  # looked at before the step
+    assert len({line["teacher_brightness"] for line in lines}) == 1
+    assert len({line["brightness"] for line in lines}) == len({line["saturation"] for line in lines}) == 3
+    assert "has drifted to" in caplog.text
+    main(cdm_flags(output_dir=tmp_path / "unwatched", drift_steps=0, **options))
+    assert "brightness" not in metrics(tmp_path / "unwatched")[-1]
+    for name, weight in student_weights(tmp_path / "unwatched").items():
+        assert torch.equal(weight, student_weights(tmp_path / "run")[name])
 
 
 def test_the_teacher_stays_and_no_loss_reaches_the_critic(cdm_flags, teacher, monkeypatch):

@@ -181,6 +181,18 @@ class Distillation(ABC):
             )
         return LatentCache(cache, fingerprint)
 
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode latents, one at a time.
+
+        Args:
+            latents: on unit scale, (batch, channels, height, width).
+
+        Returns:
+            Pictures in [0, 1], (batch, 3, height, width), on the CPU.
+        """
+        vae = self.backbone.load_vae(self.folder, self.settings.variant).to(self.run.device)
+        return torch.cat([self.backbone.decode_latents(vae, one).cpu() for one in latents.split(1)]) / 2 + 0.5
+
     def show_when_due(self, student: nn.Module) -> None:
         """Draw the validation prompts, and export and push, where that is due before training goes on.
 
