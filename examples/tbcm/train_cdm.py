@@ -121,7 +121,7 @@ def record_rollouts(
     """Steps 1 to 3, as a function of the draws to make rows of."""
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
-        """Roll the student out as it is now; one row a prompt, and all are kept."""
+        """Roll the student out as it is now; one row a prompt, and those of numbers are kept."""
         # 1. Prompts; everything random of a draw depends on its number in the run and the seed alone
         generators = [draw_generator(draw, settings.seed) for draw in draws]
         text = distillation.encode([prompts[prompt_at(draw, len(prompts), settings.seed)] for draw in draws])
@@ -140,7 +140,7 @@ def record_rollouts(
         # 3. The student's own way; sharded processes have to take the same number of steps
         last = len(sigmas) - 2 if run.accelerator.is_fsdp2 else None
         recording = record_rollout(student, noise, sigmas, anchors, text, last_anchor=last)
-        return recording, torch.ones(len(draws), dtype=torch.bool)
+        return recording, recording.pred_original_sample.isfinite().flatten(1).all(1)
 
     return record
 
@@ -177,6 +177,7 @@ def train(settings: CDMSettings, stop: StopRequest) -> Run:
         record_rollouts(settings, run, distillation, student, prompts.prompts),
         rows_per_prompt=1,
         num_prompts=len(prompts.prompts),
+        drops=True,  # a rollout that is not finite
         ahead=0,  # a rollout knows the latest weights
     )
     for batch in batches:

@@ -25,8 +25,8 @@ BY_CONTENT = frozenset({
 })  # fmt: skip
 # What somebody may want to change on the way, and has to say so.
 CHANGEABLE = (
-    "learning_rate", "discriminator_learning_rate", "lr_scheduler", "lr_warmup_steps", "weight_decay",
-    "max_grad_norm", "ema_decay", "mixed_precision", "allow_tf32",
+    "learning_rate", "discriminator_learning_rate", "critic_learning_rate", "lr_scheduler", "lr_warmup_steps",
+    "weight_decay", "max_grad_norm", "ema_decay", "mixed_precision", "allow_tf32",
 )  # fmt: skip
 LENGTH = "max_train_steps"
 PROCESSES = "num_processes"

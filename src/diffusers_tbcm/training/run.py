@@ -612,13 +612,14 @@ class Run:
         self.stopped |= stop
         self._dropped += dropped
         self._rows_since_log += kept
-        bad = [norm for norm in self._norms.values() if not math.isfinite(norm)]
+        bad = {name: norm for name, norm in self._norms.items() if not math.isfinite(norm)}
         if (kept > 0 or bad) and self.health.note_step(finite=not bad):
             self._rotate()
         if bad:
             numbers = stream.prompt_numbers(settings.gradient_accumulation_steps)
+            norms = ", ".join(f"{norm} of the {name}" for name, norm in bad.items())
             logger.warning(
-                f"Step {self.step}: gradient norm {bad[0]}, no update; its prompts are among numbers {numbers}"
+                f"Step {self.step}: gradient norm {norms}, no update; its prompts are among numbers {numbers}"
             )
         last = self.step == settings.max_train_steps
         failing = self.health.failing
