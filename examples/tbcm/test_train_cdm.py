@@ -181,6 +181,16 @@ def test_a_rollout_knows_this_steps_weights(cdm_flags, monkeypatch):
     assert len(seen) == 4
 
 
+def test_the_memory_plan_counts_all_three_networks(cdm_flags, teacher, capsys):
+    main(cdm_flags(use_ema=True, dry_run=True))
+    plans = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory plan: ")]
+    parts = [part.rpartition(" ")[0] for part in plans[0].partition(" = ")[2].split(", ")]
+    assert len(plans) == 2 and parts == [
+        "teacher", "text encoder", "student", "critic", "gradients", "optimiser", "EMA", "activations",
+        "recomputed block",
+    ]  # fmt: skip
+
+
 def test_the_alarm_looks_at_what_the_stock_pipelines_draw_and_changes_no_weight(
     cdm_flags, plain_teacher, tmp_path, monkeypatch, caplog
 ):

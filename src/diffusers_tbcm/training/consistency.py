@@ -20,7 +20,6 @@ from ..pipeline_folder import LORA
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
-from .accelerators import ending_together
 from .distillation import Distillation
 from .run import Run
 from .settings import RowSettings
@@ -70,13 +69,7 @@ class ConsistencyDistillation(Distillation):
         student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
         model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
         self.teacher.to(run.weight_dtype)
-        with ending_together(run.accelerator):
-            if run.accelerator.is_main_process:
-                rows = settings.train_batch_size * rows_per_prompt
-                one = torch.ones(rows, device=run.device)
-                text = self.negative_text.expand(settings.train_batch_size)
-                latents = torch.zeros((rows, *self.latent_shape), device=run.device)
-                self._print_memory_plan({"student": model}, (latents, one, text.embeds, text.mask, one))
+        self._print_memory_plan({"student": model}, rows_per_prompt, guided=True)
         self._compile(self.teacher.transformer, transformer)
         return run.add(
             "student",

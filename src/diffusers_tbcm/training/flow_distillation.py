@@ -51,7 +51,7 @@ class FlowDistillation(Distillation):
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
 
     def add_networks(self, *, every: int, critic_learning_rate: float) -> tuple[nn.Module, nn.Module]:
-        """Make student and critic, both of them copies of the teacher, and add them to the run.
+        """Make student and critic, both copies of the teacher, and add them to the run; the memory plan is printed.
 
         Args:
             every: the student is updated in every so many steps of the run, the critic in every one.
@@ -63,6 +63,8 @@ class FlowDistillation(Distillation):
         settings, run = self.settings, self.run
         student, critic = self._make_network(), self._make_network()
         self.teacher.to(run.weight_dtype)  # both have copied it by now
+        # A prompt's rows in the student's pass: a point on the rollout and one off it
+        self._print_memory_plan({"student": student, "critic": critic}, rows_per_prompt=2)
         self._compile(self.teacher.transformer, student.transformer, critic.transformer)
         prepared = run.add(
             "student",
