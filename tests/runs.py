@@ -2,17 +2,54 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
 
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "tbcm"
+# What `accelerate config` writes for FSDP2, as the environment that `accelerate launch` makes of it.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "SanaTransformerBlock",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+# accelerate shards on accelerators only: this lets it do so on a CPU, with everything else as it is.
+SHARD_ON_CPU = """
+import runpy, sys
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+import diffusers_tbcm.training.averaging as averaging
+
+initialise, plugins = AcceleratorState.__init__, []
+
+def initialise_sharded(self, *args, fsdp_plugin=None, **kwargs):
+    initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    plugins.extend([fsdp_plugin] if fsdp_plugin is not None else [])
+    if plugins:  # the state is made anew, from the processes' own, wherever accelerate asks for it
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[-1]
+
+AcceleratorState.__init__ = initialise_sharded
+full_weights = averaging.ShardedEMA.full_weights
+
+def full_weights_of_shards(self):
+    assert all(isinstance(weight, DTensor) for weight in self.shadow_params)
+    return full_weights(self)
+
+averaging.ShardedEMA.full_weights = full_weights_of_shards
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def metrics(folder):
@@ -43,6 +80,32 @@ def assert_same_state(actual, expected):
     actual, expected = training_state(actual), training_state(expected)
     assert actual.keys() == expected.keys() and len(actual) > 100
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+# Kills the process, as the kernel does, after so many updates of a run.
+KILLED_AT_AN_UPDATE = """
+import os, runpy, signal, sys
+from diffusers_tbcm.training.run import Run
+
+update, calls = Run.update, []
+
+def update_and_die(self, *args, **kwargs):
+    update(self, *args, **kwargs)
+    calls.append(None)
+    if len(calls) == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Run.update = update_and_die
+number, sys.argv = int(sys.argv[1]), sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def kill_after_updates(number, arguments, script):
+    """Start a script and kill it with signal 9 after so many calls of `Run.update`."""
+    command = [sys.executable, "-c", KILLED_AT_AN_UPDATE, str(number), str(script), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-5000:]
 
 
 def run_until(arguments, folder, step, number):
@@ -91,6 +154,14 @@ def launch(arguments, *wrappers, script=SCRIPTS / "train_tbcm_distill.py", nodes
     for process in started:
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0 and "could not be written" not in output, output[-5000:]
+
+
+def launch_sharded(arguments, script=SCRIPTS / "train_tbcm_distill.py"):
+    """Two processes that share every weight by FSDP2."""
+    with TemporaryDirectory() as folder:
+        launcher = Path(folder) / "shard_on_cpu.py"
+        launcher.write_text(SHARD_ON_CPU)
+        launch(arguments, launcher, script=script, **FSDP2)
 
 
 def largest_relative_difference(actual, expected):

@@ -21,6 +21,7 @@ SETTINGS = {
     "train_scm": "SCMSettings",
     "train_sana_sprint": "SanaSprintSettings",
     "train_lcm": "LCMSettings",
+    "train_cdm": "CDMSettings",
 }
 MAX_SCRIPT_LINES = 330
 MAX_LOOP_LINES = 60

@@ -70,6 +70,15 @@ def test_the_plan_adds_up_the_weights(model, inputs):
     assert fewer["optimiser"] == fewer["gradients"] and fewer["EMA"] == 0 and "frozen" not in fewer
 
 
+def test_models_that_train_in_turn_hold_one_models_gradients_at_a_time(model, inputs):
+    other = torch.nn.Linear(1000, 500, bias=False)  # larger than the model
+    own = sum(parameter.numel() for parameter in model.parameters())
+    assert own < 500_000
+    plan = memory_plan({"student": model, "critic": other}, {}, inputs, state_bytes=8, ema=True)
+    assert plan["critic"] == plan["gradients"] == 4 * 500_000
+    assert plan["optimiser"] == 8 * (own + 500_000) and plan["EMA"] == plan["student"] == 4 * own
+
+
 def test_peak_memory_is_bytes_and_grows():
     before = peak_memory(torch.device("cpu"))
     assert 50 * 2**20 < before < 2**40

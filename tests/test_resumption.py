@@ -25,6 +25,7 @@ SCRIPTS = {
     "train_scm": "SCMSettings",
     "train_sana_sprint": "SanaSprintSettings",
     "train_lcm": "LCMSettings",
+    "train_cdm": "CDMSettings",
 }
 THEN = {
     "max_train_steps": 10,

@@ -152,6 +152,28 @@ def write_tiny_flow_student(folder: str | Path, **call_options: Any) -> Path:
     return Path(folder)
 
 
+def write_plain_pipeline(folder: str | Path) -> Path:
+    """Save a tiny plain Sana: one that has learned, a little, that time 1000 is pure noise, and 1 hardly any.
+
+    Args:
+        folder: where to write; created where it does not exist.
+    """
+    pipeline = tiny_sana_pipeline()
+    transformer, generator = pipeline.transformer, torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(transformer.parameters(), lr=1e-2)
+    times = torch.tensor([1.0, 1000.0]).repeat_interleave(4)
+    for _ in range(60):
+        sample = torch.randn(8, LATENT_CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE, generator=generator)
+        text = torch.randn(8, 3, TEXT_HIDDEN_SIZE, generator=generator)
+        velocity = transformer(sample, encoder_hidden_states=text, timestep=times, return_dict=False)[0]
+        target = torch.where(times.view(-1, 1, 1, 1) > 1, sample, -sample)  # v = e, and v = -x_0 on average
+        optimizer.zero_grad()
+        (velocity - target).square().mean().backward()
+        optimizer.step()
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
 def write_tiny_flow_lora(folder: str | Path, teacher: str | Path, *, timestep_scale: float = 1.0) -> Path:
     """Save the adapters of a flow student far from its teacher, as CDM's are saved, and give their folder back.
 

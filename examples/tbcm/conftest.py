@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
-from tiny import write_tiny_pipeline
+from tiny import write_plain_pipeline, write_tiny_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,11 @@ def fresh_accelerator():
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     return write_tiny_pipeline(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def plain_teacher(tmp_path_factory):
+    return write_plain_pipeline(tmp_path_factory.mktemp("plain_teacher"))
 
 
 @pytest.fixture(scope="session")

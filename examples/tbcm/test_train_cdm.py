@@ -8,19 +8,34 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
 from PIL import Image
-from runs import SCRIPTS, largest_relative_difference, launch, metrics
+from runs import SCRIPTS, kill_after_updates, largest_relative_difference, launch, launch_sharded, metrics
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.backbones import sana
+from diffusers_tbcm.draws import draw_generator, draw_noise
 from diffusers_tbcm.evaluation.drawing import call_options, draw_pictures, load_pipeline, numbered_generators
 from diffusers_tbcm.flow import flow_prediction, shift_sigmas
-from diffusers_tbcm.scripts import train_cdm
+from diffusers_tbcm.pipeline_folder import list_checkpoints
+from diffusers_tbcm.scheduling_flow import even_sigmas
+from diffusers_tbcm.scripts import train_cdm, train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.scripts.train_cdm import main
+from diffusers_tbcm.training import drift
 from diffusers_tbcm.training.run import Run
 
 
 CALL = {"guidance_scale": 1.0, "use_resolution_binning": False, "height": 64, "width": 64, "max_sequence_length": 16}
+
+
+def assert_same_models(broken, whole):
+    """Checkpoints hold the same student, critic, average and optimisers, bit for bit."""
+    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
+        expected, actual = load_file(whole / name), load_file(broken / name)
+        assert len(expected) > 20 and all(torch.equal(actual[key], expected[key]) for key in expected)
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        expected, actual = (torch.load(folder / name, weights_only=True)["state"] for folder in (whole, broken))
+        assert len(expected) > 20
+        assert all(torch.equal(actual[key][part], expected[key][part]) for key in expected for part in expected[key])
 
 
 def test_the_student_steps_every_second_time_and_the_critic_always(cdm_flags, teacher, tmp_path):
@@ -44,16 +59,34 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(cdm_flags, tmp_path,
     main(cdm_flags(use_ema=True))
     main(cdm_flags(use_ema=True, output_dir=tmp_path / "broken", max_train_steps=stop))
     main(cdm_flags(use_ema=True, output_dir=tmp_path / "broken", resume_from_checkpoint="latest"))
-    whole, broken = (tmp_path / name / "checkpoint-4" for name in ("run", "broken"))
-    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
-        expected, actual = load_file(whole / name), load_file(broken / name)
-        assert len(expected) > 20 and all(torch.equal(actual[key], expected[key]) for key in expected)
-    for name in ("optimizer.bin", "optimizer_1.bin"):
-        expected, actual = (torch.load(folder / name, weights_only=True)["state"] for folder in (whole, broken))
-        assert len(expected) > 20
-        assert all(torch.equal(actual[key][part], expected[key][part]) for key in expected for part in expected[key])
+    assert_same_models(*(tmp_path / name / "checkpoint-4" for name in ("broken", "run")))
     for name, weight in student_weights(tmp_path / "run").items():
         assert torch.equal(weight, student_weights(tmp_path / "broken")[name])
+
+
+def test_kill_9_and_resume_give_the_uninterrupted_run_bit_for_bit(cdm_flags, tmp_path):
+    """The updates of steps 1 to 4 are: critic; critic, student; critic; critic, student."""
+    long = {"use_ema": True, "max_train_steps": 8, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
+    main(cdm_flags(**long))
+    broken, script = tmp_path / "broken", SCRIPTS / "train_cdm.py"
+    arguments = cdm_flags(output_dir=broken, **long)
+    kill_after_updates(4, arguments, script)  # in step 3
+    assert list_checkpoints(broken)[-1].name == "checkpoint-3"
+    arguments += ["--resume_from_checkpoint", "latest"]
+    kill_after_updates(1, arguments, script)  # in step 4, between the critic's update and the student's
+    assert list_checkpoints(broken)[-1].name == "checkpoint-3"
+    kill_after_updates(2, arguments, script)  # in step 4, after both
+    assert list_checkpoints(broken)[-1].name == "checkpoint-4"
+    main(arguments)
+    assert_same_models(broken / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    for name, weight in student_weights(tmp_path / "run").items():
+        assert torch.equal(weight, student_weights(broken)[name])
+    lines = [[entry for entry in metrics(tmp_path / name) if entry["step"] > 5] for name in ("run", "broken")]
+    figures = ("loss", "critic_loss", "grad_norm", "critic_grad_norm", "disagreement", "lr", "critic_lr")
+    assert len(lines[0]) == 3
+    assert [[line.get(name) for name in figures] for line in lines[1]] == [
+        [line.get(name) for name in figures] for line in lines[0]
+    ]
 
 
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tmp_path):
@@ -64,6 +97,22 @@ def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tm
     launch(cdm_flags(output_dir=tmp_path / "two", **rates), script=SCRIPTS / "train_cdm.py")
     for other in ("cut", "two"):
         assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
+
+
+def test_fsdp2_gives_the_weights_of_one_process_and_resumes_bit_for_bit(cdm_flags, tmp_path):
+    one, run = tmp_path / "one", tmp_path / "sharded"
+    rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "use_ema": True, "ema_decay": 0.5}
+    main(cdm_flags(output_dir=one, train_batch_size=4, **rates))
+    arguments = cdm_flags(output_dir=run, **rates)
+    launch_sharded(arguments, script=SCRIPTS / "train_cdm.py")
+    whole = student_weights(run)
+    assert largest_relative_difference(whole, student_weights(one)) < 1e-5
+    critic = torch.load(run / "checkpoint-4" / "pytorch_model_fsdp_1.bin", weights_only=True)
+    assert largest_relative_difference(critic, load_file(one / "checkpoint-4" / "model_1.safetensors")) < 1e-5
+    for checkpoint in ("checkpoint-3", "checkpoint-1"):  # after a critic's step; before any of the student's
+        (run / "model_index.json").unlink()
+        launch_sharded([*arguments, "--resume_from_checkpoint", checkpoint], script=SCRIPTS / "train_cdm.py")
+        assert all(torch.equal(weight, whole[name]) for name, weight in student_weights(run).items()), checkpoint
 
 
 @pytest.mark.parametrize("time_scale", [1.0, 0.001], ids=["plain time", "dense time"])
@@ -144,6 +193,47 @@ def test_a_rollout_knows_this_steps_weights(cdm_flags, monkeypatch):
     assert len(seen) == 4
 
 
+def test_the_memory_plan_counts_all_three_networks(cdm_flags, teacher, capsys):
+    main(cdm_flags(use_ema=True, dry_run=True))
+    plans = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory plan: ")]
+    parts = [part.rpartition(" ")[0] for part in plans[0].partition(" = ")[2].split(", ")]
+    assert len(plans) == 2 and parts == [
+        "teacher", "text encoder", "student", "critic", "gradients", "optimiser", "EMA", "activations",
+        "recomputed block",
+    ]  # fmt: skip
+
+
+def test_the_alarm_looks_at_what_the_stock_pipelines_draw_and_changes_no_weight(
+    cdm_flags, plain_teacher, tmp_path, monkeypatch, caplog
+):
+    fit, seen = drift.fit_colours, []
+    monkeypatch.setattr(drift, "fit_colours", lambda *made: seen.append(made) or fit(*made))
+    one_prompt = tmp_path / "prompt.txt"
+    one_prompt.write_text("a dog\n")
+    options = {"pretrained_model_name_or_path": plain_teacher, "prompts_file": one_prompt}
+    options |= {"augmentation_scale": 2.5, "max_train_steps": 5, "learning_rate": 0.02}
+    main(cdm_flags(drift_steps=2, drift_tolerance=1e-3, **options))
+    ((latents, pictures),) = seen
+    pipeline = SanaPipeline.from_pretrained(plain_teacher)
+    noise = draw_noise((4, 8, 8), [draw_generator(draw, 0) for draw in range(len(latents))])
+    call = CALL | {
+        "prompt": "a dog", "num_images_per_prompt": 8, "complex_human_instruction": None, "guidance_scale": 3.5,
+        "sigmas": even_sigmas(20), "latents": noise,
+    }  # fmt: skip
+    drawn = pipeline(**call, output_type="latent").images
+    torch.testing.assert_close(latents, drawn, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(pictures, pipeline(**call, output_type="pt").images, atol=1e-3, rtol=1e-3)
+
+    lines = [line for line in metrics(tmp_path / "run") if line["step"] in (1, 3, 5)]  # looked at before the step
+    assert len({line["teacher_brightness"] for line in lines}) == 1
+    assert len({line["brightness"] for line in lines}) == len({line["saturation"] for line in lines}) == 3
+    assert "has drifted to" in caplog.text
+    main(cdm_flags(output_dir=tmp_path / "unwatched", drift_steps=0, **options))
+    assert "brightness" not in metrics(tmp_path / "unwatched")[-1]
+    for name, weight in student_weights(tmp_path / "unwatched").items():
+        assert torch.equal(weight, student_weights(tmp_path / "run")[name])
+
+
 def test_the_teacher_stays_and_no_loss_reaches_the_critic(cdm_flags, teacher, monkeypatch):
     losses = train_cdm.student_losses
 
@@ -161,6 +251,28 @@ def test_the_teacher_stays_and_no_loss_reaches_the_critic(cdm_flags, teacher, mo
     weights = teacher / "transformer" / "diffusion_pytorch_model.safetensors"
     monkeypatch.setattr(train_cdm, "student_losses", check)
     main(cdm_flags())
+
+
+def test_a_plain_teacher_that_consistency_training_refuses_is_distilled(
+    cdm_flags, flags, picture_flags, plain_teacher, tmp_path
+):
+    consistency = (
+        (train_tbcm_distill, flags), (train_scm, picture_flags), (train_sana_sprint, picture_flags),
+        (train_lcm, picture_flags),
+    )  # fmt: skip
+    for script, arguments in consistency:
+        with pytest.raises(ValueError) as refused:
+            script.main(arguments(pretrained_model_name_or_path=plain_teacher))
+        message = str(refused.value)
+        assert "\n" not in message and "CDM with train_cdm.py" in message and "fine-tune it to dense time" in message
+        assert "names a plain teacher, which sees time multiplied by 1000" in message
+    main(cdm_flags(pretrained_model_name_or_path=plain_teacher))  # into the folder of the runs that were refused
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert type(pipeline) is SanaPipeline and pipeline.transformer.config.timestep_scale == 1.0
+    (picture,) = pipeline("a dog", sigmas=[1.0, 0.5], complex_human_instruction=None, **CALL).images
+    assert picture.size == (64, 64)
+    expected, actual = student_weights(plain_teacher), student_weights(tmp_path / "run")
+    assert actual.keys() == expected.keys() and largest_relative_difference(actual, expected) > 0
 
 
 def test_a_teacher_that_embeds_guidance_is_refused(cdm_flags, tmp_path):

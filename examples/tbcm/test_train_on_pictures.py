@@ -354,7 +354,7 @@ def test_bad_flags_end_with_their_name(picture_flags, flags, pictures, script, c
 )
 def test_sana_sprint_refuses_what_it_cannot_train_with(launched, message):
     with pytest.raises(ValueError, match=message):
-        check_launch(SimpleNamespace(**launched), "none", num_models=2)
+        check_launch(SimpleNamespace(**launched), "none", num_models=2, shards=False)
 
 
 def test_heads_on_blocks_that_the_teacher_does_not_have_are_refused(picture_flags):

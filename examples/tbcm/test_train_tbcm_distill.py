@@ -393,9 +393,8 @@ def test_a_resolution_that_the_autoencoder_does_not_divide_is_refused(flags, res
         main(flags(resolution=resolution))
 
 
-def test_a_teacher_in_scaled_time_is_warned_of_and_marks_its_student(flags, tmp_path, caplog):
-    tiny_sana_pipeline(timestep_scale=1000.0).save_pretrained(tmp_path / "teacher")
-    arguments = flags(pretrained_model_name_or_path=tmp_path / "teacher")
+def test_a_plain_teacher_that_is_allowed_is_warned_of_and_marks_its_student(flags, plain_teacher, tmp_path, caplog):
+    arguments = flags(pretrained_model_name_or_path=plain_teacher, allow_plain_teacher=True)
     main(arguments)
     assert any("multiplied by timestep_scale=1000" in message for message in caplog.messages)
     with pytest.raises(ValueError, match=r"timestep_scale` is 1000"):

@@ -40,6 +40,7 @@ from diffusers_tbcm.matching import (
 from diffusers_tbcm.rollout import ANCHOR_RANGE, MAX_ROLLOUT_STEPS, draw_anchors, draw_sigmas, record_rollout
 from diffusers_tbcm.rows import Recording, TrainingRows
 from diffusers_tbcm.text import Text
+from diffusers_tbcm.training.drift import DriftWatch
 from diffusers_tbcm.training.flow_distillation import FlowDistillation
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
@@ -81,10 +82,17 @@ class CDMSettings(PromptSettings):
     dm_weight: float = setting(1.0, "of distribution matching at the rollout's points")
     cdm_weight: float = setting(1.0, "of distribution matching between them")
 
+    drift_steps: int = setting(100, "from one look at what the student draws to the next; 0: none")
+    drift_tolerance: float = setting(0.1, "of its brightness and saturation, of 1, before a warning")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "max_rollout_steps", "flow_shift", "student_every", "critic_learning_rate")
-        check_not_negative(self, "critic_merge", "augmentation_scale", "ca_weight", "dm_weight", "cdm_weight")
+        check_positive(
+            self, "max_rollout_steps", "flow_shift", "student_every", "critic_learning_rate", "drift_tolerance"
+        )
+        check_not_negative(
+            self, "drift_steps", "critic_merge", "augmentation_scale", "ca_weight", "dm_weight", "cdm_weight"
+        )
         if not 0 <= self.anchor_range[0] < self.anchor_range[1] <= 1:
             raise ValueError(f"`anchor_range` is {self.anchor_range}: it has to ascend and lie in [0, 1]")
         if not self.ca_weight + self.dm_weight + self.cdm_weight > 0:
@@ -111,7 +119,7 @@ def record_rollouts(
     """Steps 1 to 3, as a function of the draws to make rows of."""
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
-        """Roll the student out as it is now; one row a prompt, and all are kept."""
+        """Roll the student out as it is now; one row a prompt, and those of numbers are kept."""
         # 1. Prompts; everything random of a draw depends on its number in the run and the seed alone
         generators = [draw_generator(draw, settings.seed) for draw in draws]
         text = distillation.encode([prompts[prompt_at(draw, len(prompts), settings.seed)] for draw in draws])
@@ -130,7 +138,7 @@ def record_rollouts(
         # 3. The student's own way; sharded processes have to take the same number of steps
         last = len(sigmas) - 2 if run.accelerator.is_fsdp2 else None
         recording = record_rollout(student, noise, sigmas, anchors, text, last_anchor=last)
-        return recording, torch.ones(len(draws), dtype=torch.bool)
+        return recording, recording.pred_original_sample.isfinite().flatten(1).all(1)
 
     return record
 
@@ -154,14 +162,24 @@ def train(settings: CDMSettings, stop: StopRequest) -> Run:
     student, critic = distillation.add_networks(
         every=settings.student_every, critic_learning_rate=settings.critic_learning_rate
     )
+    drift = DriftWatch(
+        run,
+        distillation,
+        prompts.prompts,
+        guidance_scale=1 + settings.augmentation_scale * (settings.ca_weight > 0),
+        every=settings.drift_steps,
+        tolerance=settings.drift_tolerance,
+    )
     merge = partial(merge_critic, critic, student, settings.critic_merge)
     batches = run.batches(
         record_rollouts(settings, run, distillation, student, prompts.prompts),
         rows_per_prompt=1,
         num_prompts=len(prompts.prompts),
+        drops=True,  # a rollout that is not finite
         ahead=0,  # a rollout knows the latest weights
     )
     for batch in batches:
+        drift.check(student)  # brightness and saturation of what it draws, against the teacher's
         for rows in batch:
             # 4. The critic F learns the student's predictions b = x_i - s_i v_i: mean ||F(z, tau) - (e - b)||^2
             prediction = rows.pred_original_sample

@@ -135,7 +135,7 @@ def noise_pictures(
 
 def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
     """Sana-Sprint's distillation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
-    run = Run(settings, stop, script=__file__, num_models=2)
+    run = Run(settings, stop, script=__file__, num_models=2, shards=False)  # the heads' weights are read, too
     images = settings.load_pictures()
     run.say(images)
     distillation = ConsistencyDistillation(run, settings, images.prompts, method=METHOD)

@@ -1,17 +1,16 @@
-"""Classifier-free guidance of a TrigFlow network, both branches in one batch."""
+"""Classifier-free guidance of a network, the velocity v or the TrigFlow F, both branches in one batch."""
 
 import torch
 
-from .flow import broadcast_time
+from .flow import FlowTransformer, broadcast_time
 from .text import Text
-from .trigflow import TrigFlowTransformer
 
 
-def guidance_branches(teacher: TrigFlowTransformer, text: Text, negative_text: Text | None) -> Text:
+def guidance_branches(teacher: FlowTransformer, text: Text, negative_text: Text | None) -> Text:
     """Put together the prompts that a teacher sees in one call, padded to one length with masked tokens.
 
     Args:
-        teacher: the network F.
+        teacher: the network F, or v.
         text: of the batch's prompts.
         negative_text: of one negative prompt, or one for each; None only for a teacher that embeds guidance.
 
@@ -30,7 +29,7 @@ def guidance_branches(teacher: TrigFlowTransformer, text: Text, negative_text: T
 
 
 def guided_output(
-    teacher: TrigFlowTransformer,
+    teacher: FlowTransformer,
     sample: torch.Tensor,
     t: torch.Tensor,
     branches: Text,
@@ -39,14 +38,14 @@ def guided_output(
     """Evaluate F_uncond + w (F_cond - F_uncond), or F(w) of a teacher that embeds guidance.
 
     Args:
-        teacher: the network F.
-        sample: x_t / sigma_data, (batch, channels, height, width).
-        t: angles in radians, (batch,).
+        teacher: the network F, or v.
+        sample: x_t / sigma_data, or x_s, (batch, channels, height, width).
+        t: angles in radians, or s, (batch,).
         branches: from `guidance_branches`.
         guidance_scale: classifier-free guidance weight w, (batch,).
 
     Returns:
-        The guided F, the shape of `sample`.
+        The guided F or v, the shape of `sample`.
     """
     if teacher.guidance_embeds:
         return teacher(sample, t, **branches.arguments(), guidance=guidance_scale)

@@ -135,6 +135,21 @@ def encode_pixels(vae: AutoencoderDC, pixels: torch.Tensor) -> torch.Tensor:
     return vae.encode(pixels.to(vae.device, vae.dtype)).latent.float() * vae.config["scaling_factor"]
 
 
+@torch.no_grad()
+def decode_latents(vae: AutoencoderDC, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents.
+
+    Args:
+        vae: the autoencoder.
+        latents: on unit scale, (batch, channels, height, width).
+
+    Returns:
+        Pixels in [-1, 1], (batch, 3, height, width), float32, on the autoencoder's device.
+    """
+    latents = latents.to(vae.device, vae.dtype) / vae.config["scaling_factor"]
+    return vae.decode(latents).sample.float().clamp(-1, 1)
+
+
 def vae_scale_factor(folder: Path) -> int:
     """Read how many pixels a side a latent pixel stands for, without loading the autoencoder.
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object, get_int_from_env
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..errors import EndedElsewhere, in_a_line
 
@@ -32,13 +34,14 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
-def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) -> None:
+def check_launch(accelerator: Accelerator, report_to: str, *, num_models: int = 1, shards: bool = True) -> None:
     """Refuse a launch that is not tested.
 
     Args:
         accelerator: the run's.
         report_to: an accelerate tracker, or "none".
         num_models: how many models are trained.
+        shards: whether FSDP2 may shard them.
 
     Raises:
         ValueError: naming the configuration, or the setting.
@@ -49,8 +52,8 @@ def check_launch(accelerator: Accelerator, report_to: str, num_models: int = 1) 
             f"this accelerate configuration is {accelerator.distributed_type.value}: the tangent's forward-mode"
             " derivative is tested with one process, DDP and FSDP2 (fsdp_version: 2)"
         )
-    if num_models > 1 and accelerator.is_fsdp2:
-        raise ValueError("a second trained model is tested with one process and DDP, and this is FSDP2: use DDP")
+    if accelerator.is_fsdp2 and not shards:
+        raise ValueError("this method is tested with one process and DDP, and this is FSDP2: use DDP")
     if num_models > 1 and accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision` is fp16, whose loss scale two optimisers cannot share: use bf16 or no")
     if report_to != "none" and report_to not in map(str, get_available_trackers()):
@@ -93,3 +96,14 @@ def keep_whole_states(accelerator: Accelerator) -> None:
         plugin = accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of what the launch asked for
         plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def shard_again(model: nn.Module) -> None:
+    """Let every process hold its shards alone: after a pass without gradient FSDP2 leaves some weights whole.
+
+    Args:
+        model: any; one that is not sharded stays as it is.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -58,8 +58,11 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     failure: Exception | None = None
+    fresh = [optimizer for optimizer in accelerator._optimizers if not optimizer.state]
     try:
         accelerator.save_state(str(partial))
+        for optimizer in fresh:  # to which FSDP2's saving gives the state that a step of gradients of 0 leaves
+            optimizer.state.clear()
         if accelerator.is_main_process:
             write_json(partial / RUN_STATE, state)
             if averages:

@@ -18,7 +18,6 @@ from ..loss import LogvarHead, StudentWithLogvar
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
-from .accelerators import ending_together
 from .distillation import Distillation
 from .run import Run
 from .settings import RowSettings
@@ -68,13 +67,7 @@ class ConsistencyDistillation(Distillation):
         student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
         model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
         self.teacher.to(run.weight_dtype)
-        with ending_together(run.accelerator):
-            if run.accelerator.is_main_process:
-                rows = settings.train_batch_size * rows_per_prompt
-                one = torch.ones(rows, device=run.device)
-                text = self.negative_text.expand(settings.train_batch_size)
-                latents = torch.zeros((rows, *self.latent_shape), device=run.device)
-                self._print_memory_plan({"student": model}, (latents, one, text.embeds, text.mask, one))
+        self._print_memory_plan({"student": model}, rows_per_prompt, guided=True)
         self._compile(self.teacher.transformer, transformer)
         return run.add(
             "student",
@@ -85,10 +78,16 @@ class ConsistencyDistillation(Distillation):
         )
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> TrigFlowTransformer:
-        if self.settings.validation_prompts and timestep_scale > 1:
+        if timestep_scale > 1 and not self.settings.allow_plain_teacher:
+            raise ValueError(
+                "`pretrained_model_name_or_path` names a plain teacher, which sees time multiplied by"
+                f" {timestep_scale:g}: consistency training wants dense time. Distil it by CDM with train_cdm.py, or"
+                " prepare it, that is fine-tune it to dense time, first (`allow_plain_teacher` trains on it as it is)"
+            )
+        if timestep_scale > 1 and self.settings.validation_prompts:
             raise ValueError(
                 f"`validation_prompts` cannot be drawn: the teacher sees time multiplied by {timestep_scale:g}, which"
-                " the Sana-Sprint pipelines do not; fine-tune it to dense time, or leave them out"
+                " the Sana-Sprint pipelines do not; leave them out"
             )
         return TrigFlowTransformer(transformer, timestep_scale)
 

@@ -182,6 +182,18 @@ class Distillation(ABC):
             )
         return LatentCache(cache, fingerprint)
 
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode latents, one at a time.
+
+        Args:
+            latents: on unit scale, (batch, channels, height, width).
+
+        Returns:
+            Pictures in [0, 1], (batch, 3, height, width), on the CPU.
+        """
+        vae = self.backbone.load_vae(self.folder, self.settings.variant).to(self.run.device)
+        return torch.cat([self.backbone.decode_latents(vae, one).cpu() for one in latents.split(1)]) / 2 + 0.5
+
     def show_when_due(self, student: nn.Module) -> None:
         """Draw the validation prompts, and export and push, where that is due before training goes on.
 
@@ -320,22 +332,31 @@ class Distillation(ABC):
         student.load_state_dict(weights)
         return student.eval()
 
-    def _print_memory_plan(self, models: Mapping[str, nn.Module], inputs: tuple[torch.Tensor, ...]) -> None:
-        """Say what a process will hold; `inputs` is a batch for the model that is the first to train."""
+    def _print_memory_plan(
+        self, models: Mapping[str, nn.Module], rows_per_prompt: int, *, guided: bool = False
+    ) -> None:
+        """Say what a process will hold in the backward of the first model, which may take guidance as an input."""
         run, settings = self.run, self.settings
         frozen: dict[str, nn.Module] = {"teacher": self.teacher}
         if isinstance(self.encode, PromptEncoder):
             frozen["text encoder"] = self.encode.text_encoder
-        plan = memory_plan(
-            models,
-            frozen,
-            inputs,
-            state_bytes=state_bytes(settings.optimizer, in_8_bits=settings.use_8bit_adam),
-            ema=settings.use_ema,
-            autocast_dtype=None if run.weight_dtype == torch.float32 else run.weight_dtype,
-        )
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
-        print(f"Memory plan: {sum(plan.values()) / 2**30:.2f} GiB a process, before any sharding = {parts}")
+        with ending_together(run.accelerator):
+            if not run.accelerator.is_main_process:
+                return
+            rows = settings.train_batch_size * rows_per_prompt
+            one = torch.ones(rows, device=run.device)
+            text = self.negative_text.expand(settings.train_batch_size)
+            latents = torch.zeros((rows, *self.latent_shape), device=run.device)
+            plan = memory_plan(
+                models,
+                frozen,
+                (latents, one, text.embeds, text.mask, *([one] if guided else [])),
+                state_bytes=state_bytes(settings.optimizer, in_8_bits=settings.use_8bit_adam),
+                ema=settings.use_ema,
+                autocast_dtype=None if run.weight_dtype == torch.float32 else run.weight_dtype,
+            )
+            parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
+            print(f"Memory plan: {sum(plan.values()) / 2**30:.2f} GiB a process, before any sharding = {parts}")
 
     @torch.no_grad()
     def _draw(self, transformer: Any) -> list[Sample]:

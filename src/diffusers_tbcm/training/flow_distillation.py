@@ -55,7 +55,7 @@ class FlowDistillation(Distillation):
         self.scheduler = FlowStudentScheduler(self.shift, {**self._reading, **size})
 
     def add_networks(self, *, every: int, critic_learning_rate: float) -> tuple[nn.Module, nn.Module]:
-        """Make student and critic, both of them equal to the teacher, and add them to the run.
+        """Make student and critic, both equal to the teacher, and add them to the run; the memory plan is printed.
 
         Args:
             every: the student is updated in every so many steps of the run, the critic in every one.
@@ -68,6 +68,8 @@ class FlowDistillation(Distillation):
         student = self._make_network()
         critic = copy_trained(student)  # adapters start alike too: what is merged of them are their factors
         self.teacher.to(run.weight_dtype)  # both have copied it by now, or share it
+        # A prompt's rows in the student's pass: a point on the rollout and one off it
+        self._print_memory_plan({"student": student, "critic": critic}, rows_per_prompt=2)
         self._compile(self.teacher.transformer, student.transformer, critic.transformer)
         prepared = run.add(
             "student",

@@ -115,7 +115,8 @@ def memory_plan(
     """Say what one process of a training run holds in its backward, before anything is sharded.
 
     Args:
-        models: the modules that are trained, by name; the first one is averaged, and its backward is looked at.
+        models: the modules that are trained, by name, and updated one after another, so that the gradients of one are
+            there at a time; the first one is averaged, and its backward is looked at.
         frozen: modules that are only run, by name.
         inputs: a batch for the first of `models`.
         state_bytes: what the optimisers keep for every trained weight.
@@ -140,7 +141,7 @@ def memory_plan(
             for name, model in models.items()
         }
         | {
-            "gradients": parameter_bytes(everything),
+            "gradients": max(map(parameter_bytes, trained.values())),
             "optimiser": sum(parameter.numel() for parameter in everything) * state_bytes,
             "EMA": parameter_bytes(trained[first]) * ema,
             "activations": activation_bytes(models[first], *inputs, autocast_dtype=autocast_dtype),

@@ -14,7 +14,8 @@ FREE = frozenset({
     "checkpointing_steps", "checkpoints_total_limit", "max_skipped_steps", "validation_prompts", "validation_steps",
     "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_license",
     "merge_lora", "export_variants", "precompute_embeddings", "latents_cache",
-    "teacher_batch_size", "offload_text_encoder", "gradient_checkpointing", "compile",
+    "teacher_batch_size", "offload_text_encoder", "gradient_checkpointing", "compile", "allow_plain_teacher",
+    "drift_steps", "drift_tolerance",
 })  # fmt: skip
 # What names teacher and data: these are compared by their content.
 BY_CONTENT = frozenset({
@@ -24,8 +25,8 @@ BY_CONTENT = frozenset({
 })  # fmt: skip
 # What somebody may want to change on the way, and has to say so.
 CHANGEABLE = (
-    "learning_rate", "discriminator_learning_rate", "lr_scheduler", "lr_warmup_steps", "weight_decay",
-    "max_grad_norm", "ema_decay", "mixed_precision", "allow_tf32",
+    "learning_rate", "discriminator_learning_rate", "critic_learning_rate", "lr_scheduler", "lr_warmup_steps",
+    "weight_decay", "max_grad_norm", "ema_decay", "mixed_precision", "allow_tf32",
 )  # fmt: skip
 LENGTH = "max_train_steps"
 PROCESSES = "num_processes"

@@ -39,7 +39,7 @@ from ..owned import MARKER, OwnedFolder
 from ..pipeline_folder import METRICS_LOG, MODEL_INDEX, TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
-from .accelerators import check_launch, ending_together, keep_whole_states
+from .accelerators import check_launch, ending_together, keep_whole_states, shard_again
 from .checkpoints import find_checkpoint, load_checkpoint, load_run_state, rotate_checkpoints, save_checkpoint
 from .health import STILL, Health, untrained
 from .interruption import StopRequest
@@ -78,6 +78,7 @@ class Run:
         stop: notes the signals.
         script: the training script, whose revision is recorded.
         num_models: how many models the script trains.
+        shards: whether FSDP2 may shard them: the script calls what `add` gives, and nothing else of them.
 
     Attributes:
         accelerator: accelerate's.
@@ -93,7 +94,13 @@ class Run:
     """
 
     def __init__(
-        self, settings: RunSettings, stop: StopRequest, *, script: str | PathLike[str], num_models: int = 1
+        self,
+        settings: RunSettings,
+        stop: StopRequest,
+        *,
+        script: str | PathLike[str],
+        num_models: int = 1,
+        shards: bool = True,
     ) -> None:
         self.settings = settings
         self.output_dir = Path(settings.output_dir)
@@ -108,7 +115,7 @@ class Run:
         )
         set_seed(settings.seed)
         torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
-        check_launch(self.accelerator, settings.report_to, num_models)
+        check_launch(self.accelerator, settings.report_to, num_models=num_models, shards=shards)
         keep_whole_states(self.accelerator)
         self.config = training_config(asdict(settings), script)
         self.resumed: Path | None = None
@@ -437,6 +444,8 @@ class Run:
             for part in trained:
                 part.optimizer.step()
         if kept > 0 and finite and then is not None:
+            for part in self._trained:
+                shard_again(part.model)
             then()
         for part in trained:
             if kept > 0 and finite and part.ema is not None:
@@ -588,7 +597,9 @@ class Run:
             for parameter in trained.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
-        norm = accelerator.clip_grad_norm_(trained.model.parameters(), self.settings.max_grad_norm)
+        accelerator.unscale_gradients(trained.optimizer)
+        # Not accelerate's own clipping: under FSDP2 that looks for the model by comparing weights of all models.
+        norm = nn.utils.clip_grad_norm_(trained.model.parameters(), self.settings.max_grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _end_step(self, kept: int, dropped: int, stop: bool) -> None:
@@ -601,13 +612,14 @@ class Run:
         self.stopped |= stop
         self._dropped += dropped
         self._rows_since_log += kept
-        bad = [norm for norm in self._norms.values() if not math.isfinite(norm)]
+        bad = {name: norm for name, norm in self._norms.items() if not math.isfinite(norm)}
         if (kept > 0 or bad) and self.health.note_step(finite=not bad):
             self._rotate()
         if bad:
             numbers = stream.prompt_numbers(settings.gradient_accumulation_steps)
+            norms = ", ".join(f"{norm} of the {name}" for name, norm in bad.items())
             logger.warning(
-                f"Step {self.step}: gradient norm {bad[0]}, no update; its prompts are among numbers {numbers}"
+                f"Step {self.step}: gradient norm {norms}, no update; its prompts are among numbers {numbers}"
             )
         last = self.step == settings.max_train_steps
         failing = self.health.failing
@@ -647,6 +659,9 @@ class Run:
         """Go on from a checkpoint: its weights and states, this run's hyperparameters."""
         wanted = [hyperparameters(trained.optimizer) for trained in self._trained]
         averages = load_checkpoint(self.accelerator, checkpoint, partial=self._partial)
+        for trained in self._trained:
+            if self.step < trained.every:  # FSDP2 saves a state of an optimiser without any
+                trained.optimizer.state.clear()
         for trained, groups in zip(self._trained, wanted, strict=True):
             for group, values in zip(trained.optimizer.param_groups, groups, strict=True):
                 group |= values

@@ -236,6 +236,10 @@ class DistillationSettings(RunSettings):
 class RowSettings(DistillationSettings):
     """rows of a frozen teacher"""
 
+    allow_plain_teacher: bool = setting(
+        False,
+        "train on a teacher that is not in dense time, for research: it is unstable",
+    )
     guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt")
     teacher_batch_size: int | None = setting(
         None, "prompts per process that the teacher runs on at once; default: train_batch_size"
