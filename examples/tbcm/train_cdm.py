@@ -216,9 +216,7 @@ def student_losses(
     text, count = rows.text, len(rows)
     anywhere = torch.ones_like(rows.timesteps)
 
-    # Where the rollout would have been at another time: x' = x_i + (t' - s_i) v_i
-    elsewhere = draw_tau(anywhere, run.generators(count, stream=OFF_ROLLOUT))
-    moved = flow_step(rows.latents, rows.velocity, rows.timesteps, elsewhere)
+    moved, elsewhere = off_rollout(run, rows)
     # Both points of a prompt in one pass of the student, next to each other
     sample = torch.stack([rows.latents, moved], dim=1).flatten(0, 1)
     times = torch.stack([rows.timesteps, elsewhere], dim=1).flatten()
@@ -241,6 +239,12 @@ def student_losses(
         "dm": distribution_loss(here, real_dm, fake_dm),
         "cdm": distribution_loss(there, real_cdm, fake_cdm),
     }
+
+
+def off_rollout(run: Run, rows: TrainingRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the rollout would have been at another time, x' = x_i + (t' - s_i) v_i, and that time t'."""
+    elsewhere = draw_tau(torch.ones_like(rows.timesteps), run.generators(len(rows), stream=OFF_ROLLOUT))
+    return flow_step(rows.latents, rows.velocity, rows.timesteps, elsewhere), elsewhere
 
 
 def predictions(

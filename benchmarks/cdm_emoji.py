@@ -1,0 +1,329 @@
+#!/usr/bin/env python
+"""CDM on the embedded emoji teacher, judged by the teacher's own pictures of the same prompts.
+
+    python -m benchmarks.cdm_emoji few          # 24 named prompts, noises that no run has seen
+    python -m benchmarks.cdm_emoji many         # the 5,179 prompts, measured on 500 evaluation prompts
+    python -m benchmarks.cdm_emoji ablations    # the 24 prompts without one idea of the method at a time
+
+Students are drawn by the plain stock pipeline. Distances are to pictures that the teacher draws in 20 steps with
+guidance from other noises: its own row at 20 steps is what another noise alone makes. Runs and features are kept in
+--work_dir: the same command goes on where it was interrupted. Writes benchmarks/results/cdm_emoji_<table>.json, .md
+and .png.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
+from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures, pictures_to_tensor
+from diffusers_tbcm.evaluation.grid import image_grid
+from diffusers_tbcm.evaluation.metrics import Estimate, bootstrap, frechet_distance
+from diffusers_tbcm.files import read_json, write_json
+from diffusers_tbcm.owned import OwnedFolder
+from diffusers_tbcm.pipeline_folder import LORA, MODEL_INDEX, list_checkpoints
+from diffusers_tbcm.scheduling_flow import even_sigmas
+from examples.tbcm.mini_teacher.emoji_metrics import (
+    DISTILLATION_PROMPTS_FILE,
+    GUIDANCE_SCALE,
+    MAX_SEQUENCE_LENGTH,
+    REFERENCE_FILE,
+    load_evaluation,
+)
+
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, default_device, machine, write_results
+
+
+CONCEPTS = (
+    "dolphin", "violin", "rocket", "sailboat", "snail", "guitar", "trumpet", "rooster", "mushroom", "hamburger", "owl",
+    "bicycle",
+)  # fmt: skip
+NOISES = 20  # pictures of each of the few prompts
+COMPONENTS = 48  # of the features: the covariance of some hundred pictures has full rank
+STEPS = (1, 2, 4)
+TEACHER_STEPS = 20
+REFERENCE_SEED, SEED = 4321, 1234
+GRID_ROWS = 12
+UNTRAINED, TEACHER = "untrained", "teacher"
+FLAGS_FILE = "cdm_emoji_flags.json"
+
+FLAGS: Mapping[str, Any] = {
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    "no-complex_human_instruction": True,
+    "train_batch_size": 12,
+    "max_rollout_steps": 8,
+    "anchor_range": [0.02, 0.98],
+    "augmentation_scale": GUIDANCE_SCALE - 1,
+    "learning_rate": 5e-5,
+    "critic_learning_rate": 1e-4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 20,
+    "use_ema": True,
+    "ema_decay": 0.99,
+    "checkpointing_steps": 100,
+    "checkpoints_total_limit": 1,
+    "logging_steps": 20,
+    "report_to": "none",
+}
+ADAPTERS = {"rank": 16, "learning_rate": 5e-4, "critic_learning_rate": 1e-3}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: flags in which it differs from the others, a variant of `cdm_variants` or none."""
+
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
+
+
+CDM = Setting()
+TABLES = {
+    "few": {"CDM": CDM, "CDM, LoRA of rank 16": Setting(ADAPTERS)},
+    "many": {"CDM": CDM, "CDM, LoRA of rank 16": Setting(ADAPTERS)},
+    "ablations": {
+        "CDM": CDM,
+        "without CA": Setting({"ca_weight": 0}),
+        "without DM": Setting({"dm_weight": 0}),
+        "without CDM": Setting({"cdm_weight": 0}),
+        "fixed schedule": Setting(variant="fixed_schedule"),
+        "on the trajectory": Setting(variant="on_trajectory"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What students are trained on and what is drawn with them.
+
+    Args:
+        name: of its folder.
+        training: prompts to train on.
+        prompts, concepts: of the pictures, in rounds of `round_size`: a round is what intervals are resampled by.
+        round_size: pictures in a round.
+    """
+
+    name: str
+    training: list[str]
+    prompts: list[str]
+    concepts: list[str]
+    round_size: int
+
+    @property
+    def rounds(self) -> int:
+        return len(self.prompts) // self.round_size
+
+
+def few() -> Task:
+    styled = [f"{('noto', 'fluent 3d')[place % 2]} {concept}" for place, concept in enumerate(CONCEPTS)]
+    prompts, concepts = [*CONCEPTS, *styled], [*CONCEPTS, *CONCEPTS]
+    return Task("few", prompts, prompts * NOISES, concepts * NOISES, len(prompts))
+
+
+def many(count: int = 500) -> Task:
+    training = (EMBEDDED_TEACHER / DISTILLATION_PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
+    items = [item for item in load_evaluation(EMBEDDED_TEACHER) if not item.held_out][:count]
+    return Task("many", training, [item.prompt for item in items], [item.concept for item in items], 1)
+
+
+def train(setting: Setting, task: Task, steps: int, seed: int, work_dir: Path) -> Path:
+    """Train a student, unless that has been done; one that was interrupted goes on. Gives its folder.
+
+    Raises:
+        ValueError: where the run's folder holds one with other flags.
+    """
+    flags = {**FLAGS, **setting.flags, "max_train_steps": steps, "seed": seed}
+    changes = [setting.variant, *(f"{name}={value}" for name, value in setting.flags.items())]
+    folder = work_dir / task.name / "-".join(filter(None, ["cdm", *changes, f"{steps}_steps", f"seed_{seed}"]))
+    if not (folder / FLAGS_FILE).exists():
+        OwnedFolder(folder, "work_dir").claim()
+        write_json(folder / FLAGS_FILE, flags)
+    elif read_json(folder / FLAGS_FILE) != flags:
+        raise ValueError(f"work_dir {str(work_dir)!r} holds a {folder.name} with other flags: choose another folder")
+    if (folder / MODEL_INDEX).exists() or (folder / LORA).exists():
+        return folder
+    prompts_file = work_dir / task.name / "prompts.txt"
+    prompts_file.write_text("\n".join(task.training) + "\n", encoding="utf-8")
+    named = {
+        "pretrained_model_name_or_path": EMBEDDED_TEACHER,
+        "prompts_file": prompts_file,
+        "output_dir": folder,
+        "resume_from_checkpoint": "latest" if list_checkpoints(folder) else False,
+        **flags,
+    }
+    script = (
+        ["-m", "benchmarks.cdm_variants", setting.variant] if setting.variant else [str(EXAMPLES / "train_cdm.py")]
+    )
+    command = [sys.executable, *script]
+    for name, value in named.items():
+        if value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            command += [f"--{name}", *map(str, values)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def load(folder: Path | None) -> SanaPipeline:
+    """The plain stock pipeline of a student's folder, or the teacher's."""
+    if folder is not None and (folder / MODEL_INDEX).exists():
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(EMBEDDED_TEACHER)
+        if folder is not None:
+            pipeline.load_lora_weights(folder / LORA)
+    assert type(pipeline) is SanaPipeline and type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(default_device())
+
+
+def draw(
+    pipeline: SanaPipeline, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int
+) -> list[Image.Image]:
+    """A picture of every prompt, by the stock call that a student's card shows."""
+    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    pictures = draw_pictures(
+        pipeline,
+        prompts,
+        numbered_generators(seed),
+        num_inference_steps=steps,
+        batch_size=48,
+        sigmas=even_sigmas(steps),
+        guidance_scale=guidance_scale,
+        height=size,
+        width=size,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        complex_human_instruction=None,
+        use_resolution_binning=False,
+    )
+    return list(tqdm(pictures, total=len(prompts), desc=f"{steps} steps", unit="picture"))
+
+
+@cache
+def extractor() -> MobileNetFeatures:
+    return MobileNetFeatures().to(default_device())
+
+
+def measured(
+    task: Task, folder: Path | None, steps: int, guidance_scale: float, kept: Path, seed: int = SEED
+) -> dict[str, torch.Tensor]:
+    """Features and tone of the pictures that a pipeline draws, drawn once; a sheet of the first round beside them."""
+    file = kept / f"{steps}_steps_guidance_{guidance_scale:g}_seed_{seed}.safetensors"
+    if not file.exists():
+        kept.mkdir(parents=True, exist_ok=True)
+        pictures = draw(load(folder), task.prompts, steps, guidance_scale, seed)
+        pixels = pictures_to_tensor(pictures)
+        tensors = {
+            "features": extractor().extract(pictures),
+            "brightness": pixels.mean((1, 2, 3)),
+            "saturation": (pixels.amax(1) - pixels.amin(1)).mean((1, 2)),
+            "shown": (pixels[:GRID_ROWS] * 255).round().to(torch.uint8),
+        }
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file)
+    return load_file(file)
+
+
+class Judge:
+    """The teacher's pictures of a task's prompts, from other noises, and the real ones that show the concepts."""
+
+    def __init__(self, task: Task, drawn: Mapping[str, torch.Tensor]):
+        self.task = task
+        self.reference = FeatureReference.fit(drawn["features"], num_components=COMPONENTS)
+        self.real = FeatureReference.load(EMBEDDED_TEACHER / REFERENCE_FILE)
+
+    def distance(self, drawn: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor] | None = None) -> Estimate:
+        """The Frechet distance, or how much larger it is than that of others from the same noises; 95% intervals."""
+        sets = [
+            self.reference.project(each["features"]).unflatten(0, (self.task.rounds, self.task.round_size))
+            for each in (drawn, other)
+            if each is not None
+        ]
+        distance = partial(frechet_distance, *self.reference.gaussian)
+
+        def statistic(index: torch.Tensor) -> float:
+            first, *rest = (distance(each[index].flatten(0, 1)) for each in sets)
+            return first - sum(rest)
+
+        return bootstrap(statistic, self.task.rounds)
+
+    def row(self, model: str, steps: int, drawn: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        distance = self.distance(drawn)
+        return {
+            "model": model,
+            "steps": steps,
+            "FD to the teacher": round(distance.value, 1),
+            "interval": [round(distance.low, 1), round(distance.high, 1)],
+            "top-5 retrieval": round(self.real.retrieval_at_k(drawn["features"], self.task.concepts), 3),
+            "brightness": round(drawn["brightness"].mean().item(), 3),
+            "saturation": round(drawn["saturation"].mean().item(), 3),
+        }
+
+
+def grid(columns: Mapping[str, Mapping[str, torch.Tensor]], prompts: Sequence[str]) -> Image.Image:
+    """A picture of every shown prompt by every model."""
+    pictures = [
+        [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in drawn["shown"]] for drawn in columns.values()
+    ]
+    return image_grid(list(zip(*pictures, strict=True)), list(columns), prompts[:GRID_ROWS])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--settings", nargs="+", help="part of the table, by name; default: all of it")
+    parser.add_argument(
+        "--max_train_steps", type=int, default=800, help="of the critic; the student takes half of them"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/cdm_emoji"))
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    names = args.settings or list(TABLES[args.table])
+    if unknown := {*names} - {*TABLES[args.table]}:
+        parser.error(f"--settings names {', '.join(unknown)}: {args.table} has {', '.join(TABLES[args.table])}")
+    task = many() if args.table == "many" else few()
+    (args.work_dir / task.name).mkdir(parents=True, exist_ok=True)
+
+    at_teacher = args.work_dir / task.name / TEACHER
+    judge = Judge(task, measured(task, None, TEACHER_STEPS, GUIDANCE_SCALE, at_teacher, REFERENCE_SEED))
+    drawn = {(TEACHER, steps): measured(task, None, steps, GUIDANCE_SCALE, at_teacher) for steps in (4, TEACHER_STEPS)}
+    drawn |= {(UNTRAINED, steps): measured(task, None, steps, 1.0, at_teacher) for steps in STEPS}
+    for name in names:
+        folder = train(TABLES[args.table][name], task, args.max_train_steps, args.seed, args.work_dir)
+        drawn |= {(name, steps): measured(task, folder, steps, 1.0, folder / "drawn") for steps in STEPS}
+
+    rows = []
+    for (model, steps), of_model in drawn.items():
+        row = judge.row(model, steps, of_model)
+        if model not in (TEACHER, UNTRAINED):
+            others = {"untrained": drawn[UNTRAINED, steps], "teacher at 4": drawn[TEACHER, 4]}
+            row["/ untrained"] = round(row["FD to the teacher"] / judge.distance(others["untrained"]).value, 3)
+            for other, of_other in others.items():
+                estimate = judge.distance(of_model, of_other)
+                row[f"less {other}"] = [round(value, 1) for value in estimate]
+        rows.append(row)
+    details = {
+        "prompts": len({*task.prompts}),
+        "pictures": len(task.prompts),
+        "max_train_steps": args.max_train_steps,
+        "seed": args.seed,
+        **machine(default_device()),
+    }
+    flags = {name: {**FLAGS, **TABLES[args.table][name].flags} for name in names}
+    write_results(f"cdm_emoji_{args.table}", pandas.DataFrame(rows), details, args.output_dir, flags=flags)
+    columns = {f"{model}, {steps}": drawn[model, steps] for model, steps in drawn}
+    grid(columns, task.prompts).save(args.output_dir / f"cdm_emoji_{args.table}.png")
+
+
+if __name__ == "__main__":
+    main()
