@@ -262,7 +262,7 @@ class Judge:
             "model": model,
             "steps": steps,
             "FD to the teacher": round(distance.value, 1),
-            "interval": [round(distance.low, 1), round(distance.high, 1)],
+            "interval": f"{distance.low:.1f} to {distance.high:.1f}",
             "top-5 retrieval": round(self.real.retrieval_at_k(drawn["features"], self.task.concepts), 3),
             "brightness": round(drawn["brightness"].mean().item(), 3),
             "saturation": round(drawn["saturation"].mean().item(), 3),
@@ -309,8 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             others = {"untrained": drawn[UNTRAINED, steps], "teacher at 4": drawn[TEACHER, 4]}
             row["/ untrained"] = round(row["FD to the teacher"] / judge.distance(others["untrained"]).value, 3)
             for other, of_other in others.items():
-                estimate = judge.distance(of_model, of_other)
-                row[f"less {other}"] = [round(value, 1) for value in estimate]
+                row[f"less {other}"] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*judge.distance(of_model, of_other))
         rows.append(row)
     details = {
         "prompts": len({*task.prompts}),
