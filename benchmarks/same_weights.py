@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Does a change of the code leave every trained weight as it was? Short runs of all four scripts, bit for bit.
+"""Does a change of the code leave every trained weight as it was? Short runs of all five scripts, bit for bit.
 
     python -m benchmarks.same_weights --before ../before          # a checkout of the commit to compare with
 
@@ -50,6 +50,10 @@ TBCM = (
 UNFILTERED = f"{TBCM} --brightness_threshold 0"
 EMA = "--use_ema --ema_decay 0.5"
 PICTURES = "--train_data_dir {pictures} --train_batch_size 2"
+CDM = (
+    "train_cdm.py --prompts_file {teacher}/prompts.txt --train_batch_size 2 --max_rollout_steps 4"
+    f" --lr_scheduler constant --lr_warmup_steps 0 --critic_learning_rate {LEARNING_RATE}"
+)
 SPRINT = f"train_sana_sprint.py {PICTURES} --tangent_warmup_steps 3"
 WHOLE = f"--max_train_steps {STEPS} --checkpointing_steps {STEPS}"
 FILTERED = f"{TBCM} --brightness_threshold 10 --train_batch_size 2"  # drops 5 of the 12 prompts, at steps 1 and 4 both
@@ -70,6 +74,8 @@ RUNS: dict[str, tuple[str, ...]] = {  # the commands of each, one after the othe
     "sprint": (f"{SPRINT} {WHOLE}",),
     "sprint-largest": (f"{SPRINT} {WHOLE} --train_largest_timestep --misaligned_pairs_D",),
     "lcm": (f"train_lcm.py {PICTURES} {WHOLE}",),
+    "cdm": (f"{CDM} {WHOLE} {EMA}",),
+    "cdm-lora": (f"{CDM} {WHOLE} --rank 4 --merge_lora",),
 }
 
 

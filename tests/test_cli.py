@@ -11,7 +11,14 @@ import torch
 from diffusers import SanaPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_pipeline
+from tiny import (
+    TRAINED_WITH,
+    tiny_tbcm_pipeline,
+    tiny_transformer,
+    write_tiny_flow_lora,
+    write_tiny_flow_student,
+    write_tiny_pipeline,
+)
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
@@ -178,6 +185,45 @@ def test_a_pipeline_is_loaded_as_asked(student):
     assert {pipeline.transformer.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.bfloat16}
 
 
+def test_a_flow_student_draws_as_any_other(tmp_path):
+    model, out = write_tiny_flow_student(tmp_path / "student"), tmp_path / "x.png"
+    plain = SanaPipeline.from_pretrained(model)
+    generate(model, out, "--steps", 4, "--seed", 7, "--height", 32, "--complex_human_instruction")
+    image = plain(
+        "a dog",
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(7),
+        height=32,
+        width=64,
+        use_resolution_binning=False,
+        max_sequence_length=16,
+    ).images[0]
+    np.testing.assert_array_equal(pixels(out), pixels(image))
+    generate(model, tmp_path / "grid.png", "--grid", "--steps", 1, 2, 4, prompts=("a dog", "a bird"))
+    out.unlink()
+    for flags, message in (
+        (["--guidance_scale", 4.5], "--guidance_scale is 4.5, but this student has learned its guidance and takes"),
+        (["--height", 30], "divisible by 32 but are 30 and 64"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            generate(model, out, *flags)
+    assert not out.exists()
+
+
+def test_a_flow_lora_makes_a_student_of_its_teacher(tmp_path):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    lora = write_tiny_flow_lora(tmp_path / "lora", teacher)
+    generate(teacher, tmp_path / "x.png", "--lora", lora, "--steps", 2)
+    plain = SanaPipeline.from_pretrained(teacher)  # whose scheduler has the same shift
+    plain.load_lora_weights(lora)
+    options = {"guidance_scale": 1.0, "use_resolution_binning": False, **TRAINED_WITH}
+    image = plain("a dog", sigmas=[1.0, 0.5], generator=torch.Generator().manual_seed(0), **options).images[0]
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), pixels(image))
+    with pytest.raises(SystemExit, match="is a student already: give the teacher, 'teacher'"):
+        generate(write_tiny_flow_student(tmp_path / "student"), tmp_path / "y.png", "--lora", lora)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -231,7 +277,9 @@ def test_errors_in_words(student, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match=r"^diffusers-tbcm generate: error: model 'no/such' is neither a pipeline"):
         generate("no/such", tmp_path / "x.png")
-    with pytest.raises(SystemExit, match="is no few-step student: give one, or the LoRA that makes it one"):
+    with pytest.raises(
+        SystemExit, match="is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes it one"
+    ):
         generate(write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "x.png")
     with pytest.raises(SystemExit, match="lora 'no/such' is neither LoRA weights nor"):
         generate(student, tmp_path / "x.png", "--lora", "no/such")

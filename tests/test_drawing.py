@@ -5,10 +5,31 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from tiny import (
+    tiny_sana_pipeline,
+    tiny_tbcm_pipeline,
+    tiny_transformer,
+    tiny_vae,
+    write_tiny_flow_lora,
+    write_tiny_flow_student,
+    write_tiny_pipeline,
+)
 
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+from diffusers_tbcm.backbones.sana import INSTRUCTION
 from diffusers_tbcm.draws import draw_generator
-from diffusers_tbcm.evaluation.drawing import draw, draw_pictures, load_pipeline, numbered_generators
+from diffusers_tbcm.evaluation.drawing import (
+    call_options,
+    draw,
+    draw_pictures,
+    has_learned_guidance,
+    load_pipeline,
+    numbered_generators,
+)
+from diffusers_tbcm.export.folders import save_student_lora
+from diffusers_tbcm.export.record import StudentDescription
+from diffusers_tbcm.lora import LORA_FILE, make_lora_student
 from diffusers_tbcm.text import Text
 
 
@@ -101,3 +122,114 @@ def test_a_half_precision_variant_is_loaded_where_it_is_asked_for(tmp_path):
             assert found.dtype == torch.float32 and torch.equal(found, weight.float())
     with pytest.raises((OSError, ValueError), match=r"no file named|model files|variant"):
         load_pipeline(tmp_path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def flow_student(tmp_path_factory):
+    return write_tiny_flow_student(tmp_path_factory.mktemp("flow"), width=32)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_flow_student_is_drawn_as_plain_diffusers_draws_it_with_the_right_times(flow_student, steps):
+    pipeline = load_pipeline(flow_student, device="cpu")
+    assert type(pipeline) is SanaPipeline and has_learned_guidance(pipeline)
+    found = pixels(
+        draw_pictures(
+            pipeline, PROMPTS, numbered_generators(SEED), num_inference_steps=steps, **call_options(pipeline)
+        )
+    )
+    plain = DiffusionPipeline.from_pretrained(flow_student)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(
+        PROMPTS,
+        sigmas=[1 - step / steps for step in range(steps)],
+        guidance_scale=1.0,
+        generator=[draw_generator(place, SEED) for place in range(3)],
+        height=64,
+        width=32,
+        use_resolution_binning=False,
+        **READING,
+    ).images
+    assert found.shape == (3, 64, 32, 3) and np.array_equal(found, pixels(expected))
+
+
+def test_a_call_is_as_the_student_was_distilled_unless_it_is_told(flow_student):
+    flow, consistency = load_pipeline(flow_student, device="cpu"), tiny_tbcm_pipeline()
+    consistency.scheduler = TBCMScheduler(guidance_scales=[2.0], call_options=READING)
+    size = {"height": 64, "width": 64}
+    assert call_options(consistency) == {**size, "guidance_scale": 2.0, **READING}
+    own = {"height": 64, "width": 32, "guidance_scale": 1.0, "use_resolution_binning": False, **READING}
+    assert call_options(flow) == own == call_options(flow, guidance_scale=1, height=None)
+    told = {"height": 32, "max_sequence_length": 20}
+    with_instruction = {**told, "complex_human_instruction": INSTRUCTION}
+    assert call_options(flow, **told, complex_human_instruction=True) == {**own, **with_instruction}
+    assert call_options(consistency, **told, guidance_scale=0.5, complex_human_instruction=False) == {
+        **size, **READING, **told, "guidance_scale": 0.5
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"`guidance_scale` is 4.5, but this student has learned its guidance"):
+        call_options(flow, guidance_scale=4.5)
+
+
+def test_infinity_is_no_picture_of_a_flow_student(tmp_path):
+    folder, vae = write_tiny_flow_student(tmp_path / "student"), tiny_vae()
+    vae.decoder.conv_out.bias.data[0] = torch.inf  # which the stock pipeline shows as white
+    vae.save_pretrained(folder / "vae")
+    loaded = load_pipeline(folder, device="cpu")
+    with pytest.raises(ValueError, match="picture of 'a dog' at 1 step is not finite"):
+        next(draw(loaded, PROMPTS, steps=[1], seeds=[0], **call_options(loaded)))
+
+
+@pytest.mark.parametrize("timestep_scale", [1.0, 0.001], ids=["plain time", "dense time"])
+def test_a_flow_lora_makes_a_student_of_its_teacher_as_plain_diffusers_does(tmp_path, timestep_scale):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    folder = write_tiny_flow_lora(tmp_path / "lora", teacher, timestep_scale=timestep_scale)
+    plain = SanaPipeline.from_pretrained(teacher)
+    plain.load_lora_weights(folder)
+    plain.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    plain.transformer.register_to_config(timestep_scale=timestep_scale)
+    plain.set_progress_bar_config(disable=True)
+    options = {"height": 64, "width": 64, "use_resolution_binning": False, "guidance_scale": 1.0, **READING}
+    generator = torch.Generator().manual_seed(SEED)
+    expected = plain("a dog", sigmas=[1.0, 0.75, 0.5, 0.25], generator=generator, **options).images
+    for lora in (folder, folder / LORA_FILE):
+        pipeline = load_pipeline(teacher, lora=lora, device="cpu")
+        assert call_options(pipeline) == options
+        drawn = draw(pipeline, ["a dog"], steps=[4], seeds=[SEED], **call_options(pipeline))
+        assert np.array_equal(pixels(drawing.image for drawing in drawn), pixels(expected))
+
+
+def test_a_students_lora_is_loaded_into_a_teacher_and_a_style_into_any_student(tmp_path, flow_student):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    flow_lora = write_tiny_flow_lora(tmp_path / "flow_lora", teacher)
+    consistency_lora = save_student_lora(
+        make_lora_student(tiny_transformer(), rank=2), teacher, tmp_path / "tbcm_lora", StudentDescription("a dog", {})
+    )
+    tiny_tbcm_pipeline().save_pretrained(tmp_path / "tbcm")
+    for model, lora in (
+        (flow_student, flow_lora),
+        (flow_student, consistency_lora),
+        (tmp_path / "tbcm", flow_lora),
+    ):
+        with pytest.raises(ValueError, match="is a student already: give the teacher, 'teacher'"):
+            load_pipeline(model, lora=lora, device="cpu")
+    assert isinstance(load_pipeline(teacher, lora=consistency_lora, device="cpu"), SanaTBCMPipeline)
+    (flow_lora / "training.json").unlink()  # as of a style, which says nothing of students
+    styled = load_pipeline(flow_student, lora=flow_lora, device="cpu")
+    assert has_learned_guidance(styled) and styled.get_active_adapters()
+    (flow_lora / "training.json").write_text('{"adapter": {"scheduler": "FlowMatchEulerDiscreteScheduler"}}')
+    with pytest.raises(ValueError, match=r"^lora .* cannot be loaded: KeyError 'shift'$"):
+        load_pipeline(teacher, lora=flow_lora, device="cpu")
+
+
+def test_what_is_no_student_is_said_to_be_neither_kind(tmp_path, flow_student):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA"):
+        load_pipeline(teacher, device="cpu")
+    with pytest.raises(ValueError, match=r"student of CDM, which `DiffusionPipeline.from_pretrained` loads"):
+        SanaTBCMPipeline.from_pretrained(flow_student)
+    config = flow_student / "scheduler" / "scheduler_config.json"
+    before = config.read_text()
+    config.write_text(before[:20])
+    with pytest.raises(ValueError, match=r"^model .* cannot be loaded: [^\n]*$"):
+        load_pipeline(flow_student, device="cpu")
+    config.write_text(before)

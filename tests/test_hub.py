@@ -18,12 +18,14 @@ from loopback_hub import LoopbackHub
 from loopback_repo import File, Repo, card_errors
 from packaging.version import Version
 from PIL import Image
-from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
+from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_flow_lora, write_tiny_pipeline
 
-from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
+from diffusers_tbcm.evaluation.drawing import call_options, draw, load_pipeline
+from diffusers_tbcm.export.folders import save_flow_student, save_student_lora, save_student_pipeline
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION, push_or_warn, push_pipeline_to_hub
 from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.lora import make_lora_student
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 
 
 pytestmark = pytest.mark.skipif(
@@ -123,18 +125,35 @@ def adapters(dense_teacher, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def flow_student(teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("flow") / "student"
+    reading = {"max_sequence_length": 16, "complex_human_instruction": None}
+    scheduler = FlowStudentScheduler(3.0, {"height": 64, "width": 64, **reading})
+    description = StudentDescription("a dolphin", {"steps": 9})
+    return save_flow_student(tiny_transformer(), teacher, folder, description, scheduler=scheduler)
+
+
+@pytest.fixture(scope="module")
+def flow_adapters(teacher, tmp_path_factory) -> Path:
+    return write_tiny_flow_lora(tmp_path_factory.mktemp("flow_loras") / "lora", teacher)
+
+
+@pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
         yield hub
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, student, adapters) -> dict[str, list[str]]:
+def pushed(hub, student, flow_student, flow_adapters, adapters) -> dict[str, list[str]]:
     """What came of pushes to repositories, one for each thing that can go well or wrong."""
     old_shard = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
     older = hub.repos["me/older"] = Repo(private=False)
     old = {"README.md": b"---\nlicense: mit\n---\n", old_shard: b"old", "notes.txt": b"mine"}
     older.tags["step-7"] = older.commit("old", {name: File(old[name], large=False) for name in old}).oid
+    hub.repos["me/flow-lora"] = Repo(private=False)  # held a consistency student's, whose embedder would be loaded
+    others = {name: File(b"old", large=False) for name in ("guidance_embedder.safetensors", "notes.txt")}
+    hub.repos["me/flow-lora"].commit("old", others)
     hub.repos["someone/theirs"] = Repo(private=False)
     hub.repos["someone/theirs"].commit("theirs", {})
     hub.cut_uploads["me/cut-once"] = 1
@@ -149,6 +168,8 @@ def pushed(hub, student, adapters) -> dict[str, list[str]]:
         "older": {"repo_id": "me/older"},
         "with state": {"repo_id": "me/with-state", "include_training_state": True},
         "adapters": {"repo_id": "me/adapters", "folder": str(adapters)},
+        "flow": {"repo_id": "me/flow", "folder": str(flow_student)},
+        "flow LoRA": {"repo_id": "me/flow-lora", "folder": str(flow_adapters)},
         "cut once": {"repo_id": "me/cut-once"},
         "unanswered": {"repo_id": "me/unanswered"},
         "cut always": {"repo_id": "me/cut-always"},
@@ -227,6 +248,8 @@ def test_options(hub, student, adapters, pushed):
         assert lora[name] == (adapters / name).read_bytes()
     assert 'load_lora_weights("me/adapters")' in lora["README.md"].decode()
     assert set(hub.repos["me/adapters"].tags) == {"step-8"}
+    flow = hub.files("me/flow-lora")
+    assert "guidance_embedder.safetensors" not in flow and flow["notes.txt"] == b"old"
 
 
 def test_a_repository_with_a_card_gets_one_commit_that_takes_away_old_weights_and_nothing_else(hub, pushed):
@@ -398,6 +421,27 @@ def test_a_lora_repository_makes_the_teachers_stock_pipeline_the_student(place, 
     assert (stock["class"], ours["class"]) == ("SanaPipeline", "SanaTBCMPipeline")
     np.testing.assert_allclose(stock["pixels"], ours["pixels"], atol=1e-5)  # sums in another order
     assert np.abs(np.subtract(stock["pixels"], teacher["pixels"])).max() > 0.01
+
+
+@pytest.mark.parametrize("place", [ONLINE, OFFLINE])
+def test_flow_students_and_loras_of_the_hub_draw_what_their_folders_do(
+    place, hub, pushed, teacher, dense_teacher, flow_student, flow_adapters, adapters, tmp_path
+):
+    pictures = []
+    for hub_model, hub_lora, model, lora in (
+        ("me/flow", None, flow_student, None),
+        (teacher, "me/flow-lora", teacher, flow_adapters),
+        (dense_teacher, "me/adapters", dense_teacher, adapters),
+    ):
+        out = tmp_path / f"{len(pictures)}.png"
+        flags = ["--prompt", "a dolphin", "--steps", "2", "--out", out, *(["--lora", hub_lora] if hub_lora else [])]
+        environment = hub.environment(xet=True, offline=place == OFFLINE)
+        run("-m", "diffusers_tbcm", "generate", "--model", hub_model, *flags, "--device", "cpu", **environment)
+        pipeline = load_pipeline(model, lora=lora, device="cpu")
+        (expected,) = draw(pipeline, ["a dolphin"], steps=[2], seeds=[0], **call_options(pipeline))
+        pictures.append(np.asarray(Image.open(out)))
+        assert np.array_equal(pictures[-1], expected.image)
+    assert len({picture.tobytes() for picture in pictures}) == 3
 
 
 @pytest.mark.parametrize("place", [ONLINE, OFFLINE])

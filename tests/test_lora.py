@@ -17,11 +17,21 @@ from safetensors.torch import load_file
 from tiny import LATENT_CHANNELS, TEXT_HIDDEN_SIZE, tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
-from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
+from diffusers_tbcm.export.folders import save_flow_lora, save_student_lora, save_student_pipeline
 from diffusers_tbcm.export.record import StudentDescription
-from diffusers_tbcm.lora import LORA_FILE, drop_frozen_weights, make_lora_student, merge_lora, save_lora
+from diffusers_tbcm.lora import (
+    LORA_FILE,
+    adapt,
+    copy_trained,
+    drop_frozen_weights,
+    make_lora_student,
+    merge_lora,
+    save_adapters,
+    save_lora,
+)
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar
 from diffusers_tbcm.owned import MARKER
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 from diffusers_tbcm.tangent import consistency_tangent
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.trigflow import TrigFlowTransformer, trig_to_flow_timestep
@@ -409,6 +419,71 @@ def test_checkpoint_holds_what_trains_and_brings_it_back(student, tmp_path):
     disturb(model)
     accelerator.load_state(tmp_path, strict=False)
     assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_adapted_networks_share_the_base_and_nothing_that_trains(dtype):
+    teacher = tiny_transformer().to(dtype)
+    expected = output(teacher)
+    first = adapt(teacher, rank=RANK, alpha=ALPHA)
+    second = copy_trained(first)
+    assert torch.equal(output(first), expected) and torch.equal(output(second), expected)
+    weights = dict(teacher.named_parameters())
+    for network in (first, second):
+        frozen = {name.replace(".base_layer", ""): w for name, w in network.named_parameters() if not w.requires_grad}
+        assert frozen.keys() == weights.keys() and all(frozen[name] is weights[name] for name in weights)
+        assert all(".lora_" in name and weight.dtype == torch.float32 for name, weight in trained(network).items())
+    assert all(torch.equal(trained(second)[name], weight) for name, weight in trained(first).items())
+    assert not {id(weight) for weight in trained(first).values()} & {id(weight) for weight in trained(second).values()}
+    disturb(first)
+    assert not torch.allclose(output(first), expected, rtol=0.1)
+    assert torch.equal(output(second), expected) and torch.equal(output(teacher), expected)
+    assert not first.config.guidance_embeds and not any("lora" in name for name, _ in teacher.named_modules())
+
+
+def test_a_copy_of_what_trains_in_full_shares_nothing(teacher):
+    copied = copy_trained(teacher)
+    assert not {weight.data_ptr() for weight in copied.parameters()} & {w.data_ptr() for w in teacher.parameters()}
+    assert torch.equal(output(copied), output(teacher))
+
+
+def test_merged_adapters_are_a_plain_network_and_saved_ones_have_no_bias(teacher, tmp_path):
+    student = disturb(adapt(teacher, rank=RANK, alpha=ALPHA))
+    merged = merge_lora(student)
+    # float32 rounding, as W x + B (A x) is not (W + B A) x, through a dozen layers of outputs of size 1
+    torch.testing.assert_close(output(merged), output(student), rtol=0, atol=1e-4)
+    assert merged.state_dict().keys() == tiny_transformer().state_dict().keys()
+    layers, metadata = SanaPipeline.lora_state_dict(save_adapters(student, tmp_path), return_lora_metadata=True)
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
+    assert not any(name.endswith(".bias") for name in layers) and "transformer.lora_bias" not in metadata
+    assert metadata["transformer.r"] == RANK and metadata["transformer.lora_alpha"] == ALPHA
+
+
+def test_a_flow_lora_takes_the_place_of_a_consistency_students_and_leaves_no_embedder(tmp_path):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    where = (teacher, tmp_path / "lora", StudentDescription(PROMPT, {}))
+    save_student_lora(make_lora_student(tiny_transformer(), rank=RANK), *where)
+    assert (tmp_path / "lora" / "guidance_embedder.safetensors").exists()
+    folder = save_flow_lora(adapt(tiny_transformer(), rank=RANK), *where, scheduler=FlowStudentScheduler(3.0))
+    assert {path.name for path in folder.iterdir()} == {LORA_FILE, "README.md", "training.json", MARKER}
+    card = ModelCard.load(folder / "README.md")
+    assert {"lora", "cdm"} <= {*card.data.tags} and "tbcm" not in card.data.tags
+    assert "FlowMatchEulerDiscreteScheduler(shift=3.0)" in card.text and "register_to_config" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "`rank` is 0"),
+        ({"rank": 4, "alpha": -1}, "`alpha` is -1"),
+        ({"rank": 4, "target_modules": ["to_q", "to_z"]}, "'to_z', but no linear or convolution layer"),
+        ({"rank": 4, "target_modules": ["attn1"]}, "'attn1', but no linear or convolution layer"),
+    ],
+)
+def test_arguments_that_no_network_can_be_adapted_by_are_named(teacher, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        adapt(teacher, **arguments)
+    assert all(weight.requires_grad for weight in teacher.parameters())  # untouched
 
 
 @pytest.mark.parametrize(

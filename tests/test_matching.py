@@ -107,6 +107,9 @@ def test_a_little_of_the_student_flows_into_the_critic():
     merge_critic(critic, student)
     torch.testing.assert_close(critic.weight.detach(), 0.999 * before + 0.001 * student.weight.detach())
     assert torch.equal(student.weight, kept)
+    bias = critic.bias.requires_grad_(False).clone()  # frozen, as the base of adapters is
+    merge_critic(critic, student)
+    assert torch.equal(critic.bias, bias)
     with pytest.raises(ValueError):
         merge_critic(critic, torch.nn.Linear(2, 3, bias=False))
 

@@ -3,16 +3,17 @@ import re
 from unittest.mock import MagicMock
 
 import pytest
-from diffusers import SanaSprintPipeline
+from diffusers import SanaPipeline, SanaSprintPipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 from tiny import tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import TBCMScheduler
-from diffusers_tbcm.export.folders import save_student_pipeline
+from diffusers_tbcm.export.folders import save_flow_student, save_student_pipeline
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, Sample, StudentDescription, save_metrics
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 
 
 SAMPLES = [
@@ -89,6 +90,25 @@ def test_the_plain_example_draws_as_the_student_was_distilled(export, monkeypatc
     assert len(asked) == 3
     for call in asked:
         assert call.items() >= {"guidance_scale": 2.0, **reading}.items()
+
+
+@pytest.mark.parametrize("reading", [{}, {"max_sequence_length": 8, "complex_human_instruction": None}])
+def test_the_example_of_a_flow_student_is_a_stock_call_with_times_and_without_guidance(
+    teacher, monkeypatch, tmp_path, reading
+):
+    scheduler = FlowStudentScheduler(3.0, {"height": 64, "width": 64, **reading})
+    save_flow_student(
+        tiny_transformer(), teacher, tmp_path / "student", StudentDescription("a dolphin", {}), scheduler=scheduler
+    )
+    text = ModelCard.load(tmp_path / "student" / "README.md").text
+    example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    asked = []
+    monkeypatch.setattr(SanaPipeline, "__call__", lambda self, prompt, **kw: asked.append(kw) or MagicMock())
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    call = {"guidance_scale": 1.0, "height": 64, "width": 64, "use_resolution_binning": False, **reading}
+    assert asked == [{"sigmas": sigmas, **call} for sigmas in ([1.0], [1.0, 0.5], [1.0, 0.75, 0.5, 0.25])]
+    assert "diffusers-tbcm generate --model student --prompt" in text and "SanaTBCM" not in text
 
 
 def test_a_card_is_readable_however_many_and_long_the_prompts_are(export):

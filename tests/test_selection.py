@@ -14,10 +14,16 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny import tiny_transformer, write_tiny_pipeline
 
-from diffusers_tbcm.export.folders import save_student_lora, save_student_pipeline
+from diffusers_tbcm.export.folders import (
+    save_flow_lora,
+    save_flow_student,
+    save_student_lora,
+    save_student_pipeline,
+)
 from diffusers_tbcm.export.record import Sample, StudentDescription
 from diffusers_tbcm.export.selection import Selection, select_files
-from diffusers_tbcm.lora import make_lora_student
+from diffusers_tbcm.lora import adapt, make_lora_student
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 from diffusers_tbcm.standalone import standalone_pipeline_source
 
 
@@ -95,6 +101,19 @@ def test_a_student_is_published_whole_and_unchanged(whole, saved):
     assert whole.left_out == []
     for name, file in content(whole).items():
         assert file == (saved / name).read_bytes(), name
+
+
+def test_a_flow_student_is_published_with_its_mark_and_without_the_code_of_another_pipeline(tmp_path):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    description, scheduler = StudentDescription("a dolphin", {"steps": 7}), FlowStudentScheduler(3.0, {"height": 64})
+    folder = save_flow_student(tiny_transformer(), teacher, tmp_path / "student", description, scheduler=scheduler)
+    selection = select_files(folder)
+    assert "pipeline.py" not in selection.files and selection.left_out == []
+    for name, file in content(selection).items():
+        assert file == (folder / name).read_bytes(), name
+    assert json.loads(content(selection)["scheduler/scheduler_config.json"])["_call_options"] == {"height": 64}
+    (folder / "pipeline.py").write_text("import os")  # somebody's
+    assert select_files(folder).left_out == ["pipeline.py"]
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -442,6 +461,23 @@ def test_adapters_are_published_with_their_guidance_and_card(tmp_path, private):
             (folder / name).unlink()
             with pytest.raises(ValueError, match=f"neither a pipeline nor LoRA|{name} is missing"):
                 select_files(folder)
+
+
+def test_adapters_of_a_flow_student_are_published_without_a_guidance_embedder(tmp_path):
+    teacher = write_tiny_pipeline(tmp_path / "teacher")
+    student, description = adapt(tiny_transformer(), rank=2), StudentDescription("a dolphin", {"steps": 8})
+    folder = save_flow_lora(student, teacher, tmp_path / "lora", description, scheduler=FlowStudentScheduler(3.0))
+    names = {"pytorch_lora_weights.safetensors", "README.md", "training.json"}
+    for name in ("guidance_embedder.safetensors", "model_1.safetensors"):
+        (folder / name).write_text(SECRET)
+    selection = select_files(folder)
+    assert selection.files.keys() == names
+    assert selection.left_out == ["guidance_embedder.safetensors", "model_1.safetensors"]
+    (folder / "guidance_embedder.safetensors").unlink()
+    for change in (lambda record: {}, lambda record: {**record, "adapter": {"scheduler": "SCMScheduler"}}):
+        edit(folder / "training.json", change)
+        with pytest.raises(ValueError, match=r"guidance_embedder\.safetensors is missing"):
+            select_files(folder)  # of a student that nothing says is a flow student
 
 
 def test_a_card_of_one_long_word_is_read_in_time_in_proportion(folder, whole):

@@ -15,6 +15,12 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 TEXT_HIDDEN_SIZE = 16
 LATENT_CHANNELS = 4
 SAMPLE_SIZE = 8  # latent pixels; images are 64 x 64 through the 8x autoencoder
+TRAINED_WITH = {
+    "height": 64,
+    "width": 64,
+    "max_sequence_length": 16,
+    "complex_human_instruction": None,
+}  # flow students
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -151,6 +157,44 @@ def write_plain_pipeline(folder: str | Path) -> Path:
         optimizer.step()
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def write_tiny_flow_student(folder: str | Path, **call_options: Any) -> Path:
+    """Save a flow student of the tiny components, as CDM's are saved, and give its folder back.
+
+    Args:
+        folder: where to write.
+        call_options: what it was distilled with; changes to `TRAINED_WITH`.
+    """
+    from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
+
+    pipeline = tiny_sana_pipeline()
+    pipeline.scheduler = FlowStudentScheduler(3.0, TRAINED_WITH | call_options).to_stock()
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def write_tiny_flow_lora(folder: str | Path, teacher: str | Path, *, timestep_scale: float = 1.0) -> Path:
+    """Save the adapters of a flow student far from its teacher, as CDM's are saved, and give their folder back.
+
+    Args:
+        folder: where to write.
+        teacher: that of `write_tiny_pipeline`.
+        timestep_scale: of the time that the student knows.
+    """
+    from diffusers_tbcm.export.folders import save_flow_lora
+    from diffusers_tbcm.export.record import StudentDescription
+    from diffusers_tbcm.lora import adapt
+    from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
+
+    student = adapt(SanaPipeline.from_pretrained(teacher).transformer, rank=2)
+    student.register_to_config(timestep_scale=timestep_scale)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in student.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    description = StudentDescription("a dog", {"steps": 1})
+    return save_flow_lora(student, teacher, folder, description, scheduler=FlowStudentScheduler(3.0, TRAINED_WITH))
 
 
 def student_weights(folder: str | Path) -> dict[str, torch.Tensor]:

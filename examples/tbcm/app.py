@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, ending_in_words
-from diffusers_tbcm.evaluation.drawing import call_options, draw, load_pipeline
+from diffusers_tbcm.evaluation.drawing import call_options, draw, has_learned_guidance, load_pipeline
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Result:
 
 
 def draw_pictures(
-    pipeline: SanaTBCMPipeline,
+    pipeline: DiffusionPipeline,
     prompt: str,
     steps: int = 2,
     seed: int | None = None,
@@ -73,7 +73,7 @@ def draw_pictures(
         steps: inference steps.
         seed: of the first picture; None where its field is empty.
         randomize: take another seed than this.
-        guidance_scale: as in the pipeline's call; None for the student's own.
+        guidance_scale: as in the pipeline's call; None for the student's own, which a flow student has learned.
         num_pictures: how many, from consecutive seeds.
 
     Returns:
@@ -95,7 +95,7 @@ def draw_pictures(
     if not 1 <= num_pictures <= MAX_PICTURES:
         raise ValueError(f"The number of pictures is {num_pictures}: it takes 1 to {MAX_PICTURES}.")
     seeds = [(seed + number) % (MAX_SEED + 1) for number in range(num_pictures)]
-    options = call_options(guidance_scale=guidance_scale)
+    options = call_options(pipeline, guidance_scale=guidance_scale)
     drawings = list(draw(pipeline, [prompt], steps=[steps], seeds=seeds, **options))
     seconds = sum(drawing.seconds for drawing in drawings) / num_pictures
     width, height = drawings[0].image.size
@@ -110,7 +110,7 @@ def _whole(name: str, value: Any) -> int:
     return int(value)
 
 
-def build_page(pipeline: SanaTBCMPipeline, name: str) -> "Blocks":
+def build_page(pipeline: DiffusionPipeline, name: str) -> "Blocks":
     """Lay out the page.
 
     Args:
@@ -132,17 +132,23 @@ def build_page(pipeline: SanaTBCMPipeline, name: str) -> "Blocks":
             raise gr.Error(str(error), print_exception=False) from error
         return result.pictures, result.seed, result.report
 
-    own_guidance = pipeline.default_call_options["guidance_scale"]
+    own_guidance = call_options(pipeline)["guidance_scale"]
+    method = "CDM" if has_learned_guidance(pipeline) else "TBCM"
     largest_guidance = max(MAX_GUIDANCE, 2 * own_guidance)
-    with gr.Blocks(title="TBCM", analytics_enabled=False) as page:
-        gr.Markdown(f"# Pictures in 1, 2 or 4 steps\n`{name}`, distilled by TBCM")
+    with gr.Blocks(title=method, analytics_enabled=False) as page:
+        gr.Markdown(f"# Pictures in 1, 2 or 4 steps\n`{name}`, distilled by {method}")
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(label="Prompt", placeholder="What to draw", lines=2, autofocus=True)
                 steps = gr.Radio(STEPS, value=2, label="Steps")
                 num_pictures = gr.Slider(1, MAX_PICTURES, value=4, step=1, label="Pictures")
                 guidance_scale = gr.Slider(
-                    min(1, own_guidance), largest_guidance, value=own_guidance, step=0.1, label="Guidance"
+                    min(1, own_guidance),
+                    largest_guidance,
+                    value=own_guidance,
+                    step=0.1,
+                    label="Guidance",
+                    visible=not has_learned_guidance(pipeline),
                 )
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)

@@ -28,12 +28,12 @@ from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
 
 from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
-from diffusers_tbcm.components import MODEL_CONFIG
+from diffusers_tbcm.components import MODEL_CONFIG, SCHEDULER_CONFIG
 from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
 from diffusers_tbcm.errors import loading, loading_by_name
-from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
+from diffusers_tbcm.evaluation.drawing import call_options, has_learned_guidance, load_pipeline
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
     TextImageScorer,
@@ -50,8 +50,10 @@ from diffusers_tbcm.export.model_card import render_model_card, save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.files import read_json
 from diffusers_tbcm.owned import OwnedFolder
-from diffusers_tbcm.pipeline_folder import METRICS, TRAINING_RECORD, TRANSFORMER, resolve_teacher
+from diffusers_tbcm.pipeline_folder import METRICS, SCHEDULER, TRAINING_RECORD, TRANSFORMER, resolve_teacher
+from diffusers_tbcm.pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from diffusers_tbcm.redaction import redact, redact_command
+from diffusers_tbcm.scheduling_flow import is_flow_student
 from diffusers_tbcm.training.accelerators import check_processes
 from diffusers_tbcm.training.settings import SettingsParser
 from diffusers_tbcm.versions import dtype_argument
@@ -112,7 +114,9 @@ class Settings:
     num_images_per_prompt: int = flag(1, "2 or more measure diversity too")
     bootstrap_resamples: int = 200
     batch_size: int = flag(8, "pictures at a time, in each process")
-    guidance_scale: float | None = flag(None, "of all models; the middle of the student's own by default")
+    guidance_scale: float | None = flag(
+        None, "of all models, but for a student that has learned its guidance; the middle of the student's by default"
+    )
     resolution: int | None = flag(None, "pixels a side; the student's own by default")
     max_sequence_length: int | None = flag(None, "tokens of a prompt; as the student was distilled by default")
     complex_human_instruction: bool | None = flag(
@@ -209,8 +213,12 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     check_installed()
     if settings.teacher is not None:
         folder = resolve_teacher(settings.teacher, settings.variant)
-        if read_json(folder / TRANSFORMER / MODEL_CONFIG).get("guidance_embeds"):
-            raise ValueError(f"teacher {settings.teacher!r} is a few-step student, which no SanaPipeline draws with")
+        with loading("teacher", settings.teacher):
+            is_student = is_flow_student(read_json(folder / SCHEDULER / SCHEDULER_CONFIG))
+        if is_student or read_json(folder / TRANSFORMER / MODEL_CONFIG).get("guidance_embeds"):
+            raise ValueError(
+                f"teacher {settings.teacher!r} is a few-step student: give the teacher that it was distilled from"
+            )
     if settings.update_card:
         render_model_card(settings.model)
     prompts = load_evaluation_prompts(
@@ -283,13 +291,12 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     student = load_pipeline(
         settings.model, lora=settings.lora, variant=variant, dtype=dtype, device=accelerator.device
     )
-    size = student.transformer.config.sample_size * student.vae_scale_factor
-    options: dict[str, Any] = {
-        "height": size,
-        "width": size,
-        **student.default_call_options,
+    learned = has_learned_guidance(student)
+    only_teachers = learned and settings.teacher is not None
+    options = {
         **call_options(
-            guidance_scale=settings.guidance_scale,
+            student,
+            guidance_scale=None if only_teachers else settings.guidance_scale,
             height=settings.resolution,
             width=settings.resolution,
             max_sequence_length=settings.max_sequence_length,
@@ -302,7 +309,9 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     accelerator.wait_for_everyone()
     OwnedFolder(settings.output_dir).claim()
 
-    def draw(pipeline: DiffusionPipeline, runs: Sequence[tuple[str, int, int]]) -> list[Drawn]:
+    def draw(
+        pipeline: DiffusionPipeline, runs: Sequence[tuple[str, int, int]], options: dict[str, Any]
+    ) -> list[Drawn]:
         return draw_runs(
             accelerator,
             pipeline,
@@ -314,7 +323,7 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
             options=options,
         )
 
-    drawn = draw(student, [("student", steps, settings.seed) for steps in settings.steps])
+    drawn = draw(student, [("student", steps, settings.seed) for steps in settings.steps], options)
     if settings.teacher is None:
         return drawn
     del student
@@ -325,7 +334,10 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
     if settings.reference_teacher:
         runs.append((REFERENCE_RUN, settings.teacher_steps[-1], settings.seed + 1))
-    return draw(teacher, runs) + drawn
+    if learned:  # the student's 1 would leave the teacher without guidance
+        guidance_scale = settings.guidance_scale
+        options["guidance_scale"] = STOCK_CALL_OPTIONS["guidance_scale"] if guidance_scale is None else guidance_scale
+    return draw(teacher, runs, options) + drawn
 
 
 # 3. Measurements -----------------------------------------------------------------------------------------------------
@@ -381,6 +393,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     details = {
         "seed": settings.seed,
         **{name: drawn[0].pictures.settings[name] for name in DRAWN_WITH},
+        "student_guidance_scale": drawn[-1].pictures.settings["guidance_scale"],
         "pictures": len(drawn[0].pictures),
         "real_pictures": None if reference is None else len(reference.features),
         "intervals": f"95%, bootstrap of {settings.bootstrap_resamples} over prompts",

@@ -6,10 +6,12 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from diffusers import SanaPipeline
 from PIL import Image
-from tiny import tiny_tbcm_pipeline
+from tiny import tiny_tbcm_pipeline, write_tiny_flow_student
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
+from diffusers_tbcm.evaluation.drawing import call_options, load_pipeline
 from examples.tbcm import app
 
 
@@ -82,6 +84,28 @@ def test_every_seed_that_is_shown_can_be_entered_again(pipeline, monkeypatch):
     assert [caption for _, caption in result.pictures] == [f"seed {app.MAX_SEED}", "seed 0"]
     again = app.draw_pictures(pipeline, "a dog", 1, 0, False, 4.5, 1)
     np.testing.assert_array_equal(np.asarray(result.pictures[1][0]), np.asarray(again.pictures[0][0]))
+
+
+def test_a_flow_student_has_no_guidance_to_choose(tmp_path):
+    gradio = pytest.importorskip("gradio", reason="the page needs the demo extra: pip install -e '.[demo]'")
+    student = load_pipeline(write_tiny_flow_student(tmp_path / "student"), device="cpu")
+    page = app.build_page(student, "student")
+    (slider,) = [block for block in page.blocks.values() if getattr(block, "label", None) == "Guidance"]
+    assert isinstance(slider, gradio.Slider) and not slider.visible and slider.value == 1
+    (title,) = [block for block in page.blocks.values() if "Pictures in" in str(getattr(block, "value", ""))]
+    assert "distilled by CDM" in title.value
+
+    result = app.draw_pictures(student, "a dog", 4, 7, False, slider.value, 1)
+    plain = SanaPipeline.from_pretrained(tmp_path / "student")
+    expected = plain(
+        "a dog",
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        generator=torch.Generator().manual_seed(7),
+        **call_options(student),
+    ).images[0]
+    np.testing.assert_array_equal(np.asarray(result.pictures[0][0]), np.asarray(expected))
+    with pytest.raises(ValueError, match="`guidance_scale` is 3, but this student has learned its guidance"):
+        app.draw_pictures(student, "a dog", 4, 7, False, 3, 1)
 
 
 def test_the_guidance_is_the_student_s_own(pipeline):

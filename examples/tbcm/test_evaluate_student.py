@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import SanaPipeline
 from PIL import Image
-from tiny import tiny_tbcm_pipeline, tiny_transformer
+from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_flow_lora
 
 from diffusers_tbcm import TBCMScheduler
+from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.evaluation.features import MobileNetFeatures
 from diffusers_tbcm.evaluation.reference import FeatureReference
-from diffusers_tbcm.export.folders import save_student_pipeline
+from diffusers_tbcm.export.folders import save_flow_student, save_student_pipeline
 from diffusers_tbcm.export.record import StudentDescription, load_metrics
 from diffusers_tbcm.owned import OwnedFolder
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 from examples.tbcm.evaluate_student import Settings, main, parse_settings
 from examples.tbcm.mini_teacher.emoji_metrics import TEACHER_DIR
 
@@ -224,6 +227,72 @@ def test_the_card_of_the_student_gets_the_results(arguments, teacher, tmp_path):
     assert f"{value.metrics['diversity']:.4g} ({low:.4g} to {high:.4g})" in line
 
 
+@pytest.fixture
+def flow_student(teacher, tmp_path):
+    trained = {"max_sequence_length": 8, "complex_human_instruction": None, "height": 32, "width": 32}
+    description, folder = StudentDescription("a dog", {"steps": 1}), tmp_path / "flow"
+    return save_flow_student(
+        tiny_transformer(), teacher, folder, description, scheduler=FlowStudentScheduler(3.0, trained)
+    )
+
+
+@pytest.mark.parametrize(("guidance_scale", "teachers"), [(None, 4.5), (3, 3.0)])
+def test_a_flow_student_is_measured_without_guidance_and_its_teacher_with(
+    arguments, flow_student, teacher, few_components, tmp_path, guidance_scale, teachers
+):
+    told_nothing = dict.fromkeys(("max_sequence_length", "no-complex_human_instruction", "resolution"))
+    flags = arguments(
+        model=flow_student, teacher=teacher, teacher_steps="4 2", steps="1 2 4", guidance_scale=guidance_scale,
+        reference_teacher=True, num_images_per_prompt=2, update_card=True, **told_nothing,
+    )  # fmt: skip
+    main(flags)
+    drawn = {"max_sequence_length": 8, "instruction": False, "height": 32, "width": 32}
+    for model, scale in (("student-1", 1.0), ("student-4", 1.0), ("teacher-4", teachers), ("reference-2", teachers)):
+        found = json.loads((tmp_path / "out" / "pictures" / f"{model}-steps" / "settings.json").read_text())
+        assert found.items() >= {**drawn, "guidance_scale": scale}.items()
+    for folder in (tmp_path / "out", flow_student):
+        metrics = load_metrics(folder)
+        rows = [(row.model, row.num_inference_steps) for row in metrics.measurements]
+        assert rows == [("teacher", 4), ("teacher", 2), ("student", 1), ("student", 2), ("student", 4)]
+        assert metrics.details.items() >= {**drawn, "guidance_scale": teachers, "student_guidance_scale": 1.0}.items()
+    card = (flow_student / "README.md").read_text()
+    assert "| student | 4 |" in card and "sigmas=[1.0, 0.75, 0.5, 0.25]" in card
+    first = Image.open(tmp_path / "out" / "pictures" / "student-4-steps" / "000000-00.png")
+    plain = SanaPipeline.from_pretrained(flow_student)
+    expected = plain(
+        PROMPTS[:8],
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        guidance_scale=1.0,
+        generator=[draw_generator(2 * place, 0) for place in range(8)],
+        height=32,
+        width=32,
+        max_sequence_length=8,
+        complex_human_instruction=None,
+        use_resolution_binning=False,
+    ).images[0]
+    assert np.abs(np.asarray(first).astype(int) - np.asarray(expected)).max() <= 1  # its batch was another
+
+
+def test_a_teacher_with_a_flow_lora_is_measured_beside_itself(arguments, teacher, tmp_path):
+    lora = write_tiny_flow_lora(tmp_path / "lora", teacher)
+    main(arguments(model=teacher, lora=lora, teacher=teacher, teacher_steps=2, max_prompts=2, steps="1 2"))
+    drawn = tmp_path / "out" / "pictures"
+    scales = {
+        path.name: json.loads((path / "settings.json").read_text())["guidance_scale"] for path in drawn.iterdir()
+    }
+    assert scales == {"student-1-steps": 1.0, "student-2-steps": 1.0, "teacher-2-steps": 4.5}
+    rows = load_metrics(tmp_path / "out").measurements
+    assert [(row.model, row.num_inference_steps) for row in rows] == [("teacher", 2), ("student", 1), ("student", 2)]
+
+
+def test_guidance_for_a_flow_student_alone_and_one_as_teacher_are_refused(arguments, flow_student, tmp_path):
+    with pytest.raises(ValueError, match=r"`guidance_scale` is 3.0, but this student has learned its guidance"):
+        main(arguments(model=flow_student, guidance_scale=3))
+    with pytest.raises(ValueError, match="is a few-step student: give the teacher that it was distilled from"):
+        main(arguments(teacher=flow_student))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -310,6 +379,8 @@ def test_every_flag_is_read_after_it_was_checked():
 
 
 def test_a_student_is_no_teacher_to_measure_beside_it(arguments, student, tmp_path):
-    with pytest.raises(ValueError, match=r"teacher .* is a few-step student, which no SanaPipeline draws with"):
+    with pytest.raises(
+        ValueError, match=r"teacher .* is a few-step student: give the teacher that it was distilled from"
+    ):
         main(arguments(teacher=student))
     assert not (tmp_path / "out").exists()

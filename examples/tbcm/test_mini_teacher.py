@@ -7,10 +7,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 from PIL import Image
+from tiny import write_tiny_flow_student
 
 from diffusers_tbcm.backbones.sana import INSTRUCTION, infer_timestep_scale
 from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.data.prompts import load_prompts
+from diffusers_tbcm.evaluation.drawing import load_pipeline
 from diffusers_tbcm.images import to_pixels
 from diffusers_tbcm.text import Text
 from examples.tbcm.mini_teacher.emoji_data import (
@@ -172,6 +174,15 @@ def test_the_embedded_teacher_draws_what_it_is_asked_for(teacher):
     means = [picture.resize((1, 1)).getpixel((0, 0)) for picture in pictures]
     assert means[0][0] - means[0][2] > 30  # a sunflower is more yellow than blue, and more so than a sailboat
     assert means[0][2] < means[1][2]
+
+
+def test_a_flow_student_is_drawn_without_the_guidance_that_it_has_learned(tmp_path):
+    student = load_pipeline(write_tiny_flow_student(tmp_path / "student"), device="cpu")
+    (found,) = draw(student, ["an owl"], 2)
+    (expected,) = draw(student, ["an owl"], 2, guidance_scale=1.0)
+    assert found.tobytes() == expected.tobytes()
+    (guided,) = draw(SanaPipeline.from_pretrained(tmp_path / "student"), ["an owl"], 2)
+    assert guided.tobytes() != found.tobytes()
 
 
 def test_the_embedded_teachers_dense_time_is_recognised_whatever_its_config_says(teacher):

@@ -3,21 +3,24 @@
 import json
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from PIL import Image
 from runs import SCRIPTS, kill_after_updates, largest_relative_difference, launch, launch_sharded, metrics
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.backbones import sana
 from diffusers_tbcm.draws import draw_generator, draw_noise
+from diffusers_tbcm.evaluation.drawing import call_options, draw_pictures, load_pipeline, numbered_generators
 from diffusers_tbcm.flow import flow_prediction, shift_sigmas
 from diffusers_tbcm.pipeline_folder import list_checkpoints
+from diffusers_tbcm.scheduling_flow import even_sigmas
 from diffusers_tbcm.scripts import train_cdm, train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.scripts.train_cdm import main
 from diffusers_tbcm.training import drift
-from diffusers_tbcm.training.flow_distillation import even_sigmas
 from diffusers_tbcm.training.run import Run
 
 
@@ -136,6 +139,15 @@ def test_diffusers_alone_draws_the_student_as_it_was_rolled_out(cdm_flags, tmp_p
             )[0]  # fmt: skip
             sample = sample + (next_s - s) * velocity
     torch.testing.assert_close(drawn, sample, atol=1e-5, rtol=1e-4)
+    ours = load_pipeline(run, device="cpu")
+    options = call_options(ours)
+    assert options == {**CALL, "complex_human_instruction": None}
+    again = ours("a dog", num_inference_steps=2, latents=noise.clone(), output_type="latent", **options).images
+    assert torch.equal(again, drawn)
+    for index, steps in enumerate((1, 2, 4)):  # what training has drawn for the card
+        expected = next(draw_pictures(ours, ["a dog"], numbered_generators(0), num_inference_steps=steps, **options))
+        shown = np.asarray(Image.open(run / "images" / f"{index:02}.png")).astype(int)
+        assert np.abs(shown - np.asarray(expected)).max() <= 1
     card = (run / "README.md").read_text()
     assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in card and "arxiv.org/abs/2605.06376" in card and "SanaTBCM" not in card
     assert json.loads((run / "training.json").read_text())["training"]["method"] == train_cdm.METHOD
@@ -278,7 +290,8 @@ def test_a_teacher_that_embeds_guidance_is_refused(cdm_flags, tmp_path):
         ({"student_every": 0}, "--student_every is 0"),
         ({"critic_learning_rate": 0}, "--critic_learning_rate is 0"),
         ({"ca_weight": 0, "dm_weight": 0, "cdm_weight": 0}, "there is nothing to train the student on"),
-        ({"rank": 4}, "--rank is for consistency students"),
+        ({"rank": 0}, "--rank is 0"),
+        ({"lora_alpha": 4}, "--lora_alpha needs --rank"),
     ],
 )
 def test_wrong_settings_are_named(cdm_flags, capsys, changes, message):

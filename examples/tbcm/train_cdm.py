@@ -95,8 +95,6 @@ class CDMSettings(PromptSettings):
         )
         if not 0 <= self.anchor_range[0] < self.anchor_range[1] <= 1:
             raise ValueError(f"`anchor_range` is {self.anchor_range}: it has to ascend and lie in [0, 1]")
-        if self.rank is not None:
-            raise ValueError("`rank` is for consistency students: this method trains all weights")
         if not self.ca_weight + self.dm_weight + self.cdm_weight > 0:
             raise ValueError(
                 "`ca_weight`, `dm_weight` and `cdm_weight` are 0: there is nothing to train the student on"

@@ -1,16 +1,16 @@
-"""A student as low-rank adapters (LoRA, arXiv 2106.09685) on its teacher's own weights: memory holds them once.
+"""Networks as low-rank adapters (LoRA, arXiv 2106.09685) on their teacher's own weights: memory holds them once.
 
-What trains is the adapters and the guidance embedder. The teacher lacks the latter, so it is no low-rank change of
-anything: it trains, and travels, in full. For a stock pipeline, which cannot take it, one guidance scale of it
-travels as a bias.
+Of a flow network the adapters are all that trains. A consistency student has a guidance embedder beside them. The
+teacher lacks it, so it is no low-rank change of anything: it trains, and travels, in full. For a stock pipeline,
+which cannot take it, one guidance scale of it travels as a bias.
 """
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import SanaPipeline, SanaTransformer2DModel
@@ -24,7 +24,51 @@ from .backbones.sana import GUIDANCE_EMBEDDER, LORA_TARGET_MODULES, TEACHER_TIME
 from .student_adapters import GUIDANCE_EMBEDDER_FILE, STUDENT_CONFIG_ENTRIES
 
 
+N = TypeVar("N", bound=nn.Module)
+
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+
+
+def adapt(
+    transformer: SanaTransformer2DModel,
+    *,
+    rank: int,
+    alpha: int | None = None,
+    target_modules: Sequence[str] = LORA_TARGET_MODULES,
+) -> SanaTransformer2DModel:
+    """Make a network of another's very parameters and of LoRA adapters, equal to it at first.
+
+    Moving or casting either network moves or casts the parameters of both. Adapters are float32: over a base of lower
+    precision the network runs under autocast.
+
+    Args:
+        transformer: the network to adapt; its parameters become frozen, otherwise it is left as it is.
+        rank: of the adapters.
+        alpha: the adapters' output is multiplied by alpha / rank; None for `rank`.
+        target_modules: linear and convolution layers to adapt, each by the end of its name, such as `"attn1.to_q"`.
+
+    Returns:
+        The adapted network; its parameters with `requires_grad` are all that trains.
+
+    Raises:
+        ValueError: if `rank` or `alpha` is not positive, or a target names no layer.
+    """
+    adapted = _sharing(transformer, transformer.parameters())
+    _add_adapters(adapted, transformer, rank, alpha, target_modules)
+    cast_training_params(adapted, dtype=torch.float32)
+    return adapted
+
+
+def copy_trained(network: N) -> N:
+    """Copy a network, except for what is frozen in it: both hold the same of that.
+
+    Args:
+        network: with or without frozen parameters.
+
+    Returns:
+        The copy.
+    """
+    return _sharing(network, (parameter for parameter in network.parameters() if not parameter.requires_grad))
 
 
 def make_lora_student(
@@ -36,29 +80,21 @@ def make_lora_student(
 ) -> SanaTransformer2DModel:
     """Make a student of the teacher's very parameters, LoRA adapters and a guidance embedder, equal to it at first.
 
-    Moving or casting either network moves or casts the parameters of both. Adapters and guidance embedder are float32:
-    over a base of lower precision the student runs under autocast.
-
     Args:
-        teacher: the network to adapt; its parameters become frozen, otherwise it is left as it is.
-        rank: of the adapters.
-        alpha: the adapters' output is multiplied by alpha / rank; None for `rank`.
-        target_modules: linear and convolution layers to adapt, each by the end of its name, such as `"attn1.to_q"`.
+        teacher: the network to adapt, as `adapt` takes it.
+        rank, alpha, target_modules: as `adapt` takes them.
 
     Returns:
-        The student; its parameters with `requires_grad` are all that trains.
+        The student; its parameters with `requires_grad` are all that trains, in float32.
 
     Raises:
-        ValueError: if `rank` or `alpha` is not positive, or a target names no layer, the guidance embedder or a layer
-            that the teacher has under another name.
+        ValueError: as of `adapt`, and if a target names the guidance embedder or a layer that the teacher has under
+            another name.
     """
-    alpha = rank if alpha is None else alpha
-    for name, value in (("rank", rank), ("alpha", alpha)):
-        if not value > 0:
-            raise ValueError(f"`{name}` is {value}, but it has to be positive.")
-    student = _with_own_guidance_embedder(teacher)
-    _check_targets(student, teacher, target_modules)
-    student.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules)))
+    shared = [weight for name, weight in teacher.named_parameters() if not name.startswith(GUIDANCE_EMBEDDER)]
+    student = _sharing(teacher, shared)
+    embed_guidance(student, student.config["guidance_embeds_scale"])
+    _add_adapters(student, teacher, rank, alpha, target_modules)
     student.get_submodule(GUIDANCE_EMBEDDER).requires_grad_(True)
     cast_training_params(student, dtype=torch.float32)
     return student
@@ -68,7 +104,7 @@ def merge_lora(student: SanaTransformer2DModel) -> SanaTransformer2DModel:
     """Add the adapters into a copy of the weights: a plain student that needs neither peft nor its teacher.
 
     Args:
-        student: made by `make_lora_student`; it and its teacher are left as they are.
+        student: made by `adapt` or `make_lora_student`; it and its teacher are left as they are.
 
     Returns:
         The merged student, every weight its own and float32, as an adapter's share can be less than bfloat16's step.
@@ -108,8 +144,24 @@ def save_lora(
     config = {name: torch.tensor(student.config[name], dtype=torch.float64) for name in STUDENT_CONFIG_ENTRIES}
     header = {} if scheduler_config is None else {LORA_ADAPTER_METADATA_KEY: json.dumps(scheduler_config)}
     save_file({**weights, **config}, folder / GUIDANCE_EMBEDDER_FILE, metadata={"format": "pt", **header})
-    lora = student.peft_config["default"]
-    layers = get_peft_model_state_dict(student)
+    return save_adapters(student, folder, guidance_scale)
+
+
+def save_adapters(
+    network: SanaTransformer2DModel, folder: str | PathLike[str], guidance_scale: float | None = None
+) -> Path:
+    """Save the adapters alone for `load_lora_weights` of a pipeline of the teacher, as diffusers does.
+
+    Args:
+        network: made by `adapt` or `make_lora_student`.
+        folder: where to write; created where it does not exist.
+        guidance_scale: of a student with a guidance embedder, the one that a bias is to hold; None for no bias.
+
+    Returns:
+        `folder`.
+    """
+    lora = network.peft_config["default"]
+    layers = get_peft_model_state_dict(network)
     # Not all of the config: other versions of peft refuse the entries that they do not know.
     metadata = {
         "r": lora.r,
@@ -118,12 +170,12 @@ def save_lora(
         "rank_pattern": {},  # diffusers before 0.40 loads none without
     }
     if guidance_scale is not None:
-        layers |= _guidance_bias(student, layers, guidance_scale)
+        layers |= _guidance_bias(network, layers, guidance_scale)
         metadata |= {"target_modules": [*metadata["target_modules"], TEACHER_TIME_LAYER], "lora_bias": True}
     SanaPipeline.save_lora_weights(
         folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata, weight_name=LORA_FILE
     )
-    return folder
+    return Path(folder)
 
 
 def _guidance_bias(
@@ -165,24 +217,33 @@ def drop_frozen_weights(
                 state.pop(name)
 
 
-def _with_own_guidance_embedder(transformer: SanaTransformer2DModel) -> SanaTransformer2DModel:
-    """Build a second network of the transformer's very parameters; only its guidance embedder is its own."""
-    shared = {
-        id(parameter): parameter
-        for name, parameter in transformer.named_parameters()
-        if not name.startswith(GUIDANCE_EMBEDDER)
-    }
-    student = copy.deepcopy(transformer, shared)
-    embed_guidance(student, student.config["guidance_embeds_scale"])
-    return student
+def _sharing(network: N, shared: Iterable[nn.Parameter]) -> N:
+    """Build a second network that holds these very parameters of the first one, and copies of the others."""
+    return copy.deepcopy(network, {id(parameter): parameter for parameter in shared})
+
+
+def _add_adapters(
+    network: SanaTransformer2DModel,
+    teacher: SanaTransformer2DModel,
+    rank: int,
+    alpha: int | None,
+    target_modules: Sequence[str],
+) -> None:
+    """Add adapters to a network of the teacher's parameters, and freeze all else."""
+    alpha = rank if alpha is None else alpha
+    for name, value in (("rank", rank), ("alpha", alpha)):
+        if not value > 0:
+            raise ValueError(f"`{name}` is {value}, but it has to be positive.")
+    _check_targets(network, teacher, target_modules)
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules)))
 
 
 def _check_targets(
-    student: SanaTransformer2DModel, teacher: SanaTransformer2DModel, target_modules: Sequence[str]
+    network: SanaTransformer2DModel, teacher: SanaTransformer2DModel, target_modules: Sequence[str]
 ) -> None:
     """Refuse what peft passes over in silence: it minds only if none of the targets is found."""
     teachers = {name for name, _ in teacher.named_modules()}
-    layers = [name for name, module in student.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in target_modules:
         found = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not found:

@@ -110,10 +110,13 @@ def distribution_loss(prediction: torch.Tensor, real: torch.Tensor, fake: torch.
 def merge_critic(critic: nn.Module, student: nn.Module, share: float = CRITIC_MERGE) -> None:
     """Let a little of the student flow into the critic, in place: F <- (1 - share) F + share student.
 
+    What is frozen, as the base of LoRA adapters is, stays.
+
     Args:
         critic: it.
         student: a module of the same parameters.
         share: of the student.
     """
     for fake, parameter in zip(critic.parameters(), student.parameters(), strict=True):
-        fake.lerp_(parameter.to(fake.dtype), share)
+        if fake.requires_grad:
+            fake.lerp_(parameter.to(fake.dtype), share)

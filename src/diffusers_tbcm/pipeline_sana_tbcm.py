@@ -100,9 +100,14 @@ class SanaTBCMPipeline(StudentLoraLoaderMixin, SanaSprintPipeline):
         scheduler: SCMScheduler,
     ):
         if scheduler is not None and not isinstance(scheduler, SCMScheduler):
+            is_flow_student = "_call_options" in scheduler.config
             raise ValueError(
                 f"`scheduler` is a {type(scheduler).__name__}, which cannot sample from a TBCM student;"
-                " pass `scheduler=TBCMScheduler()`."
+                + (
+                    " this is a student of CDM, which `DiffusionPipeline.from_pretrained` loads."
+                    if is_flow_student
+                    else " pass `scheduler=TBCMScheduler()`."
+                )
             )
         if scheduler is not None and not isinstance(scheduler, TBCMScheduler):
             scheduler = TBCMScheduler.from_config(scheduler.config)

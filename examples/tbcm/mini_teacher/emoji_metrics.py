@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
+from diffusers_tbcm.evaluation.drawing import draw_pictures, has_learned_guidance, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
 
 
@@ -58,7 +58,7 @@ def draw(
         numbered_generators(SEED),
         num_inference_steps=steps,
         batch_size=batch_size,
-        guidance_scale=guidance_scale,
+        guidance_scale=1.0 if has_learned_guidance(pipeline) else guidance_scale,
         height=size,
         width=size,
         max_sequence_length=MAX_SEQUENCE_LENGTH,

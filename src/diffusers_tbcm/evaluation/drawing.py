@@ -7,24 +7,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SCMScheduler
+from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from ..backbones.sana import INSTRUCTION
+from ..components import read_object
 from ..draws import draw_generator
 from ..errors import in_a_line, loading, loading_by_name
-from ..finite import NOT_FINITE, is_finite
+from ..export.record import is_flow_adapter
+from ..finite import NOT_FINITE, FiniteImageProcessor, is_finite
 from ..images import pixels_to_pil
-from ..pipeline_sana_tbcm import SanaTBCMPipeline
+from ..lora import LORA_FILE
+from ..pipeline_folder import SCHEDULER, TRAINING_RECORD
+from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS, SanaTBCMPipeline
+from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student
 from ..scheduling_tbcm import TBCMScheduler
-from ..text import Text
+from ..text import Text, check_tokenizer
 from ..versions import dtype_argument
-
-
-STUDENT_SCHEDULER = SCMScheduler.__name__  # in a published model_index.json
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def load_pipeline(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
-) -> SanaTBCMPipeline:
+) -> DiffusionPipeline:
     """Load a student, or its teacher with the LoRA that makes it one.
 
     Args:
@@ -64,7 +68,8 @@ def load_pipeline(
         device: by default the first GPU where there is one, else the CPU.
 
     Returns:
-        The pipeline, without progress bars of its own.
+        The pipeline, without progress bars of its own: a `SanaTBCMPipeline` or, of a flow student such as CDM's, its
+        own class with a `FlowStudentScheduler`. `call_options` says how to draw with it.
 
     Raises:
         ValueError: where `model` or `lora` is not found or damaged, `model` without `lora` is no student, or `device`
@@ -72,18 +77,64 @@ def load_pipeline(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else find_device(device)
     with loading_by_name("model", model, "a pipeline folder"):
-        is_student = SanaTBCMPipeline.load_config(str(model)).get("scheduler") == ["diffusers", STUDENT_SCHEDULER]
-    if not is_student and lora is None:
-        raise ValueError(f"model {str(model)!r} is no few-step student: give one, or the LoRA that makes it one")
-    # A student brings its own timesteps; a teacher's scheduler belongs to the teacher's many steps.
-    scheduler = {} if is_student else {"scheduler": TBCMScheduler()}
+        is_tbcm = DiffusionPipeline.load_config(str(model)).get("scheduler") == ["diffusers", SCMScheduler.__name__]
     with loading("model", model):
-        pipeline = SanaTBCMPipeline.from_pretrained(str(model), variant=variant, **dtype_argument(dtype), **scheduler)
+        flow_scheduler = _flow_scheduler(model)
+    record = {} if lora is None else _lora_record(lora)
+    makes_flow_student = is_flow_adapter(record)
+    if record.get("adapter") and (flow_scheduler is not None or (is_tbcm and makes_flow_student)):
+        raise ValueError(
+            f"lora {str(lora)!r} makes a student of a teacher, but model {str(model)!r} is a student already: give"
+            f" the teacher, {record.get('teacher')!r}"
+        )
+    if makes_flow_student:
+        with loading("lora", lora or ""):
+            flow_scheduler = FlowStudentScheduler(record["adapter"]["shift"], record["adapter"]["call_options"])
+    if not is_tbcm and flow_scheduler is None and lora is None:
+        raise ValueError(
+            f"model {str(model)!r} is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes"
+            " it one"
+        )
+    options = {"variant": variant, **dtype_argument(dtype)}
+    with loading("model", model):
+        if flow_scheduler is not None:
+            pipeline = DiffusionPipeline.from_pretrained(str(model), scheduler=flow_scheduler, **options)
+            check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
+            pipeline.image_processor = FiniteImageProcessor(vae_scale_factor=pipeline.vae_scale_factor)
+        elif is_tbcm:
+            pipeline = SanaTBCMPipeline.from_pretrained(str(model), **options)
+        else:  # a teacher's scheduler belongs to the teacher's many steps
+            pipeline = SanaTBCMPipeline.from_pretrained(str(model), scheduler=TBCMScheduler(), **options)
     if lora is not None:
+        named = {"weight_name": LORA_FILE} if record.get("adapter") else {}  # which the Hub's offline mode asks for
         with loading_by_name("lora", lora, "LoRA weights"):
-            pipeline.load_lora_weights(str(lora))
+            pipeline.load_lora_weights(str(lora), **named)
+    if makes_flow_student:
+        with loading("lora", lora or ""):  # its teacher's config may leave the time open
+            pipeline.transformer.register_to_config(timestep_scale=record["adapter"]["timestep_scale"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _flow_scheduler(model: str | PathLike[str]) -> FlowStudentScheduler | None:
+    """What a flow student is drawn with; None of any other pipeline."""
+    config = FlowStudentScheduler.load_config(str(model), subfolder=SCHEDULER)
+    return FlowStudentScheduler.from_config(config) if is_flow_student(config) else None
+
+
+def _lora_record(lora: str | PathLike[str]) -> dict[str, Any]:
+    """What training has written beside LoRA weights; nothing of LoRA that is no student's."""
+    folder = Path(lora).parent if Path(lora).is_file() else Path(lora)
+    file = folder / TRAINING_RECORD
+    if not folder.is_dir():
+        try:
+            file = Path(hf_hub_download(str(lora), TRAINING_RECORD))
+        except (OSError, ValueError):  # it is not there, or nothing of that name is
+            return {}
+    if not file.is_file():
+        return {}
+    with loading("lora", lora):
+        return read_object(file)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -106,20 +157,41 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def call_options(*, complex_human_instruction: bool | None = None, **options: Any) -> dict[str, Any]:
-    """Say how to draw as a command line does: what it leaves out is the student's own.
+def call_options(
+    pipeline: DiffusionPipeline, *, complex_human_instruction: bool | None = None, **options: Any
+) -> dict[str, Any]:
+    """Say how to draw with a student: what is left out, or None, is as it was distilled.
 
     Args:
+        pipeline: the student's, as `load_pipeline` gives it.
         complex_human_instruction: whether to put Sana's instruction before each prompt.
         options: other arguments of the pipeline's call.
 
     Returns:
-        Those arguments of the pipeline's call that are not None; the instruction as the call takes it.
+        Arguments of the pipeline's call: those given, size, guidance and how prompts are read; the instruction as the
+        call takes it.
+
+    Raises:
+        ValueError: for another guidance scale than 1 of a flow student.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if complex_human_instruction is not None:
         given["complex_human_instruction"] = INSTRUCTION if complex_human_instruction else None
-    return given
+    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    defaults = {"height": size, "width": size, **STOCK_CALL_OPTIONS}
+    if not has_learned_guidance(pipeline):
+        return {**defaults, **pipeline.default_call_options, **given}
+    if given.get("guidance_scale", GUIDANCE_SCALE) != GUIDANCE_SCALE:
+        raise ValueError(
+            f"`guidance_scale` is {given['guidance_scale']!r}, but this student has learned its guidance and takes"
+            " none: leave it out"
+        )
+    return {**defaults, **pipeline.scheduler.default_call_options, "use_resolution_binning": False, **given}
+
+
+def has_learned_guidance(pipeline: DiffusionPipeline) -> bool:
+    """Say whether a student has learned one guidance, as flow students have, and takes no scale of it."""
+    return isinstance(pipeline.scheduler, FlowStudentScheduler)
 
 
 def draw_pictures(
@@ -185,7 +257,7 @@ def numbered_generators(seed: int) -> Iterator[torch.Generator]:
 
 
 def draw(
-    pipeline: SanaTBCMPipeline, prompts: Sequence[str], *, steps: Sequence[int], seeds: Sequence[int], **options: Any
+    pipeline: DiffusionPipeline, prompts: Sequence[str], *, steps: Sequence[int], seeds: Sequence[int], **options: Any
 ) -> Iterator[Drawing]:
     """Draw every prompt at every number of steps with every seed, one after the other.
 

@@ -77,7 +77,11 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[2], help="numbers of inference steps")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture for each")
-    parser.add_argument("--guidance_scale", type=finite_number, help="the middle of the student's own by default")
+    parser.add_argument(
+        "--guidance_scale",
+        type=finite_number,
+        help="the middle of the student's own by default; none where it was learned",
+    )
     parser.add_argument("--height", type=int, help="pixels; the size of training by default")
     parser.add_argument("--width", type=int)
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt; as in training by default")
@@ -199,7 +203,7 @@ def run_generate(asked: Generation) -> None:
     in_grid = []
     seconds: dict[int, list[float]] = {steps: [] for steps in asked.steps}
     total = len(asked.prompts) * len(asked.steps) * len(asked.seeds)
-    options = call_options(**asked.options)
+    options = call_options(pipeline, **asked.options)
     drawings = draw(pipeline, asked.prompts, steps=asked.steps, seeds=asked.seeds, **options)
     for number, drawing in enumerate(tqdm(drawings, total=total, unit="picture")):
         if number:  # the first picture's time is that of warming up

@@ -10,19 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SanaTransformer2DModel,
-    SchedulerMixin,
-)
+from diffusers import DiffusionPipeline, SanaTransformer2DModel, SchedulerMixin
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
 from ..backbones import backbone_of, find_backbone
 from ..components import MODEL_CONFIG, SCHEDULER_CONFIG, plain_name, stored_precision
 from ..files import read_json, write_json
-from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE, save_lora
+from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE, save_adapters, save_lora
 from ..owned import OwnedFolder
 from ..pipeline_folder import (
     CARD,
@@ -43,11 +38,12 @@ from ..pipeline_folder import (
 )
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
 from ..redaction import redact_values
+from ..scheduling_flow import FlowStudentScheduler
 from ..scheduling_tbcm import DISTILLED_WITH, TBCMScheduler
 from ..standalone import standalone_pipeline_source
 from ..versions import dtype_argument, tokenizer_class
 from .model_card import render_model_card
-from .record import StudentDescription
+from .record import FLOW_SCHEDULER, StudentDescription
 from .selection import publishable, redact_header
 
 
@@ -116,7 +112,7 @@ def save_flow_student(
     output_dir: str | PathLike[str],
     description: StudentDescription,
     *,
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    scheduler: FlowStudentScheduler,
     variants: Sequence[str] = (),
     teacher_variant: str | None = None,
 ) -> Path:
@@ -125,7 +121,7 @@ def save_flow_student(
     Args:
         student: the distilled transformer, of the teacher's class and in its time.
         teacher, output_dir, description, variants, teacher_variant: as `save_student_pipeline` takes them.
-        scheduler: what it is drawn with.
+        scheduler: what it is drawn with, which carries how it was distilled.
 
     Returns:
         `output_dir`.
@@ -140,7 +136,7 @@ def save_flow_student(
         Path(output_dir),
         description,
         pipeline_class=backbone_of(student).PIPELINE_CLASS,
-        scheduler=scheduler,
+        scheduler=scheduler.to_stock(),
         source=None,
         variants=variants,
         teacher_variant=teacher_variant,
@@ -233,6 +229,45 @@ def save_student_lora(
     return output_dir
 
 
+def save_flow_lora(
+    student: Any,
+    teacher: str | PathLike[str],
+    output_dir: str | PathLike[str],
+    description: StudentDescription,
+    *,
+    scheduler: FlowStudentScheduler,
+    teacher_variant: str | None = None,
+) -> Path:
+    """Save a flow student's adapters for its teacher's own stock pipeline; else as `save_student_lora`.
+
+    Args:
+        student: made by `lora.adapt`, in its teacher's time.
+        teacher, output_dir, description, teacher_variant: as `save_student_lora` takes them.
+        scheduler: what it is drawn with, which says how it was distilled; the stock pipeline has to be given one of
+            its shift.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: where the teacher is no complete pipeline, or `check_target` refuses `output_dir`.
+    """
+    teacher_folder = resolve_teacher(teacher, teacher_variant)
+    output_dir = Path(output_dir)
+    check_target(output_dir, teacher_folder, lora=True)
+    with _staged(output_dir, last=LORA_FILE) as folder:
+        save_adapters(student, folder)
+        adapter = {
+            "scheduler": FLOW_SCHEDULER,
+            "shift": scheduler.config["shift"],
+            "timestep_scale": student.config["timestep_scale"],
+            "call_options": scheduler.default_call_options,
+        }
+        record = _record(description, student, teacher, teacher_folder, output_dir)
+        _describe(folder, teacher_folder, description, {**record, "adapter": adapter})
+    return output_dir
+
+
 def _copied(teacher_folder: Path, name: str, variant: str | None) -> dict[str, Path]:
     """The files that a teacher's component consists of, by their plain names."""
     model_index = read_json(teacher_folder / MODEL_INDEX)
@@ -307,7 +342,8 @@ def _staged(output_dir: Path, *, last: str) -> Iterator[Path]:
     """A folder to write a student in, which then takes the place of an earlier one; its file `last` comes last."""
     target = OwnedFolder(output_dir)
     target.claim()
-    with target.replaced(last=last, absent=(METRICS, SAMPLE_GRID), stale=(SAMPLES, *LEGAL_FILES)) as folder:
+    absent = [METRICS, SAMPLE_GRID, *([GUIDANCE_EMBEDDER_FILE] if last == LORA_FILE else [])]
+    with target.replaced(last=last, absent=absent, stale=(SAMPLES, *LEGAL_FILES)) as folder:
         yield folder
 
 

@@ -21,6 +21,7 @@ from packaging.version import Version
 
 from ..errors import Failure
 from ..files import json_text
+from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
 from ..pipeline_folder import CARD, TRAINING_RECORD, license_of
 from ..redaction import hide_secrets, redact
 from .selection import select_files
@@ -90,8 +91,8 @@ def push_pipeline_to_hub(
     that a lost connection interrupted go on where they were; pushing again sends only what has changed. Pushed is what
     `selection` lists: the files that a pipeline's components or LoRA adapters consist of, card, records and licence,
     and the pictures that the card shows, without paths of this machine and secrets. A warning names what is left out.
-    Files of components that the folder no longer has are deleted. The card and the training record that are pushed
-    name `repo_id`; the folder stays as it is.
+    Files of components that the folder no longer has are deleted, and so is the guidance embedder of other adapters.
+    The card and the training record that are pushed name `repo_id`; the folder stays as it is.
 
     Args:
         folder: saved by `save_student_pipeline` or `save_student_lora`.
@@ -141,6 +142,8 @@ def push_pipeline_to_hub(
         else:
             head = _commit(api, repo_id, [card], head, "Model card")
         components = {path.split("/")[0] for path in files if "/" in path}
+        if LORA_FILE in files:  # those of a flow student embed no guidance
+            components.add(GUIDANCE_EMBEDDER_FILE)
         gone = [path for path in there if path.split("/")[0] in components and path not in files]
         message = "Student" if tag is None else f"Student, {tag}"
         head = _commit(api, repo_id, [*additions, *map(CommitOperationDelete, gone)], head, message)

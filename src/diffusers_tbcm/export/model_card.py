@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..components import SCHEDULER_CONFIG
 from ..files import read_json
 from ..owned import OwnedFolder
-from ..pipeline_folder import CARD, MODEL_INDEX, SAMPLE_GRID, SCHEDULER, TRAINING_RECORD, TRANSFORMER, VARIANTS
+from ..pipeline_folder import CARD, SAMPLE_GRID, SCHEDULER, TRAINING_RECORD, TRANSFORMER, VARIANTS
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
+from ..scheduling_flow import FlowStudentScheduler, even_sigmas, is_flow_student
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import trig_to_flow_timestep
-from .record import Metrics, check_record, load_metrics
+from .record import Metrics, check_record, is_flow_adapter, load_metrics
 
 
 logger = logging.get_logger(__name__)
@@ -57,7 +58,10 @@ def render_model_card(
     metrics = load_metrics(folder)
     adapter = record.get("adapter")
     relation = "finetune" if adapter is None else "adapter"
-    flow = adapter is None and _is_flow(folder)
+    if adapter is None:
+        flow = is_flow_student(read_json(folder / SCHEDULER / SCHEDULER_CONFIG))
+    else:
+        flow = is_flow_adapter(record)
     card_data = ModelCardData(
         base_model=record["base_model"],
         base_model_relation=record["base_model"] and relation,
@@ -68,12 +72,13 @@ def render_model_card(
         **(record["license"] if license is None else {"license": license}),
         **({} if metrics is None else _eval_results(metrics, model_id)),
     )
-    scheduler = TBCMScheduler() if adapter or flow else TBCMScheduler.from_pretrained(folder / SCHEDULER)
+    scheduler_class = FlowStudentScheduler if flow else TBCMScheduler
+    scheduler = scheduler_class() if adapter else scheduler_class.from_pretrained(folder / SCHEDULER)
     call_options = scheduler.default_call_options if adapter is None else adapter.get("call_options", {})
-    angles = {}
+    timesteps = {}
     for steps in SHOWN_STEPS:
         scheduler.set_timesteps(steps)
-        angles[steps] = scheduler.timesteps[:-1]
+        timesteps[steps] = scheduler.timesteps[:steps]
     return ModelCard.from_template(
         card_data,
         template_path=str(_template_path()),
@@ -83,8 +88,11 @@ def render_model_card(
         adapter=adapter,
         flow=flow,
         call_options=_beyond_stock(call_options),
-        intermediate=_rounded(angles[2])[1],
-        sigmas={steps: _rounded(trig_to_flow_timestep(angle)) for steps, angle in angles.items()},
+        intermediate=_rounded(timesteps[2])[1],
+        sigmas={
+            steps: even_sigmas(steps) if flow else _rounded(trig_to_flow_timestep(angles))
+            for steps, angles in timesteps.items()
+        },
         samples=_samples_by_prompt(samples),
         sample_steps=sorted({sample["num_inference_steps"] for sample in samples}),
         sample_grid=SAMPLE_GRID if (folder / SAMPLE_GRID).is_file() else None,
@@ -92,11 +100,6 @@ def render_model_card(
         metrics=metrics,
         metric_names=dict.fromkeys(name for row in (metrics.measurements if metrics else ()) for name in row.metrics),
     )
-
-
-def _is_flow(folder: Path) -> bool:
-    """Whether a pipeline's student is drawn by its teacher's own class."""
-    return read_json(folder / MODEL_INDEX)["scheduler"][1] == FlowMatchEulerDiscreteScheduler.__name__
 
 
 def _image_free_tags(record: Mapping[str, Any], flow: bool) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ RECORD_ENTRIES: dict[str, Any] = {  # of a training record, and their kinds
     "model_id": str, "teacher": str, "base_model": str | None, "license": dict, "resolution": int, "prompt": str,
     "training": dict, "image_free": bool, "samples": list, "adapter": dict | None,
 }  # fmt: skip
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # a flow student is known by what draws with it
 SAMPLE_ENTRIES = {"prompt": str, "num_inference_steps": int, "file": str}
 RECORDED_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers")
 
@@ -182,6 +183,19 @@ def check_record(record: Mapping[str, Any]) -> None:
             f"its {TRAINING_RECORD} is not the one that training writes: {wrong[0] if wrong else 'samples'} is missing"
             " or of another kind"
         )
+
+
+def is_flow_adapter(record: Mapping[str, Any]) -> bool:
+    """Say whether the adapters of a folder make a flow student of their teacher, and not a consistency student.
+
+    Args:
+        record: what `training.json` holds.
+
+    Returns:
+        Whether its `adapter` names the flow scheduler.
+    """
+    adapter = record.get("adapter")
+    return isinstance(adapter, dict) and adapter.get("scheduler") == FLOW_SCHEDULER
 
 
 def training_config(flags: Mapping[str, Any], script: str | PathLike[str]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from ..pipeline_folder import (
 )
 from ..redaction import redact, redact_values
 from ..standalone import standalone_pipeline_source
-from .record import check_record
+from .record import check_record, is_flow_adapter
 
 
 RECORDS = (TRAINING_RECORD, TRAINING_CONFIG, METRICS)
@@ -83,7 +83,7 @@ def select_files(folder: Path, *, include_training_state: bool = False, secrets:
         if include_training_state:
             chosen += [file for checkpoint in list_checkpoints(folder) for file in _state_files(checkpoint)]
         files = {path.relative_to(folder).as_posix(): publishable(path, secrets) for path in chosen}
-        if MODEL_INDEX in files:  # not the folder's, which anybody may have changed
+        if _is_tbcm(folder):  # not the folder's, which anybody may have changed
             files[CUSTOM_PIPELINE_FILE_NAME] = standalone_pipeline_source().encode()
         left_out = sorted(_left_out(folder, files))
     except OSError as error:
@@ -91,6 +91,15 @@ def select_files(folder: Path, *, include_training_state: bool = False, secrets:
     except ValueError as error:
         raise ValueError(f"folder {str(given)!r} cannot be published: {error}") from error
     return Selection(files, left_out)
+
+
+def _is_tbcm(folder: Path) -> bool:
+    """Whether `SanaTBCMPipeline` draws with what a folder holds; a flow student has its teacher's own class."""
+    if not (folder / MODEL_INDEX).is_file():
+        return False
+    return (
+        read_object(folder / MODEL_INDEX).get("_class_name") == find_backbone(folder).STUDENT_PIPELINE_CLASS.__name__
+    )
 
 
 def publishable(path: Path, secrets: Collection[str] = ()) -> Path | bytes:
@@ -148,7 +157,9 @@ def _chosen_files(folder: Path) -> list[Path]:
     if (folder / MODEL_INDEX).is_file():
         files = _pipeline_files(folder)
     elif (folder / LORA_FILE).is_file():
-        files = [folder / LORA_FILE, folder / GUIDANCE_EMBEDDER_FILE]
+        record = folder / TRAINING_RECORD
+        flow = _is_own(record) and is_flow_adapter(read_object(record))  # which embeds no guidance
+        files = [folder / LORA_FILE, *([] if flow else [folder / GUIDANCE_EMBEDDER_FILE])]
         for path in files:
             check_weights(path)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from torch import nn
 from ..dual import checkpoint_dual
 from ..export.folders import save_student_lora, save_student_pipeline
 from ..export.record import StudentDescription
-from ..lora import make_lora_student, merge_lora
+from ..lora import make_lora_student
 from ..loss import LogvarHead, StudentWithLogvar
-from ..pipeline_folder import LORA
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
@@ -94,15 +92,10 @@ class ConsistencyDistillation(Distillation):
         return TrigFlowTransformer(transformer, timestep_scale)
 
     def _make_student(self) -> Any:
-        settings, teacher = self.settings, self.teacher.transformer
-        if settings.rank is None:
-            student = self.backbone.make_student(teacher)
+        if self.settings.rank is None:
+            student = self.backbone.make_student(self.teacher.transformer)
         else:
-            targets = {} if settings.lora_target_modules is None else {"target_modules": settings.lora_target_modules}
-            try:
-                student = make_lora_student(teacher, rank=settings.rank, alpha=settings.lora_alpha, **targets)
-            except ValueError as error:
-                raise ValueError(f"`lora_target_modules`: {error}") from error
+            student = self._adapted(make_lora_student)
         student.register_to_config(timestep_scale=self.teacher.timestep_scale)
         return student
 
@@ -118,31 +111,26 @@ class ConsistencyDistillation(Distillation):
     def _pipeline(self, vae: Any, transformer: Any) -> SanaTBCMPipeline:
         return SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
 
-    def _save(self, transformer: Any, description: StudentDescription) -> Path:
-        settings, output_dir = self.settings, self.run.output_dir
-        teacher = settings.pretrained_model_name_or_path
-        folder = output_dir
-        if settings.rank is not None:
-            folder = save_student_lora(
-                transformer,
-                teacher,
-                output_dir / LORA,
-                replace(description, model_id=f"{output_dir.name}/{LORA}"),
-                scheduler=self.scheduler,
-                teacher_variant=settings.variant,
-            )
-            if not settings.dry_run:
-                print(f"Adapters for load_lora_weights of a pipeline of the teacher: {folder}")
-        if settings.rank is None or settings.merge_lora:
-            folder = save_student_pipeline(
-                transformer if settings.rank is None else merge_lora(transformer),
-                teacher,
-                output_dir,
-                description,
-                scheduler=self.scheduler,
-                variants=settings.export_variants,
-                teacher_variant=settings.variant,
-            )
-            if not settings.dry_run:
-                print(f'Done. Draw with it:\n  SanaTBCMPipeline.from_pretrained("{output_dir}")("a prompt").images[0]')
-        return folder
+    def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
+        settings = self.settings
+        save_student_lora(
+            student,
+            settings.pretrained_model_name_or_path,
+            folder,
+            description,
+            scheduler=self.scheduler,
+            teacher_variant=settings.variant,
+        )
+
+    def _save_pipeline(self, student: Any, folder: Path, description: StudentDescription) -> str:
+        settings = self.settings
+        save_student_pipeline(
+            student,
+            settings.pretrained_model_name_or_path,
+            folder,
+            description,
+            scheduler=self.scheduler,
+            variants=settings.export_variants,
+            teacher_variant=settings.variant,
+        )
+        return f'SanaTBCMPipeline.from_pretrained("{folder}")("a prompt").images[0]'

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..data.pictures import CaptionedImages
 from ..digests import digest_texts
 from ..draws import draw_generator, draw_noise
 from ..errors import Failure, in_a_line
-from ..evaluation.drawing import draw_pictures, numbered_generators
+from ..evaluation.drawing import call_options, draw_pictures, numbered_generators
 from ..evaluation.grid import image_grid
 from ..export.folders import check_target
 from ..export.record import Sample, StudentDescription
@@ -124,13 +125,13 @@ class Distillation(ABC):
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
         """What draws with a student."""
 
-    def _call_options(self, num_inference_steps: int) -> dict[str, Any]:
-        """What the pipeline has to be told to draw with a student in so many steps."""
-        return {"height": self.settings.resolution, "width": self.settings.resolution}
+    @abstractmethod
+    def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
+        """Save a student's adapters."""
 
     @abstractmethod
-    def _save(self, transformer: Any, description: StudentDescription) -> Path:
-        """Save the adapters, the pipeline or both; the folder to publish."""
+    def _save_pipeline(self, student: Any, folder: Path, description: StudentDescription) -> str:
+        """Save a student inside a pipeline; the line of Python that draws with it."""
 
     @property
     def resolution(self) -> int:
@@ -261,6 +262,25 @@ class Distillation(ABC):
         )
         run.push(self._save(transformer, description))
 
+    def _save(self, transformer: Any, description: StudentDescription) -> Path:
+        """Save the adapters, the pipeline or both; the folder to publish."""
+        folder = self.run.output_dir
+        if self.settings.rank is not None:
+            adapters = folder / LORA
+            self._save_lora(transformer, adapters, replace(description, model_id=f"{folder.name}/{LORA}"))
+            self._tell(f"Adapters for load_lora_weights of a pipeline of the teacher: {adapters}")
+            if not self.settings.merge_lora:
+                return adapters
+            transformer = merge_lora(transformer)
+        call = self._save_pipeline(transformer, folder, description)
+        self._tell(f"Done. Draw with it:\n  {call}")
+        return folder
+
+    def _tell(self, message: str) -> None:
+        """Print what there is to use now; nothing stays of a dry run."""
+        if not self.settings.dry_run:
+            print(message)
+
     @torch.no_grad()
     def _gives_numbers(self, transformer: Any) -> bool:
         """Whether the student turns noise into numbers: weights may be finite, and too large for it."""
@@ -296,6 +316,15 @@ class Distillation(ABC):
             for transformer in transformers:
                 for block in self.backbone.blocks(transformer):
                     block.compile()
+
+    def _adapted(self, adapt: Callable[..., Any]) -> Any:
+        """What `adapt`, of `lora`, makes of the teacher with the run's settings."""
+        settings, teacher = self.settings, self.teacher.transformer
+        targets = {} if settings.lora_target_modules is None else {"target_modules": settings.lora_target_modules}
+        try:
+            return adapt(teacher, rank=settings.rank, alpha=settings.lora_alpha, **targets)
+        except ValueError as error:
+            raise ValueError(f"`lora_target_modules`: {error}") from error
 
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy of the student in its teacher's dtype."""
@@ -343,7 +372,7 @@ class Distillation(ABC):
                     self.encode(prompts),
                     numbered_generators(run.settings.seed),
                     num_inference_steps=steps,
-                    **self._call_options(steps),
+                    **call_options(pipeline),
                 )
             )
             for steps in VALIDATION_STEPS

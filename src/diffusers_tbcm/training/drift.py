@@ -13,9 +13,10 @@ from ..draws import draw_generator, draw_noise, prompt_at
 from ..flow import shift_sigmas
 from ..guidance import guidance_branches, guided_output
 from ..rollout import Velocity, record_rollout
+from ..scheduling_flow import even_sigmas
 from ..text import Text
 from .accelerators import ending_together
-from .flow_distillation import FlowDistillation, even_sigmas
+from .flow_distillation import FlowDistillation
 from .run import Run
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from ..export.folders import save_flow_student
+from ..evaluation.generate import PROGRAM
+from ..export.folders import save_flow_lora, save_flow_student
 from ..export.record import StudentDescription
 from ..flow import FlowTransformer
+from ..lora import adapt, copy_trained
 from ..pipeline_folder import flow_shift
+from ..scheduling_flow import FlowStudentScheduler
 from .distillation import Distillation
 from .run import Run
 from .settings import DistillationSettings
@@ -23,7 +25,8 @@ from .settings import DistillationSettings
 class FlowDistillation(Distillation):
     """A teacher seen as the velocity v, and networks that start as its copies; as `Distillation`.
 
-    The student's transformer is the teacher's class without more weights, in the teacher's own time.
+    The student's transformer is the teacher's class without more weights, in the teacher's own time. With LoRA student
+    and critic are adapters on the teacher's very weights: what a network is, is which adapters it calls.
 
     Attributes:
         teacher: the frozen network v.
@@ -48,10 +51,11 @@ class FlowDistillation(Distillation):
     ) -> None:
         super().__init__(run, settings, prompts, method=method, image_free=image_free)
         self.shift = flow_shift(self.folder) if shift is None else shift
-        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
+        size = {"height": self.resolution, "width": self.resolution}
+        self.scheduler = FlowStudentScheduler(self.shift, {**self._reading, **size})
 
     def add_networks(self, *, every: int, critic_learning_rate: float) -> tuple[nn.Module, nn.Module]:
-        """Make student and critic, both copies of the teacher, and add them to the run; the memory plan is printed.
+        """Make student and critic, both equal to the teacher, and add them to the run; the memory plan is printed.
 
         Args:
             every: the student is updated in every so many steps of the run, the critic in every one.
@@ -61,8 +65,9 @@ class FlowDistillation(Distillation):
             The prepared student and critic, giving v.
         """
         settings, run = self.settings, self.run
-        student, critic = self._make_network(), self._make_network()
-        self.teacher.to(run.weight_dtype)  # both have copied it by now
+        student = self._make_network()
+        critic = copy_trained(student)  # adapters start alike too: what is merged of them are their factors
+        self.teacher.to(run.weight_dtype)  # both have copied it by now, or share it
         # A prompt's rows in the student's pass: a point on the rollout and one off it
         self._print_memory_plan({"student": student, "critic": critic}, rows_per_prompt=2)
         self._compile(self.teacher.transformer, student.transformer, critic.transformer)
@@ -94,7 +99,10 @@ class FlowDistillation(Distillation):
         return teacher
 
     def _make_student(self) -> Any:
-        student = copy.deepcopy(self.teacher.transformer).float().requires_grad_(True)
+        if self.settings.rank is None:
+            student = copy.deepcopy(self.teacher.transformer).float().requires_grad_(True)
+        else:
+            student = self._adapted(adapt)
         self.backbone.name_timestep_scale(student, self.teacher.timestep_scale)
         return student
 
@@ -109,36 +117,26 @@ class FlowDistillation(Distillation):
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
         return self.backbone.PIPELINE_CLASS(None, None, vae, transformer, self.scheduler)
 
-    def _call_options(self, num_inference_steps: int) -> dict[str, Any]:
-        size = {"height": self.resolution, "width": self.resolution, "use_resolution_binning": False}
-        return {"sigmas": even_sigmas(num_inference_steps), "guidance_scale": 1.0, **size}
-
-    def _save(self, transformer: Any, description: StudentDescription) -> Path:
+    def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
         settings = self.settings
-        folder = save_flow_student(
-            transformer,
+        save_flow_lora(
+            student,
             settings.pretrained_model_name_or_path,
-            self.run.output_dir,
+            folder,
+            description,
+            scheduler=self.scheduler,
+            teacher_variant=settings.variant,
+        )
+
+    def _save_pipeline(self, student: Any, folder: Path, description: StudentDescription) -> str:
+        settings = self.settings
+        save_flow_student(
+            student,
+            settings.pretrained_model_name_or_path,
+            folder,
             description,
             scheduler=self.scheduler,
             variants=settings.export_variants,
             teacher_variant=settings.variant,
         )
-        if not settings.dry_run:
-            print(
-                f'Done. Draw with it:\n  DiffusionPipeline.from_pretrained("{folder}")("a prompt", guidance_scale=1.0,'
-                f" sigmas={even_sigmas(4)}).images[0]"
-            )
-        return folder
-
-
-def even_sigmas(num_inference_steps: int) -> list[float]:
-    """Give the times of a flow student's steps as a stock pipeline takes them, before the scheduler's shift.
-
-    Args:
-        num_inference_steps: N.
-
-    Returns:
-        1, 1 - 1/N, ..., 1/N.
-    """
-    return [1 - step / num_inference_steps for step in range(num_inference_steps)]
+        return f'{PROGRAM} generate --model "{folder}" --steps 4 --prompt "a prompt" --out picture.png'
