@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import cdm_memory
 from benchmarks.memory_meter import ACTIVATIONS, GRADIENTS, STATES, TEMPORARIES, WEIGHTS, MemoryMeter
-from benchmarks.memory_step import SETTINGS, EightBitStates, make_states, run
+from benchmarks.memory_step import SETTINGS, EightBitStates, Setting, make_states, run
 
 
 CPU = torch.device("cpu")
@@ -68,3 +69,17 @@ def test_a_step_without_data_counts_as_the_real_one(setting):
     for stage in real:
         assert sum(fake[stage].values()) == pytest.approx(sum(real[stage].values()), rel=1e-3), stage
         assert fake[stage] == pytest.approx(real[stage], rel=1e-2, abs=MIB), stage
+
+
+@pytest.mark.parametrize("training", ["full", "LoRA"])
+def test_a_step_of_cdm_without_data_counts_as_the_real_one(training):
+    size, setting = Namespace(resolution=64, prompts=2, rank=4, layers=1), Setting(training, True, "AdamW")
+    real, fake = (cdm_memory.run("0.6b", setting, size, fake=fake)["stages"] for fake in (False, True))
+    assert {"rollout", "critic", "student"} < fake.keys() == real.keys()
+    for stage in real:
+        assert fake[stage] == pytest.approx(real[stage], rel=1e-2, abs=MIB), stage
+    networks = cdm_memory.build("0.6b", setting, size, CPU)
+    weights = {parameter for module in networks.modules for parameter in module.parameters()}
+    held = sum(weight.nbytes for weight in weights) / sum(weight.nbytes for weight in networks.teacher.parameters())
+    assert held == pytest.approx(5) if training == "full" else 1 < held < 1.2  # bf16 alone, and twice in float32
+    assert real["rollout"][WEIGHTS] == pytest.approx(sum(weight.nbytes for weight in weights), rel=1e-3)  # and buffers

@@ -20,7 +20,7 @@ from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scheduling_flow import even_sigmas
 from diffusers_tbcm.scripts import train_cdm, train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
 from diffusers_tbcm.scripts.train_cdm import main
-from diffusers_tbcm.training import drift
+from diffusers_tbcm.training import distillation, drift
 from diffusers_tbcm.training.run import Run
 
 
@@ -191,6 +191,17 @@ def test_a_rollout_knows_this_steps_weights(cdm_flags, monkeypatch):
     monkeypatch.setattr(train_cdm, "student_losses", check)
     main(cdm_flags())
     assert len(seen) == 4
+
+
+def test_the_memory_plan_counts_what_adapters_share_once(cdm_flags, monkeypatch):
+    plan, made = distillation.memory_plan, []
+    monkeypatch.setattr(
+        distillation, "memory_plan", lambda *args, **more: made.append(plan(*args, **more)) or made[-1]
+    )
+    main(cdm_flags(max_train_steps=2, rank=2))
+    (found,) = made
+    assert found["student"] == found["critic"] == found["gradients"] > 0
+    assert found["student"] < 0.5 * found["teacher"] and found["optimiser"] == 2 * 2 * found["student"]
 
 
 def test_the_memory_plan_counts_all_three_networks(cdm_flags, teacher, capsys):
