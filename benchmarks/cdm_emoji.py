@@ -12,6 +12,7 @@ and .png.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
-from diffusers_tbcm.evaluation.metrics import Estimate, bootstrap, frechet_distance
+from diffusers_tbcm.evaluation.metrics import Estimate, bootstrap, diversity, frechet_distance
 from diffusers_tbcm.files import read_json, write_json
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.pipeline_folder import LORA, MODEL_INDEX, list_checkpoints
@@ -65,9 +66,10 @@ FLAGS: Mapping[str, Any] = {
     "train_batch_size": 12,
     "max_rollout_steps": 8,
     "anchor_range": [0.02, 0.98],
-    "augmentation_scale": GUIDANCE_SCALE - 1,
-    "learning_rate": 5e-5,
-    "critic_learning_rate": 1e-4,
+    "augmentation_scale": 2.0,
+    "student_every": 6,
+    "learning_rate": 1.5e-4,
+    "critic_learning_rate": 5e-4,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 20,
     "use_ema": True,
@@ -77,7 +79,7 @@ FLAGS: Mapping[str, Any] = {
     "logging_steps": 20,
     "report_to": "none",
 }
-ADAPTERS = {"rank": 16, "learning_rate": 5e-4, "critic_learning_rate": 1e-3}
+ADAPTERS = {"rank": 16, "learning_rate": 1e-3, "critic_learning_rate": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ class Judge:
         self.task = task
         self.reference = FeatureReference.fit(drawn["features"], num_components=COMPONENTS)
         self.real = FeatureReference.load(EMBEDDED_TEACHER / REFERENCE_FILE)
+        self.diversity = self._diversity(drawn)
 
     def distance(self, drawn: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor] | None = None) -> Estimate:
         """The Frechet distance, or how much larger it is than that of others from the same noises; 95% intervals."""
@@ -256,6 +259,13 @@ class Judge:
 
         return bootstrap(statistic, self.task.rounds)
 
+    def _diversity(self, drawn: Mapping[str, torch.Tensor]) -> float:
+        """How much the pictures of a prompt differ, a mean over prompts; NaN where each has one picture."""
+        if self.task.round_size == 1:
+            return math.nan
+        rounds = drawn["features"].unflatten(0, (self.task.rounds, self.task.round_size))
+        return diversity(rounds.transpose(0, 1)).mean().item()
+
     def row(self, model: str, steps: int, drawn: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         distance = self.distance(drawn)
         return {
@@ -264,6 +274,7 @@ class Judge:
             "FD to the teacher": round(distance.value, 1),
             "interval": f"{distance.low:.1f} to {distance.high:.1f}",
             "top-5 retrieval": round(self.real.retrieval_at_k(drawn["features"], self.task.concepts), 3),
+            "diversity / teacher's": round(self._diversity(drawn) / self.diversity, 2),
             "brightness": round(drawn["brightness"].mean().item(), 3),
             "saturation": round(drawn["saturation"].mean().item(), 3),
         }

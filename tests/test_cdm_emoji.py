@@ -89,6 +89,10 @@ def test_a_student_is_judged_by_the_teachers_pictures(monkeypatch):
     assert paired.value == pytest.approx(-9.0, rel=1e-2) and paired.high < 0
     row = judge.row("student", 4, drawn_of(moved))
     assert row["FD to the teacher"] == round(away.value, 1) and row["brightness"] == 0.5
+    assert row["diversity / teacher's"] != 1  # by cosines of features
+    alike = features[:2].repeat(60, 1)
+    assert judge.row("student", 4, drawn_of(alike))["diversity / teacher's"] == 0
+    assert judge.row("student", 4, drawn_of(features))["diversity / teacher's"] == 1
 
 
 def test_the_variants_change_what_they_say():
