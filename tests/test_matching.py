@@ -110,8 +110,11 @@ def test_a_little_of_the_student_flows_into_the_critic():
     bias = critic.bias.requires_grad_(False).clone()  # frozen, as the base of adapters is
     merge_critic(critic, student)
     assert torch.equal(critic.bias, bias)
-    with pytest.raises(ValueError):
-        merge_critic(critic, torch.nn.Linear(2, 3, bias=False))
+    critic.own = torch.nn.Parameter(torch.ones(1))
+    merge_critic(critic, student, 1.0)
+    assert critic.own == 1 and torch.equal(critic.weight, student.weight)
+    with pytest.raises(AttributeError):
+        merge_critic(torch.nn.Linear(2, 3, bias=False), student)
 
 
 def test_two_dimensional_mixture_converges_and_its_controls_do_not():

@@ -20,9 +20,10 @@ frozen teacher, the student, and a critic that knows what the student draws. The
 The file needs nothing but installed packages: copy it and change what you like.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -76,6 +77,7 @@ class CDMSettings(PromptSettings):
     flow_shift: float | None = setting(None, "of all times; default: the teacher's")
     student_every: int = setting(2, "steps of the critic to one of the student")
     critic_learning_rate: float = setting(5e-6, "after the warm-up")
+    timed_critic: bool = setting(False, "tell the critic at what time of the rollout a prediction was made")
     critic_merge: float = setting(CRITIC_MERGE, "share of the student that flows into the critic at each of its steps")
     augmentation_scale: float = setting(7.0, "alpha of CA: the teacher's guidance scale less 1")
     ca_weight: float = setting(1.0, "of classifier-free guidance as a loss")
@@ -107,7 +109,8 @@ class CDMSettings(PromptSettings):
             "rollout": f"1 to {self.max_rollout_steps} steps, inner times from {low:g} to {high:g}"
             f"{', stratified' if self.stratified_anchors else ''}",
             "student": f"one step in {self.student_every} of the critic's",
-            "critic": f"lr {self.critic_learning_rate:g}, merge {self.critic_merge:g}",
+            "critic": f"{'timed, ' if self.timed_critic else ''}lr {self.critic_learning_rate:g},"
+            f" merge {self.critic_merge:g}",
             "loss": f"{self.ca_weight:g} CA (alpha {self.augmentation_scale:g}) + {self.dm_weight:g} DM"
             f" + {self.cdm_weight:g} CDM",
         }
@@ -160,7 +163,9 @@ def train(settings: CDMSettings, stop: StopRequest) -> Run:
         run, settings, prompts.prompts, method=METHOD, image_free=True, shift=settings.flow_shift
     )
     student, critic = distillation.add_networks(
-        every=settings.student_every, critic_learning_rate=settings.critic_learning_rate
+        every=settings.student_every,
+        critic_learning_rate=settings.critic_learning_rate,
+        timed_critic=settings.timed_critic,
     )
     drift = DriftWatch(
         run,
@@ -184,7 +189,7 @@ def train(settings: CDMSettings, stop: StopRequest) -> Run:
             # 4. The critic F learns the student's predictions b = x_i - s_i v_i: mean ||F(z, tau) - (e - b)||^2
             prediction = rows.pred_original_sample
             sample, tau, noise = noised(run, prediction, torch.ones_like(rows.timesteps), CRITIC)
-            velocity = critic(sample, tau, **rows.text.arguments())
+            velocity = critic(sample, tau, **rows.text.arguments(), **told_when(settings, rows.timesteps))
             run.backward(critic_loss(velocity, prediction, noise), critic)
         run.update(critic, then=merge)  # F <- 0.999 F + 0.001 student
 
@@ -229,7 +234,8 @@ def student_losses(
     with torch.no_grad():
         judge = partial(predictions, text=text)
         real_ca, real_dm, real_cdm = judge(distillation.teacher, [ca, dm, cdm], [ca_tau, dm_tau, cdm_tau])
-        fake_dm, fake_cdm = judge(critic, [dm, cdm], [dm_tau, cdm_tau])
+        told = told_when(settings, torch.stack([rows.timesteps, elsewhere], dim=1).flatten())
+        fake_dm, fake_cdm = judge(critic, [dm, cdm], [dm_tau, cdm_tau], told=told)
         (unconditional,) = predictions(
             distillation.teacher, [ca], [ca_tau], text=distillation.negative_text.expand(count)
         )
@@ -247,12 +253,22 @@ def off_rollout(run: Run, rows: TrainingRows) -> tuple[torch.Tensor, torch.Tenso
     return flow_step(rows.latents, rows.velocity, rows.timesteps, elsewhere), elsewhere
 
 
+def told_when(settings: CDMSettings, drawn_at: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a timed critic is told beside the prompt: when predictions were made."""
+    return {"drawn_at": drawn_at} if settings.timed_critic else {}
+
+
 def predictions(
-    network: Callable[..., torch.Tensor], samples: list[torch.Tensor], taus: list[torch.Tensor], *, text: Text
+    network: Callable[..., torch.Tensor],
+    samples: list[torch.Tensor],
+    taus: list[torch.Tensor],
+    *,
+    text: Text,
+    told: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> tuple[torch.Tensor, ...]:
     """D(z, tau) of several noised predictions of each prompt, in one pass."""
     sample, tau = torch.stack(samples, dim=1).flatten(0, 1), torch.stack(taus, dim=1).flatten()
-    clean = flow_prediction(sample, network(sample, tau, **text.arguments()), tau)
+    clean = flow_prediction(sample, network(sample, tau, **text.arguments(), **told), tau)
     return clean.unflatten(0, (len(text), len(samples))).unbind(1)
 
 

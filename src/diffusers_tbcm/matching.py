@@ -110,13 +110,14 @@ def distribution_loss(prediction: torch.Tensor, real: torch.Tensor, fake: torch.
 def merge_critic(critic: nn.Module, student: nn.Module, share: float = CRITIC_MERGE) -> None:
     """Let a little of the student flow into the critic, in place: F <- (1 - share) F + share student.
 
-    What is frozen, as the base of LoRA adapters is, stays.
+    What is frozen, as the base of LoRA adapters is, stays, and so does what the critic alone has.
 
     Args:
-        critic: it.
-        student: a module of the same parameters.
+        critic: a module that has the student's parameters by name.
+        student: the module.
         share: of the student.
     """
-    for fake, parameter in zip(critic.parameters(), student.parameters(), strict=True):
+    for name, parameter in student.named_parameters():
+        fake = critic.get_parameter(name)
         if fake.requires_grad:
             fake.lerp_(parameter.to(fake.dtype), share)

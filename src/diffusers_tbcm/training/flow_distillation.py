@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..critic import TimedCritic
 from ..evaluation.generate import PROGRAM
 from ..export.folders import save_flow_lora, save_flow_student
 from ..export.record import StudentDescription
@@ -54,12 +55,15 @@ class FlowDistillation(Distillation):
         size = {"height": self.resolution, "width": self.resolution}
         self.scheduler = FlowStudentScheduler(self.shift, {**self._reading, **size})
 
-    def add_networks(self, *, every: int, critic_learning_rate: float) -> tuple[nn.Module, nn.Module]:
+    def add_networks(
+        self, *, every: int, critic_learning_rate: float, timed_critic: bool = False
+    ) -> tuple[nn.Module, nn.Module]:
         """Make student and critic, both equal to the teacher, and add them to the run; the memory plan is printed.
 
         Args:
             every: the student is updated in every so many steps of the run, the critic in every one.
             critic_learning_rate: after the warm-up, which is the student's.
+            timed_critic: make the critic a `TimedCritic`.
 
         Returns:
             The prepared student and critic, giving v.
@@ -67,6 +71,8 @@ class FlowDistillation(Distillation):
         settings, run = self.settings, self.run
         student = self._make_network()
         critic = copy_trained(student)  # adapters start alike too: what is merged of them are their factors
+        if timed_critic:
+            critic = TimedCritic(critic, self.negative_text.embeds.shape[-1]).to(run.device)
         self.teacher.to(run.weight_dtype)  # both have copied it by now, or share it
         # A prompt's rows in the student's pass: a point on the rollout and one off it
         self._print_memory_plan({"student": student, "critic": critic}, rows_per_prompt=2)
