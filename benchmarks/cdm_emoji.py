@@ -91,9 +91,14 @@ class Setting:
 
 
 CDM = Setting()
+WHOLE = {
+    "CDM": CDM,
+    "CDM, timed critic": Setting({"timed_critic": True}),
+    "CDM, timed critic, LoRA of rank 16": Setting({"timed_critic": True, **ADAPTERS}),
+}
 TABLES = {
-    "few": {"CDM": CDM, "CDM, LoRA of rank 16": Setting(ADAPTERS)},
-    "many": {"CDM": CDM, "CDM, LoRA of rank 16": Setting(ADAPTERS)},
+    "few": WHOLE,
+    "many": WHOLE,
     "ablations": {
         "CDM": CDM,
         "without CA": Setting({"ca_weight": 0}),
@@ -101,6 +106,8 @@ TABLES = {
         "without CDM": Setting({"cdm_weight": 0}),
         "fixed schedule": Setting(variant="fixed_schedule"),
         "on the trajectory": Setting(variant="on_trajectory"),
+        "CDM, timed critic": Setting({"timed_critic": True}),
+        "student every second step": Setting({"student_every": 2}),
     },
 }
 

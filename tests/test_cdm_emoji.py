@@ -113,7 +113,14 @@ def test_a_table_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(
         cdm_emoji,
         "FLAGS",
-        {**FLAGS, "train_batch_size": 2, "max_rollout_steps": 2, "drift_steps": 0, "lr_warmup_steps": 0},
+        {
+            **FLAGS,
+            "train_batch_size": 2,
+            "max_rollout_steps": 2,
+            "student_every": 1,
+            "drift_steps": 0,
+            "lr_warmup_steps": 0,
+        },
     )
     monkeypatch.setattr(
         cdm_emoji,

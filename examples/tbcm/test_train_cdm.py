@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm.backbones import sana
+from diffusers_tbcm.critic import TimedCritic
 from diffusers_tbcm.draws import draw_generator, draw_noise
 from diffusers_tbcm.evaluation.drawing import call_options, draw_pictures, load_pipeline, numbered_generators
 from diffusers_tbcm.flow import flow_prediction, shift_sigmas
@@ -89,6 +90,36 @@ def test_kill_9_and_resume_give_the_uninterrupted_run_bit_for_bit(cdm_flags, tmp
     ]
 
 
+@pytest.mark.parametrize("changes", [{}, {"rank": 2, "merge_lora": True}], ids=["all weights", "LoRA"])
+def test_a_timed_critic_is_told_learns_and_stays_behind(cdm_flags, tmp_path, monkeypatch, changes):
+    told, forward = [], TimedCritic.forward
+
+    def listen(self, sample, timestep, *, drawn_at, **text):
+        told.append(drawn_at)
+        return forward(self, sample, timestep, drawn_at=drawn_at, **text)
+
+    monkeypatch.setattr(TimedCritic, "forward", listen)
+    recorded, record = [], train_cdm.record_rollout
+
+    def keep(*args, **options):
+        recorded.append(record(*args, **options))
+        return recorded[-1]
+
+    monkeypatch.setattr(train_cdm, "record_rollout", keep)
+    main(cdm_flags(timed_critic=True, use_ema=True, **changes))
+    own, student, anchors = *told[1:3], recorded[1].timesteps[:, 0]
+    assert torch.equal(own, anchors)  # step 2: the critic's own update
+    assert torch.equal(student[::2], anchors) and not torch.equal(student[1::2], anchors)  # DM's and CDM's predictions
+    checkpoint = load_file(tmp_path / "run" / "checkpoint-4" / "model_1.safetensors")
+    assert checkpoint["drawn_at_embedder.linear_2.weight"].abs().max() > 0
+    assert not [name for name in student_weights(tmp_path / "run") if "drawn_at" in name]
+    assert "timed" in (tmp_path / "run" / "README.md").read_text()
+    broken = {"output_dir": tmp_path / "broken", "timed_critic": True, "use_ema": True, **changes}
+    main(cdm_flags(max_train_steps=3, **broken))
+    main(cdm_flags(resume_from_checkpoint="latest", **broken))
+    assert_same_models(*(tmp_path / name / "checkpoint-4" for name in ("broken", "run")))
+
+
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tmp_path):
     rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "max_train_steps": 2}
     whole = {"train_batch_size": 4, **rates}
@@ -102,6 +133,7 @@ def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tm
 def test_fsdp2_gives_the_weights_of_one_process_and_resumes_bit_for_bit(cdm_flags, tmp_path):
     one, run = tmp_path / "one", tmp_path / "sharded"
     rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "use_ema": True, "ema_decay": 0.5}
+    rates["timed_critic"] = True
     main(cdm_flags(output_dir=one, train_batch_size=4, **rates))
     arguments = cdm_flags(output_dir=run, **rates)
     launch_sharded(arguments, script=SCRIPTS / "train_cdm.py")
