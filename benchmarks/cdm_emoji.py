@@ -337,8 +337,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         **machine(default_device()),
     }
     flags = {name: {**FLAGS, **TABLES[args.table][name].flags} for name in names}
-    write_results(f"cdm_emoji_{args.table}", pandas.DataFrame(rows), details, args.output_dir, flags=flags)
-    columns = {f"{model}, {steps}": drawn[model, steps] for model, steps in drawn}
+    table = pandas.DataFrame(rows).dropna(axis="columns", how="all")
+    write_results(f"cdm_emoji_{args.table}", table, details, args.output_dir, flags=flags)
+    columns = {f"{model.removeprefix('CDM, ')}, {steps}": drawn[model, steps] for model, steps in drawn}
     grid(columns, task.prompts).save(args.output_dir / f"cdm_emoji_{args.table}.png")
 
 
