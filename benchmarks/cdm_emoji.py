@@ -26,9 +26,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
-from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.evaluation.metrics import Estimate, bootstrap, diversity, frechet_distance
@@ -41,6 +39,8 @@ from examples.tbcm.mini_teacher.emoji_metrics import (
     GUIDANCE_SCALE,
     MAX_SEQUENCE_LENGTH,
     REFERENCE_FILE,
+    SEED,
+    draw,
     load_evaluation,
 )
 
@@ -55,8 +55,9 @@ NOISES = 20  # pictures of each of the few prompts
 COMPONENTS = 48  # of the features: the covariance of some hundred pictures has full rank
 STEPS = (1, 2, 4)
 TEACHER_STEPS = 20
-REFERENCE_SEED, SEED = 4321, 1234
-GRID_ROWS = 12
+REFERENCE_SEED = 4321  # of the teacher's pictures that all are compared with
+GRID_ROWS = 8
+COLOURS = 128  # of the sheet of pictures
 UNTRAINED, TEACHER = "untrained", "teacher"
 FLAGS_FILE = "cdm_emoji_flags.json"
 
@@ -196,28 +197,6 @@ def load(folder: Path | None) -> SanaPipeline:
     return pipeline.to(default_device())
 
 
-def draw(
-    pipeline: SanaPipeline, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int
-) -> list[Image.Image]:
-    """A picture of every prompt, by the stock call that a student's card shows."""
-    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    pictures = draw_pictures(
-        pipeline,
-        prompts,
-        numbered_generators(seed),
-        num_inference_steps=steps,
-        batch_size=48,
-        sigmas=even_sigmas(steps),
-        guidance_scale=guidance_scale,
-        height=size,
-        width=size,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        complex_human_instruction=None,
-        use_resolution_binning=False,
-    )
-    return list(tqdm(pictures, total=len(prompts), desc=f"{steps} steps", unit="picture"))
-
-
 @cache
 def extractor() -> MobileNetFeatures:
     return MobileNetFeatures().to(default_device())
@@ -230,7 +209,10 @@ def measured(
     file = kept / f"{steps}_steps_guidance_{guidance_scale:g}_seed_{seed}.safetensors"
     if not file.exists():
         kept.mkdir(parents=True, exist_ok=True)
-        pictures = draw(load(folder), task.prompts, steps, guidance_scale, seed)
+        # The stock call that a student's card shows
+        pictures = draw(
+            load(folder), task.prompts, steps, guidance_scale=guidance_scale, seed=seed, sigmas=even_sigmas(steps)
+        )
         pixels = pictures_to_tensor(pictures)
         tensors = {
             "features": extractor().extract(pictures),
@@ -340,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = pandas.DataFrame(rows).dropna(axis="columns", how="all")
     write_results(f"cdm_emoji_{args.table}", table, details, args.output_dir, flags=flags)
     columns = {f"{model.removeprefix('CDM, ')}, {steps}": drawn[model, steps] for model, steps in drawn}
-    grid(columns, task.prompts).save(args.output_dir / f"cdm_emoji_{args.table}.png")
+    sheet = grid(columns, task.prompts).quantize(COLOURS)  # a third of the size
+    sheet.save(args.output_dir / f"cdm_emoji_{args.table}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -48,14 +49,16 @@ def draw(
     steps: int,
     batch_size: int = 50,
     guidance_scale: float = GUIDANCE_SCALE,
+    seed: int = SEED,
+    **options: Any,
 ) -> list[Image.Image]:
-    """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
+    """One picture a prompt, from noise of the seed and the prompt's place only: the same for teacher and student."""
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
     pictures = draw_pictures(
         pipeline,
         prompts,
-        numbered_generators(SEED),
+        numbered_generators(seed),
         num_inference_steps=steps,
         batch_size=batch_size,
         guidance_scale=1.0 if has_learned_guidance(pipeline) else guidance_scale,
@@ -64,6 +67,7 @@ def draw(
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         complex_human_instruction=None,
         use_resolution_binning=False,
+        **options,
     )
     return list(tqdm(pictures, total=len(prompts), desc=f"{type(pipeline).__name__}, {steps} steps", unit="picture"))
 
