@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate import Accelerator
 from diffusers.utils import logging
 
 from ..command_line import ending_in_words, outliving_streams, show_information
@@ -24,6 +26,7 @@ from .settings import RunSettings, flags_of
 
 logger = logging.get_logger(__name__)
 S = TypeVar("S", bound=RunSettings)
+GROUP_SECONDS = 0.2  # in which the threads of a process group come to letting go
 
 
 def launch(train: Callable[[S, StopRequest], Run], settings: S) -> None:
@@ -41,15 +44,28 @@ def launch(train: Callable[[S, StopRequest], Run], settings: S) -> None:
     with outliving_streams():
         with ending_in_words(flags_of(type(settings)), debug=settings.debug), StopRequest() as stop:
             run = dry_run(train, settings, stop) if settings.dry_run else train(settings, stop)
-        try:
-            run.accelerator.end_training()
-        except OSError as error:  # of a tracker that has more to write
-            logger.warning(f"The trackers could not be closed: {error}")
-        if run.stopped:
+        accelerator, stopped, pushed = run.accelerator, run.stopped, run.pushed
+        del run
+        _close(accelerator)
+        if stopped:
             print(f"Stopped on request; --resume_from_checkpoint latest goes on. Exit code {RESUMABLE_EXIT_CODE}.")
             sys.exit(RESUMABLE_EXIT_CODE)
-        if not run.pushed:
+        if not pushed:
             sys.exit(1)  # a warning has said what to do
+
+
+def _close(accelerator: Accelerator) -> None:
+    """Close trackers and process group: where its threads let go of tensors while the interpreter ends, it aborts.
+
+    The group's end waits for its threads, if no model holds it; of FSDP2's group, caches of DTensor do.
+    """
+    accelerator.free_memory()
+    try:
+        accelerator.end_training()
+    except OSError as error:  # of a tracker that has more to write
+        logger.warning(f"The trackers could not be closed: {error}")
+    if accelerator.is_fsdp2:
+        time.sleep(GROUP_SECONDS)
 
 
 def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopRequest) -> Run:
