@@ -12,7 +12,6 @@ from torch import nn
 
 from ..dual import checkpoint_dual
 from ..export.folders import save_student_lora, save_student_pipeline
-from ..export.record import StudentDescription
 from ..lora import make_lora_student
 from ..loss import LogvarHead, StudentWithLogvar
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
@@ -32,6 +31,8 @@ class ConsistencyDistillation(Distillation):
     """
 
     BESIDE_LORA = ", guidance embedder"
+    SAVE_PIPELINE = staticmethod(save_student_pipeline)
+    SAVE_LORA = staticmethod(save_student_lora)
     settings: RowSettings
     teacher: TrigFlowTransformer
 
@@ -111,26 +112,5 @@ class ConsistencyDistillation(Distillation):
     def _pipeline(self, vae: Any, transformer: Any) -> SanaTBCMPipeline:
         return SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
 
-    def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
-        settings = self.settings
-        save_student_lora(
-            student,
-            settings.pretrained_model_name_or_path,
-            folder,
-            description,
-            scheduler=self.scheduler,
-            teacher_variant=settings.variant,
-        )
-
-    def _save_pipeline(self, student: Any, folder: Path, description: StudentDescription) -> str:
-        settings = self.settings
-        save_student_pipeline(
-            student,
-            settings.pretrained_model_name_or_path,
-            folder,
-            description,
-            scheduler=self.scheduler,
-            variants=settings.export_variants,
-            teacher_variant=settings.variant,
-        )
+    def _how_to_draw(self, folder: Path) -> str:
         return f'SanaTBCMPipeline.from_pretrained("{folder}")("a prompt").images[0]'

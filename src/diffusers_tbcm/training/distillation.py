@@ -108,6 +108,9 @@ class Distillation(ABC):
         self.teacher = self._see_teacher(transformer, timestep_scale)
 
     BESIDE_LORA = ""  # what trains with the adapters, for the card
+    SAVE_PIPELINE: Callable[..., Path]  # of `export.folders`
+    SAVE_LORA: Callable[..., Path]
+    scheduler: Any  # what a student is drawn with
 
     @abstractmethod
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
@@ -126,12 +129,8 @@ class Distillation(ABC):
         """What draws with a student."""
 
     @abstractmethod
-    def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
-        """Save a student's adapters."""
-
-    @abstractmethod
-    def _save_pipeline(self, student: Any, folder: Path, description: StudentDescription) -> str:
-        """Save a student inside a pipeline; the line of Python that draws with it."""
+    def _how_to_draw(self, folder: Path) -> str:
+        """The line that draws with a student's folder."""
 
     @property
     def resolution(self) -> int:
@@ -264,16 +263,19 @@ class Distillation(ABC):
 
     def _save(self, transformer: Any, description: StudentDescription) -> Path:
         """Save the adapters, the pipeline or both; the folder to publish."""
-        folder = self.run.output_dir
-        if self.settings.rank is not None:
+        folder, settings = self.run.output_dir, self.settings
+        teacher = settings.pretrained_model_name_or_path
+        common = {"scheduler": self.scheduler, "teacher_variant": settings.variant}
+        if settings.rank is not None:
             adapters = folder / LORA
-            self._save_lora(transformer, adapters, replace(description, model_id=f"{folder.name}/{LORA}"))
+            named = replace(description, model_id=f"{folder.name}/{LORA}")
+            self.SAVE_LORA(transformer, teacher, adapters, named, **common)
             self._tell(f"Adapters for load_lora_weights of a pipeline of the teacher: {adapters}")
-            if not self.settings.merge_lora:
+            if not settings.merge_lora:
                 return adapters
             transformer = merge_lora(transformer)
-        call = self._save_pipeline(transformer, folder, description)
-        self._tell(f"Done. Draw with it:\n  {call}")
+        self.SAVE_PIPELINE(transformer, teacher, folder, description, variants=settings.export_variants, **common)
+        self._tell(f"Done. Draw with it:\n  {self._how_to_draw(folder)}")
         return folder
 
     def _tell(self, message: str) -> None:

@@ -13,7 +13,6 @@ from torch import nn
 from ..critic import TimedCritic
 from ..evaluation.generate import PROGRAM
 from ..export.folders import save_flow_lora, save_flow_student
-from ..export.record import StudentDescription
 from ..flow import FlowTransformer
 from ..lora import adapt, copy_trained
 from ..pipeline_folder import flow_shift
@@ -38,6 +37,8 @@ class FlowDistillation(Distillation):
         ValueError: for a teacher that embeds guidance, too.
     """
 
+    SAVE_PIPELINE = staticmethod(save_flow_student)
+    SAVE_LORA = staticmethod(save_flow_lora)
     teacher: FlowTransformer
 
     def __init__(
@@ -123,26 +124,5 @@ class FlowDistillation(Distillation):
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
         return self.backbone.PIPELINE_CLASS(None, None, vae, transformer, self.scheduler)
 
-    def _save_lora(self, student: Any, folder: Path, description: StudentDescription) -> None:
-        settings = self.settings
-        save_flow_lora(
-            student,
-            settings.pretrained_model_name_or_path,
-            folder,
-            description,
-            scheduler=self.scheduler,
-            teacher_variant=settings.variant,
-        )
-
-    def _save_pipeline(self, student: Any, folder: Path, description: StudentDescription) -> str:
-        settings = self.settings
-        save_flow_student(
-            student,
-            settings.pretrained_model_name_or_path,
-            folder,
-            description,
-            scheduler=self.scheduler,
-            variants=settings.export_variants,
-            teacher_variant=settings.variant,
-        )
+    def _how_to_draw(self, folder: Path) -> str:
         return f'{PROGRAM} generate --model "{folder}" --steps 4 --prompt "a prompt" --out picture.png'
