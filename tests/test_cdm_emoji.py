@@ -92,8 +92,8 @@ def test_a_student_is_judged_by_the_teachers_pictures(monkeypatch):
     row = describe(judge, "student", 4, drawn_of(moved))
     assert row["FD to the teacher"] == round(away.value, 1) and row["brightness"] == 0.5
     assert row["diversity / teacher's"] != 1  # by cosines of features
-    nearer, kernel = judge.kernel_distance(features), judge.kernel_distance(moved)
-    assert nearer.value < 0 < kernel.low  # unbiased, and the very same pictures
+    nearer, further = (judge.kernel_distance(each).value for each in (features, moved))
+    assert nearer < 0 < further  # unbiased, and the very same pictures
     alike = features[:2].repeat(60, 1)
     assert describe(judge, "student", 4, drawn_of(alike))["diversity / teacher's"] == 0
     assert describe(judge, "student", 4, drawn_of(features))["diversity / teacher's"] == 1
