@@ -90,6 +90,7 @@ CDM = Setting()
 WHOLE = {
     "CDM": CDM,
     "CDM, CA everywhere": Setting(EVERYWHERE),
+    "CDM, CA everywhere, timed critic": Setting({**EVERYWHERE, "timed_critic": True}),
     "CDM, CA everywhere, LoRA of rank 16": Setting({**EVERYWHERE, **ADAPTERS}),
 }
 TABLES = {
