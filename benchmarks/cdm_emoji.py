@@ -207,7 +207,8 @@ def describe(judge: Judge, model: str, steps: int, drawn: Mapping[str, torch.Ten
 def grid(columns: Mapping[str, Mapping[str, torch.Tensor]], prompts: Sequence[str]) -> Image.Image:
     """A picture of every shown prompt by every model."""
     pictures = [
-        [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in drawn["shown"]] for drawn in columns.values()
+        [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in drawn["shown"][:GRID_ROWS]]
+        for drawn in columns.values()
     ]
     return image_grid(list(zip(*pictures, strict=True)), list(columns), prompts[:GRID_ROWS])
 
