@@ -9,6 +9,7 @@ from runs import assert_same_state, largest_relative_difference, launch, launch_
 from safetensors.torch import load_file
 from tiny import student_weights
 
+from diffusers_tbcm.loss import LOSS_WEIGHTINGS
 from diffusers_tbcm.scripts import train_sana_sprint, train_scm
 from diffusers_tbcm.scripts.train_tbcm_distill import main
 
@@ -72,15 +73,16 @@ def test_weights_and_shares_are_the_same_however_a_step_is_divided(flags, tmp_pa
 
 @pytest.mark.parametrize("script", [train_scm, train_sana_sprint], ids=["sCM", "Sana-Sprint"])
 def test_the_methods_on_pictures_take_the_same_weights(picture_flags, tmp_path, script):
-    students = {}
-    for weighting in ("learned", "uniform"):
+    students, trains_head = {}, {}
+    for weighting in LOSS_WEIGHTINGS:
         output_dir = tmp_path / weighting
         script.main(picture_flags(output_dir=output_dir, loss_weighting=weighting, logging_steps=1))
         students[weighting] = student_weights(output_dir)
         assert sum(metrics(output_dir)[-1]["weight_shares"]) == pytest.approx(1)
-    assert largest_relative_difference(students["uniform"], students["learned"]) > 1e-4
-    saved = load_file(tmp_path / "uniform" / "checkpoint-2" / "model.safetensors")
-    assert not any("logvar" in name for name in saved)
+        saved = load_file(output_dir / "checkpoint-2" / "model.safetensors")
+        trains_head[weighting] = any("logvar" in name for name in saved)
+    assert trains_head == {"learned": True, "prior": False, "uniform": False}
+    assert largest_relative_difference(students["uniform"], students["prior"]) > 1e-4
 
 
 def test_the_paper_route_gives_a_uniform_loss_four_fifteenths_at_large_t(flags, tmp_path, caplog, capsys):
