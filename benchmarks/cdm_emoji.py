@@ -65,7 +65,7 @@ FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
     "train_batch_size": 12,
-    "max_rollout_steps": 8,
+    "max_rollout_steps": 4,
     "anchor_range": [0.02, 0.98],
     "augmentation_scale": 2.0,
     "student_every": 6,
@@ -80,7 +80,9 @@ FLAGS: Mapping[str, Any] = {
     "logging_steps": 20,
     "report_to": "none",
 }
-ADAPTERS = {"rank": 16, "learning_rate": 1e-3, "critic_learning_rate": 2e-3}
+# A smaller alpha, as CA acts twice and at all times
+EVERYWHERE = {"augment_everywhere": True, "augmentation_scale": 1.5}
+ADAPTERS = {"rank": 16, "learning_rate": 1e-3, "critic_learning_rate": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Setting:
 CDM = Setting()
 WHOLE = {
     "CDM": CDM,
-    "CDM, timed critic": Setting({"timed_critic": True}),
-    "CDM, timed critic, LoRA of rank 16": Setting({"timed_critic": True, **ADAPTERS}),
+    "CDM, CA everywhere": Setting(EVERYWHERE),
+    "CDM, CA everywhere, LoRA of rank 16": Setting({**EVERYWHERE, **ADAPTERS}),
 }
 TABLES = {
     "few": WHOLE,
@@ -107,8 +109,10 @@ TABLES = {
         "without CDM": Setting({"cdm_weight": 0}),
         "fixed schedule": Setting(variant="fixed_schedule"),
         "on the trajectory": Setting(variant="on_trajectory"),
-        "CDM, timed critic": Setting({"timed_critic": True}),
+        "CDM, CA everywhere": Setting(EVERYWHERE),
+        "timed critic": Setting({"timed_critic": True}),
         "student every second step": Setting({"student_every": 2}),
+        "up to 8 steps": Setting({"max_rollout_steps": 8}),
     },
 }
 
@@ -281,9 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--settings", nargs="+", help="part of the table, by name; default: all of it")
-    parser.add_argument(
-        "--max_train_steps", type=int, default=800, help="of the critic; the student takes half of them"
-    )
+    parser.add_argument("--max_train_steps", type=int, default=800, help="of the critic; the student takes one in six")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/cdm_emoji"))
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
