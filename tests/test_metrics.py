@@ -7,10 +7,12 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from diffusers_tbcm.evaluation.metrics import (
     bootstrap,
+    decisiveness,
     diversity,
     fit_gaussian,
     frechet_distance,
     kernel_distance,
+    mirror_products,
     precision_recall,
     symmetric_root,
     within_balls,
@@ -196,3 +198,39 @@ def test_bootstrap_intervals_cover_what_is_true_on_average(statistic):
         estimate = bootstrap(lambda index, features=features: measure(features[index]), 80, resamples=40, seed=seed)
         covered += estimate.low <= truth <= estimate.high
     assert 0.9 <= covered / 100 <= 0.99
+
+
+def images(count, seed=0):
+    return torch.rand(count, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def test_decisiveness_is_the_place_between_a_picture_and_its_mirror_image():
+    teacher = images(5)
+    mirrored = teacher.flip(-1)
+    for share, expected in ((1, 1), (0.75, 0.5), (0.5, 0), (0, -1)):
+        drawn = share * teacher + (1 - share) * mirrored
+        assert decisiveness(mirror_products(drawn, teacher)) == pytest.approx(expected, abs=1e-6)  # float32 pictures
+    symmetric = images(5, seed=1) + images(5, seed=1).flip(-1)
+    assert decisiveness(mirror_products(symmetric, teacher)) == pytest.approx(0, abs=1e-6)
+    # What both ways of facing share, and what neither has, is no decision.
+    assert decisiveness(mirror_products(teacher + symmetric, teacher)) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match=r"pictures are \(4, 3, 4, 6\) and the teacher's \(5, 3, 4, 6\)"):
+        mirror_products(teacher[:4], teacher)
+
+
+def test_the_products_are_the_projection_on_the_line_from_the_mirror_image():
+    drawn, teacher = images(5, seed=1), images(5)
+    along, whole = mirror_products(drawn, teacher).unbind(dim=1)
+    for index in range(5):
+        p, x, m = (picture.double().flatten() for picture in (drawn[index], teacher[index], teacher[index].flip(-1)))
+        projection = (p - m) @ (x - m) / ((x - m) @ (x - m))
+        assert float(along[index] / whole[index]) == pytest.approx(2 * float(projection) - 1, rel=1e-9)
+
+
+def test_nearly_symmetric_pictures_hardly_count():
+    teacher, drawn = images(6), images(6)
+    symmetric = teacher[3:] + teacher[3:].flip(-1)
+    teacher[3:] = symmetric / 2 + 1e-4 * (teacher[3:] - 0.5)
+    drawn[3:] = 0.5 + 0.5 * teacher[3:].flip(-1) - 0.2 * teacher[3:]  # the wrong way, far beyond the mirror image
+    assert decisiveness(mirror_products(drawn, teacher)) == pytest.approx(1, abs=1e-3)
+    assert np.isnan(decisiveness(mirror_products(drawn[3:], symmetric)))

@@ -1,4 +1,4 @@
-"""How far apart two sets of image features are, how varied one is, and how sure of it one can be."""
+"""How far apart two sets of pictures are, how varied one is, how decided, and how sure of it one can be."""
 
 from __future__ import annotations
 
@@ -230,3 +230,45 @@ def diversity(features: Tensor) -> Tensor:
     unit = F.normalize(features.double(), dim=-1)
     similarity = (unit.sum(dim=1).square().sum(dim=-1) - pictures) / (pictures * (pictures - 1))
     return 1 - similarity
+
+
+def mirror_products(pictures: Tensor, teacher: Tensor) -> Tensor:
+    """Measure pictures along the line from the teacher's mirror image m to the teacher's own picture x, in pixels.
+
+    The projection of a picture p on that line, with its middle as 0 and x as 1, is
+    2 <p - m, x - m> / |x - m|^2 - 1 = 2 <p, x - m> / |x - m|^2, as x and m are equally long.
+
+    Args:
+        pictures: p, (N, 3, H, W), of a student.
+        teacher: x, (N, 3, H, W), of the same prompts and noises.
+
+    Returns:
+        (N, 2), float64: numerator and denominator of each.
+
+    Raises:
+        ValueError: where the shapes differ.
+    """
+    if pictures.shape != teacher.shape:
+        raise ValueError(
+            f"pictures are {tuple(pictures.shape)} and the teacher's {tuple(teacher.shape)}: each takes its own"
+        )
+    picture, axis = pictures.double(), teacher.double() - teacher.double().flip(-1)
+    return torch.stack([2 * (picture * axis).flatten(1).sum(dim=1), axis.square().flatten(1).sum(dim=1)], dim=1)
+
+
+def decisiveness(products: Tensor) -> float:
+    """Measure whether pictures choose between a teacher's picture and its mirror image, and as the teacher does.
+
+    A teacher that draws a subject facing either way leaves the choice to the noise. A student that hedges draws both
+    at once. A ratio of sums: a nearly symmetric picture, for which there is nothing to choose, hardly counts.
+
+    Args:
+        products: (N, 2), `mirror_products` of the pictures.
+
+    Returns:
+        1 for the teacher's pictures; 0 for pictures halfway to their mirror images, for symmetric ones, and on average
+        for those that choose regardless of the noise; -1 for the mirror images. NaN where all of the teacher's
+        pictures are symmetric.
+    """
+    along, whole = products.double().sum(dim=0).tolist()
+    return along / whole if whole else float("nan")
