@@ -8,12 +8,14 @@ from toy_networks import SIGMA_DATA, four_axes, network_inputs, no_text, randn, 
 
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.loss import (
+    LOSS_WEIGHTINGS,
     LogvarHead,
     StudentWithLogvar,
     consistency_error,
     consistency_loss,
     consistency_weight,
     endpoint_loss,
+    loss_weight,
 )
 from diffusers_tbcm.tangent import consistency_tangent
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
@@ -71,12 +73,43 @@ def test_endpoint_loss_is_the_flow_matching_networks_error_in_the_clean_sample()
     assert endpoint_loss(*narrow, t.float()).dtype == torch.float32
 
 
-def test_gradient_is_the_weighted_tangent():
+def weight_of(weighting, t, logvar):
+    """The weight of one row, from its definition."""
+    prior = math.cos(t) / (SIGMA_DATA * math.sin(t))
+    return {"learned": prior * math.exp(-logvar), "prior": prior, "uniform": 1.0}[weighting]
+
+
+@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
+def test_gradient_is_the_weighted_tangent(weighting):
     _, trig_output_sg, tangent, logvar, t = loss_rows()
     trig_output = trig_output_sg.clone().requires_grad_()
-    consistency_loss(trig_output, trig_output_sg, tangent, logvar, t, SIGMA_DATA).backward()
-    weight = four_axes(1 / (SIGMA_DATA * t.tan() * logvar.exp()))
-    torch.testing.assert_close(trig_output.grad, -2 * weight * tangent / tangent.numel())
+    loss = consistency_loss(trig_output, trig_output_sg, tangent, logvar, t, SIGMA_DATA, weighting=weighting)
+    loss.backward()
+    weights = torch.tensor([weight_of(weighting, *row) for row in zip(t.tolist(), logvar.tolist(), strict=True)])
+    torch.testing.assert_close(loss_weight(t, logvar, weighting, SIGMA_DATA), weights.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        trig_output.grad, -2 * four_axes(weights.double()) * tangent / tangent.numel(), rtol=1e-6, atol=0
+    )
+    # Two of the elements by central differences: of a quadratic function these are exact, up to rounding.
+    for index in ((0, 0, 0, 0), (3, 1, 2, 2)):
+        values = []
+        for step in (1e-3, -1e-3):
+            moved = trig_output_sg.clone()
+            moved[index] += step
+            values.append(consistency_loss(moved, trig_output_sg, tangent, logvar, t, SIGMA_DATA, weighting=weighting))
+        assert trig_output.grad[index].item() == pytest.approx((values[0] - values[1]).item() / 2e-3, rel=1e-6)
+
+
+def test_only_a_learned_weight_trains_logvar():
+    trig_output, trig_output_sg, tangent, logvar, t = loss_rows()
+    errors = (trig_output, trig_output_sg, tangent)
+    for weighting, mean in (("prior", consistency_weight(t, SIGMA_DATA)), ("uniform", torch.ones_like(t))):
+        loss = consistency_loss(*errors, logvar.requires_grad_(), t, SIGMA_DATA, weighting=weighting)
+        torch.testing.assert_close(loss, (mean * consistency_error(*errors)).mean())
+        assert not loss.requires_grad
+    assert consistency_loss(*errors, logvar, t, SIGMA_DATA).requires_grad
+    with pytest.raises(ValueError, match="`weighting` is 'even', but it must be one of learned, prior, uniform"):
+        consistency_loss(*errors, logvar, t, SIGMA_DATA, weighting="even")
 
 
 def test_best_logvar_is_the_log_of_the_weighted_error():
@@ -88,6 +121,7 @@ def test_best_logvar_is_the_log_of_the_weighted_error():
     torch.testing.assert_close(best.grad, torch.zeros(4, dtype=torch.float64))
     for offset in (-0.1, 0.1):
         assert consistency_loss(trig_output, trig_output_sg, tangent, best + offset, t, SIGMA_DATA) > loss
+    torch.testing.assert_close(loss_weight(t, best, sigma_data=SIGMA_DATA), 1 / error)
 
 
 def test_logvar_head_starts_at_zero_and_stays_wide():
@@ -116,6 +150,20 @@ def test_one_forward_reaches_every_trained_parameter():
     consistency_loss(
         trig_output, trig_output.detach(), randn(*sample.shape, dtype=torch.float32), logvar, t
     ).backward()
+    assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+
+
+def test_without_a_head_logvar_is_zero_and_everything_trains():
+    student = TrigFlowTransformer(make_student(tiny_transformer()))
+    module = StudentWithLogvar(student, None)
+    assert module.state_dict().keys() == {f"student.{name}" for name in student.state_dict()}
+    sample, t, embeds, mask = network_inputs()
+    guidance = torch.tensor([4.0, 4.5, 5.0])
+    torch.nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight)
+    trig_output, logvar = module(sample, t, embeds, mask, guidance)
+    assert torch.equal(trig_output, student(sample, t, embeds, mask, guidance)) and torch.equal(logvar, torch.zeros(3))
+    tangent = randn(*sample.shape, dtype=torch.float32)
+    consistency_loss(trig_output, trig_output.detach(), tangent, logvar, t, weighting="uniform").backward()
     assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
 
 

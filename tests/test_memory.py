@@ -68,6 +68,8 @@ def test_the_plan_adds_up_the_weights(model, inputs):
     model.logvar_head.requires_grad_(True)
     assert fewer["gradients"] == 4 * weights - 4 * sum(p.numel() for p in model.logvar_head.parameters())
     assert fewer["optimiser"] == fewer["gradients"] and fewer["EMA"] == 0 and "frozen" not in fewer
+    headless = memory_plan({"student": StudentWithLogvar(model.student, None)}, {}, inputs, state_bytes=4, ema=False)
+    assert headless["student"] == headless["gradients"] == fewer["gradients"]
 
 
 def test_models_that_train_in_turn_hold_one_models_gradients_at_a_time(model, inputs):

@@ -47,6 +47,16 @@ def test_every_line_is_json_whatever_the_value(accelerator, tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == expected
 
 
+def test_vectors_go_to_the_file_alone(accelerator, tmp_path):
+    tracker = Recorder()
+    accelerator.trackers = [tracker]
+    MetricsLog(accelerator, tmp_path / "metrics.jsonl")(
+        {"loss": 0.5}, step=1, vectors={"shares": [0.25, float("nan")]}
+    )
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "shares": [0.25, None]}]
+    assert tracker.values == [(1, {"loss": 0.5})]
+
+
 def test_a_resumed_run_drops_what_its_checkpoint_does_not_know(accelerator, tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(accelerator, path)

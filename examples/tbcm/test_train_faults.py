@@ -165,9 +165,9 @@ def poison(monkeypatch, steps):
     """Make the loss of some steps, counted from 1, not a number."""
     consistency_loss, calls = train_tbcm_distill.consistency_loss, []
 
-    def loss(*args):
+    def loss(*args, **kwargs):
         calls.append(None)
-        return consistency_loss(*args) * (float("nan") if len(calls) in steps else 1)
+        return consistency_loss(*args, **kwargs) * (float("nan") if len(calls) in steps else 1)
 
     monkeypatch.setattr(train_tbcm_distill, "consistency_loss", loss)
 

@@ -28,12 +28,13 @@ from diffusers_tbcm.adversarial import (
 from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.diffusion import diffuse, diffusion_rows, sample_diffusion_timesteps
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
-from diffusers_tbcm.loss import consistency_error, consistency_loss
+from diffusers_tbcm.loss import LOSS_WEIGHTINGS, consistency_error, consistency_loss
 from diffusers_tbcm.rows import Recording, TrainingRows
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
 from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
+from diffusers_tbcm.training.loss_by_time import LossByTime
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import (
     PictureSettings,
@@ -58,6 +59,9 @@ class SanaSprintSettings(PictureSettings):
     logit_std: float = setting(1.6, "of the rows' logit-normal times")
     tangent_warmup_steps: int = setting(4000, "of the ratio r from 0 to 1")
     tangent_resolution_invariant: bool = setting(False, "norm over the root of its size")
+    loss_weighting: str = setting(
+        "learned", "of the error at t: w(t)/exp(logvar) (the paper), w(t) or 1", choices=LOSS_WEIGHTINGS
+    )
 
     scm_lambda: float = setting(1.0, "weight of the consistency loss")
     adv_lambda: float = setting(0.5, "weight of the adversarial loss")
@@ -91,6 +95,7 @@ class SanaSprintSettings(PictureSettings):
         return {
             "times": f"logit-normal, mean {self.logit_mean}, standard deviation {self.logit_std}",
             "tangent ratio": f"warm-up {self.tangent_warmup_steps}",
+            "loss weighting": self.loss_weighting,
             "loss": f"{self.scm_lambda:g} sCM + {self.adv_lambda:g} adversarial",
             "judged at": f"logit-normal times, mean {self.logit_mean_discriminator},"
             f" standard deviation {self.logit_std_discriminator}",
@@ -140,7 +145,8 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
     run.say(images)
     distillation = ConsistencyDistillation(run, settings, images.prompts, method=METHOD)
     blocks = choose_blocks(settings, distillation)
-    student = distillation.add_student(rows_per_prompt=1)
+    student = distillation.add_student(rows_per_prompt=1, weighting=settings.loss_weighting)
+    by_time = LossByTime(run, settings.loss_weighting)
     if settings.gradient_checkpointing:  # of the pass through which the verdicts reach the student
         distillation.teacher.transformer.enable_gradient_checkpointing()
     heads = DiscriminatorHeads(distillation.inner_dim, blocks)
@@ -168,7 +174,7 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
                 resolution_invariant=settings.tangent_resolution_invariant,
             )
             errors = (trig_output.primal, tangent.trig_output, tangent.tangent)
-            loss = consistency_loss(*errors, logvar, rows.timesteps)
+            loss = consistency_loss(*errors, logvar, rows.timesteps, weighting=settings.loss_weighting)
 
             # 6. What the student predicts, noised and judged: its loss is scm_lambda sCM - adv_lambda mean D(fake)
             generators = run.generators(len(rows), stream=2)
@@ -190,13 +196,17 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
             run.backward(hinge_discriminator_loss(real, torch.cat(fake)), discriminator)
             run.backward(settings.scm_lambda * loss + settings.adv_lambda * adversarial_loss, student)
             with torch.no_grad():
-                run.log(error=consistency_error(*errors).mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
+                error = consistency_error(*errors)
+                by_time.note(rows.timesteps, error, logvar)
+                run.log(error=error.mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
             run.log(adversarial_loss=adversarial_loss.detach())
+        by_time.log()  # the share of the loss's weight by interval of t
         run.update(student, discriminator)
         distillation.show_when_due(student)  # validation pictures; a push at a checkpoint
 
     # 7. Export
     if not run.stopped:
+        by_time.conclude()  # warns of a learned weight that has not converged
         distillation.export(student)
     return run
 

@@ -16,12 +16,13 @@ import torch
 from diffusers_tbcm.data.pictures import CaptionedImages
 from diffusers_tbcm.diffusion import diffusion_rows, sample_diffusion_timesteps
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
-from diffusers_tbcm.loss import consistency_error, consistency_loss
+from diffusers_tbcm.loss import LOSS_WEIGHTINGS, consistency_error, consistency_loss
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
 from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
+from diffusers_tbcm.training.loss_by_time import LossByTime
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import (
     PictureSettings,
@@ -45,6 +46,9 @@ class SCMSettings(PictureSettings):
     logit_std: float = setting(1.6, "of the rows' logit-normal times")
     tangent_warmup_steps: int = setting(4000, "of the ratio r from 0 to 1")
     tangent_resolution_invariant: bool = setting(False, "norm over the root of its size")
+    loss_weighting: str = setting(
+        "learned", "of the error at t: w(t)/exp(logvar) (the paper), w(t) or 1", choices=LOSS_WEIGHTINGS
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +60,7 @@ class SCMSettings(PictureSettings):
         return {
             "times": f"logit-normal, mean {self.logit_mean}, standard deviation {self.logit_std}",
             "tangent ratio": f"warm-up {self.tangent_warmup_steps}",
+            "loss weighting": self.loss_weighting,
             **super().describe(),
         }
 
@@ -101,7 +106,8 @@ def train(settings: SCMSettings, stop: StopRequest) -> Run:
     images = settings.load_pictures()
     run.say(images)
     distillation = ConsistencyDistillation(run, settings, images.prompts, method=METHOD)
-    student = distillation.add_student(rows_per_prompt=1)
+    student = distillation.add_student(rows_per_prompt=1, weighting=settings.loss_weighting)
+    by_time = LossByTime(run, settings.loss_weighting)
     batches = run.batches(
         noise_pictures(settings, run, distillation, images),
         rows_per_prompt=1,
@@ -125,16 +131,21 @@ def train(settings: SCMSettings, stop: StopRequest) -> Run:
                 resolution_invariant=settings.tangent_resolution_invariant,
             )
 
-            # 6. Loss: mean w(t) / exp(logvar) (F - F_sg - g)^2 + logvar
+            # 6. Loss: mean weight (F - F_sg - g)^2 + logvar, the weight by default w(t) / exp(logvar)
             errors = (trig_output.primal, tangent.trig_output, tangent.tangent)
-            run.backward(consistency_loss(*errors, logvar, rows.timesteps), student)
+            loss = consistency_loss(*errors, logvar, rows.timesteps, weighting=settings.loss_weighting)
+            run.backward(loss, student)
             with torch.no_grad():
-                run.log(error=consistency_error(*errors).mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
+                error = consistency_error(*errors)
+                by_time.note(rows.timesteps, error, logvar)
+                run.log(error=error.mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
+        by_time.log()  # the share of the loss's weight by interval of t
         run.update(student)
         distillation.show_when_due(student)  # validation pictures; a push at a checkpoint
 
     # 7. Export
     if not run.stopped:
+        by_time.conclude()  # warns of a learned weight that has not converged
         distillation.export(student)
     return run
 

@@ -25,12 +25,13 @@ import torch
 
 from diffusers_tbcm.brightness import cached_black_latent, keep_mask
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
-from diffusers_tbcm.loss import consistency_error, consistency_loss, endpoint_loss
+from diffusers_tbcm.loss import LOSS_WEIGHTINGS, consistency_error, consistency_loss, endpoint_loss
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
 from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
+from diffusers_tbcm.training.loss_by_time import LossByTime
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import (
     PromptSettings,
@@ -65,6 +66,9 @@ class TBCMSettings(PromptSettings, RowSettings):
     tangent_cooldown_steps: int = setting(2000, "of r from 1 to tangent_final_ratio")
     tangent_final_ratio: float = setting(0.75, "r after the cooldown")
     tangent_resolution_invariant: bool = setting(False, "norm over the root of its size")
+    loss_weighting: str = setting(
+        "learned", "of the error at t: w(t)/exp(logvar) (the paper), w(t) or 1", choices=LOSS_WEIGHTINGS
+    )
     endpoint_warmup_steps: int = setting(
         0, "first train every row to lead to its trajectory's end (ODE initialisation; not in the paper)"
     )
@@ -99,6 +103,7 @@ class TBCMSettings(PromptSettings, RowSettings):
         return {
             "route": f"{self.sampling_scheme}, {self.route_steps} steps, shift {self.flow_shift}",
             "tangent ratio": f"warm-up {self.tangent_warmup_steps}, {cooldown}, final {self.tangent_final_ratio}",
+            "loss weighting": self.loss_weighting,
             "endpoint warm-up": f"{self.endpoint_warmup_steps} steps" if self.endpoint_warmup_steps else "off",
             **super().describe(),
         }
@@ -163,7 +168,8 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
     prompts = settings.load_prompts()
     run.say(prompts)
     distillation = ConsistencyDistillation(run, settings, prompts.prompts, method=METHOD, image_free=True)
-    student = distillation.add_student(rows_per_prompt=settings.route_steps - 1)
+    student = distillation.add_student(rows_per_prompt=settings.route_steps - 1, weighting=settings.loss_weighting)
+    by_time = LossByTime(run, settings.loss_weighting)
     batches = run.batches(
         record_trajectories(settings, run, distillation, prompts.prompts),
         rows_per_prompt=settings.route_steps - 1,
@@ -199,16 +205,22 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
                 resolution_invariant=settings.tangent_resolution_invariant,
             )
 
-            # 6. Loss: mean w(t) / exp(logvar) (F - F_sg - g)^2 + logvar, over the rows kept in all processes
+            # 6. Loss: mean weight (F - F_sg - g)^2 + logvar, over the rows kept in all processes; the paper's weight
+            # is w(t) / exp(logvar)
             errors = (trig_output.primal, tangent.trig_output, tangent.tangent)
-            run.backward(consistency_loss(*errors, logvar, rows.timesteps), student)
+            loss = consistency_loss(*errors, logvar, rows.timesteps, weighting=settings.loss_weighting)
+            run.backward(loss, student)
             with torch.no_grad():
-                run.log(error=consistency_error(*errors).mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
+                error = consistency_error(*errors)
+                by_time.note(rows.timesteps, error, logvar)
+                run.log(error=error.mean(), tangent_norm=tangent.norm.mean(), tangent_ratio=ratio)
+        by_time.log()  # the share of the loss's weight by interval of t
         run.update(student)  # clip, skip what is not finite, step, EMA; log, checkpoint when due
         distillation.show_when_due(student)  # validation pictures; a push at a checkpoint
 
     # 7. Export
     if not run.stopped:
+        by_time.conclude()  # warns of a learned weight that has not converged
         distillation.export(student)
     return run
 

@@ -1,10 +1,13 @@
-"""The adaptively weighted consistency loss and the head that learns its weight (Alg. 1 of arXiv 2511.20410)."""
+"""The weighted consistency loss and the head that may learn its weight (Alg. 1 of arXiv 2511.20410)."""
 
 import torch
 from torch import nn
 
 from .dual import Dual
 from .trigflow import SIGMA_DATA, TrigFlowTransformer, consistency_output
+
+
+LOSS_WEIGHTINGS = ("learned", "prior", "uniform")  # of `loss_weight`; the first is the paper's
 
 
 class LogvarHead(nn.Module):
@@ -39,10 +42,10 @@ class StudentWithLogvar(nn.Module):
 
     Args:
         student: the network F.
-        logvar_head: the head.
+        logvar_head: the head; None for a loss whose weight is not learnt.
     """
 
-    def __init__(self, student: TrigFlowTransformer, logvar_head: LogvarHead) -> None:
+    def __init__(self, student: TrigFlowTransformer, logvar_head: LogvarHead | None) -> None:
         super().__init__()
         self.student = student
         self.logvar_head = logvar_head
@@ -65,12 +68,14 @@ class StudentWithLogvar(nn.Module):
             guidance: unscaled classifier-free guidance weight, (batch,).
 
         Returns:
-            F, the shape of `sample`, and the log-variance, (batch,).
+            F, the shape of `sample`, and the log-variance, (batch,), 0 without a head.
         """
         trig_output = self.student(sample, timestep, encoder_hidden_states, encoder_attention_mask, guidance)
         # Detached: until the head has converged, its gradient is larger than the tangent's by about the number of
         # latent elements, and would move the student's time embedding instead of the head.
         t = timestep.primal if isinstance(timestep, Dual) else timestep
+        if self.logvar_head is None:
+            return trig_output, torch.zeros_like(t)
         return trig_output, self.logvar_head(self.student.embed_timestep(t, guidance).detach())
 
 
@@ -85,6 +90,38 @@ def consistency_weight(t: torch.Tensor, sigma_data: float = SIGMA_DATA) -> torch
         The weight, the shape of `t`.
     """
     return 1 / (sigma_data * torch.tan(t))
+
+
+def loss_weight(
+    t: torch.Tensor, logvar: torch.Tensor, weighting: str = "learned", sigma_data: float = SIGMA_DATA
+) -> torch.Tensor:
+    """Evaluate what a row's error is multiplied by in the loss.
+
+    `learned` is w(t) / exp(logvar), Algorithm 1's. Where the head has converged it is 1 / E[error | t], nearly the
+    same at all t while the tangent's norm before normalisation is far above its constant; where logvar is still near
+    0, its start, it is nearly `prior`.
+    `prior` is w(t) = 1 / (sigma_data tan t), 140 times less at t = 1.5 than at t = 0.1: large t, where one-step
+    sampling happens, is hardly trained.
+    `uniform` is 1: large t counts as much as any other.
+
+    Args:
+        t: angles in radians in (0, pi/2), (rows,).
+        logvar: log-variance of every row, (rows,); of no consequence but for `learned`.
+        weighting: one of `LOSS_WEIGHTINGS`.
+        sigma_data: standard deviation of the latents.
+
+    Returns:
+        The weight, (rows,).
+
+    Raises:
+        ValueError: if `weighting` is unknown.
+    """
+    if weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"`weighting` is {weighting!r}, but it must be one of {', '.join(LOSS_WEIGHTINGS)}.")
+    if weighting == "uniform":
+        return torch.ones_like(t)
+    weight = consistency_weight(t, sigma_data)
+    return weight / torch.exp(logvar) if weighting == "learned" else weight
 
 
 def consistency_error(trig_output: torch.Tensor, trig_output_sg: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
@@ -109,11 +146,13 @@ def consistency_loss(
     logvar: torch.Tensor,
     timesteps: torch.Tensor,
     sigma_data: float = SIGMA_DATA,
+    *,
+    weighting: str = "learned",
 ) -> torch.Tensor:
-    """Evaluate the loss mean(w(t) / exp(logvar) (F - F_sg - g)^2 + logvar) (Alg. 1).
+    """Evaluate the loss mean(weight (F - F_sg - g)^2 + logvar), its weight as in `loss_weight` (Alg. 1).
 
-    Its value says little, as F equals F_sg; its gradient with respect to F is -2 w / exp(logvar) g over the number of
-    elements.
+    Its value says little, as F equals F_sg; its gradient with respect to F is -2 weight g over the number of elements.
+    The term + logvar is that of a learned weight alone, whose best logvar it makes log(w(t) E[error | t]).
 
     Args:
         trig_output: F with gradient, (batch, channels, height, width).
@@ -122,14 +161,18 @@ def consistency_loss(
         logvar: log-variance of every sample, (batch,).
         timesteps: t in radians in (0, pi/2), (batch,).
         sigma_data: standard deviation of the latents.
+        weighting: one of `LOSS_WEIGHTINGS`.
 
     Returns:
         The loss, a scalar in float32 or wider.
+
+    Raises:
+        ValueError: if `weighting` is unknown.
     """
     error = consistency_error(trig_output, trig_output_sg, tangent)
     logvar = logvar.to(error.dtype)
-    weight = consistency_weight(timesteps.to(error.dtype), sigma_data)
-    return (weight / torch.exp(logvar) * error + logvar).mean()
+    weighted = loss_weight(timesteps.to(error.dtype), logvar, weighting, sigma_data) * error
+    return (weighted + logvar if weighting == "learned" else weighted).mean()
 
 
 def endpoint_loss(

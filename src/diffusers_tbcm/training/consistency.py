@@ -52,21 +52,23 @@ class ConsistencyDistillation(Distillation):
         """Size of the teacher's hidden states."""
         return self.backbone.inner_dim(self.teacher.transformer)
 
-    def add_student(self, rows_per_prompt: int) -> nn.Module:
-        """Make the student, with its logvar head, and add it to the run; the memory plan is printed.
+    def add_student(self, rows_per_prompt: int, *, weighting: str = "learned") -> nn.Module:
+        """Make the student, with a logvar head if the weight is learnt, and add it; the memory plan is printed.
 
         Args:
             rows_per_prompt: rows that it will see of every prompt.
+            weighting: of the loss, one of `loss.LOSS_WEIGHTINGS`.
 
         Returns:
-            The prepared model, giving F and the log-variance.
+            The prepared model, giving F and the log-variance, 0 without a head.
         """
         run, settings = self.run, self.settings
         transformer = self._make_student()
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing(checkpoint_dual)
         student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
-        model = StudentWithLogvar(student, LogvarHead(self.inner_dim)).to(run.device)
+        head = LogvarHead(self.inner_dim) if weighting == "learned" else None
+        model = StudentWithLogvar(student, head).to(run.device)
         self.teacher.to(run.weight_dtype)
         self._print_memory_plan({"student": model}, rows_per_prompt, guided=True)
         self._compile(self.teacher.transformer, transformer)

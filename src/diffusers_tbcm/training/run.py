@@ -396,9 +396,14 @@ class Run:
         """Note figures of the micro-step, which are logged when that is due.
 
         Args:
-            measures: scalars by name.
+            measures: scalars by name; a vector goes into metrics.jsonl alone.
         """
         self._measures |= measures
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of the micro-step count: where all prompts were dropped, they keep processes in step only."""
+        return self._weight > 0
 
     def generators(self, count: int, *, stream: int) -> list[torch.Generator]:
         """Make the generators of what else is random about a micro-step, one a row: they know (seed, draw) only.
@@ -692,7 +697,12 @@ class Run:
         """Log the figures of the latest step."""
         stream, now = self._stream, time.perf_counter()
         recorded = max(1, (stream.number - self._first_number) * stream.prompts_per_recording)
-        metrics = {name: float(value) for name, value in self._measures.items()}
+        vectors = {
+            name: value.tolist()
+            for name, value in self._measures.items()
+            if isinstance(value, torch.Tensor) and value.ndim > 0
+        }
+        metrics = {name: float(value) for name, value in self._measures.items() if name not in vectors}
         for trained in self._trained:
             prefix = self._prefix(trained)
             metrics[f"{prefix}lr"] = trained.optimizer.param_groups[0]["lr"]
@@ -706,4 +716,4 @@ class Run:
         }
         self._last_log, self._rows_since_log = now, 0
         self.progress.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()})
-        self.metrics(metrics, self.step)
+        self.metrics(metrics, self.step, vectors=vectors)

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -37,16 +38,20 @@ class MetricsLog:
             except OSError as error:
                 logger.warning(f"{self.path} keeps lines after step {first_step}: {error}")
 
-    def __call__(self, values: Mapping[str, float], step: int) -> None:
+    def __call__(
+        self, values: Mapping[str, float], step: int, *, vectors: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
         """Report metrics; what fails is named in a warning, and a tracker that fails is left out from then on.
 
         Args:
             values: value by name.
             step: optimiser steps done.
+            vectors: several values by name, for the file alone.
         """
         if not self.accelerator.is_main_process:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite: dict[str, Any] = {name: _finite(value) for name, value in values.items()}
+        finite |= {name: list(map(_finite, vector)) for name, vector in (vectors or {}).items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -79,3 +84,7 @@ class MetricsLog:
             except Exception as error:  # whatever a tracker's service does, the run outlives it
                 logger.warning(f"Tracker {tracker.name} failed and is left out from now on: {error!r}")
                 self.accelerator.trackers.remove(tracker)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
