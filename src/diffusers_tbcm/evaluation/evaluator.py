@@ -7,28 +7,36 @@ and is not comparable with any FID, whose features are Inception's.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from statistics import median
 from typing import Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..export.record import Measurement
 from .features import FeatureExtractor, MobileNetFeatures, pictures_to_tensor
+from .kept import kept_rows
 from .metrics import (
     KERNEL_SUBSETS,
     NEIGHBOURS,
     RESAMPLES,
     Estimate,
     bootstrap,
+    decisiveness,
     diversity,
+    fit_gaussian,
     frechet_distance,
     kernel_distance,
+    mirror_products,
+    symmetric_root,
     within_balls,
 )
+from .picture_folder import digest_weights
 from .reference import FeatureReference
 
 
@@ -63,6 +71,7 @@ def check_numbers(
     drawn: int,
     real: int,
     real_labels: Sequence[str],
+    by_label: bool = False,
 ) -> None:
     """Refuse what an `Evaluator` could not compare with real images, before it is drawn.
 
@@ -72,11 +81,13 @@ def check_numbers(
         drawn: how many pictures a model draws.
         real: how many images they are compared with.
         real_labels: the concepts that those show; none where they are not known.
+        by_label: the Frechet distance is to be measured for every concept apart.
 
     Raises:
         ValueError: where the pictures of one side are too few, or a concept is that of no real image.
     """
-    needed = 1 + max(extractor.num_components or extractor.num_features, NEIGHBOURS, *RETRIEVED)
+    dimensions = extractor.num_components or extractor.num_features
+    needed = 1 + max(dimensions, NEIGHBOURS, *RETRIEVED)
     for kind, number in (("drawn", drawn), ("real", real)):
         if number < needed:
             raise ValueError(
@@ -85,12 +96,28 @@ def check_numbers(
     unknown = sorted({*labels} - {*real_labels})
     if real_labels and unknown:
         raise ValueError(f"{len(unknown)} labels of prompts, such as {unknown[0]!r}, are those of no real picture")
+    if not by_label:
+        return
+    if not labels or not real_labels:
+        raise ValueError("a distance by label takes labels of both the prompts and the real pictures")
+    each = drawn // len(labels)
+    for kind, numbers, of_prompt in (("drawn", Counter(labels), each), ("real", Counter(real_labels), 1)):
+        fewest = min({*labels}, key=lambda label: numbers[label])
+        if numbers[fewest] * of_prompt <= dimensions:
+            raise ValueError(
+                f"{numbers[fewest] * of_prompt} {kind} pictures of label {fewest!r} are too few: the covariance of"
+                f" {extractor.frechet_name} takes {dimensions + 1} of each label"
+            )
 
 
 class TextImageScorer(Protocol):
-    """Scores pictures against their prompts: `CLIPScorer`, `HeadScorer`."""
+    """Scores pictures against their prompts, as `CLIPScorer` does.
+
+    Attributes: `name` of the score; `digest`, 16 digits that tell its weights from others.
+    """
 
     name: str
+    digest: str
 
     def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Give (N,) scores of N pictures."""
@@ -106,14 +133,16 @@ class Evaluator:
     Args:
         extractor: makes the features.
         reference: the real images; None for no comparison with any.
-        scorer: scores pictures against prompts; None for no score.
+        scorers: each scores pictures against prompts.
         resamples: of the bootstrap.
+        by_label: measure the Frechet distance of every label apart, too: for few, such as MJHQ-30K's categories.
     """
 
     extractor: FeatureExtractor
     reference: FeatureReference | None = None
-    scorer: TextImageScorer | None = None
+    scorers: Sequence[TextImageScorer] = ()
     resamples: int = RESAMPLES
+    by_label: bool = False
 
     def __call__(
         self,
@@ -122,8 +151,9 @@ class Evaluator:
         pictures: Sequence[Image.Image],
         prompts: Sequence[str],
         labels: Sequence[str] = (),
+        teacher: Sequence[Image.Image] | None = None,
     ) -> Measurement:
-        """Measure pictures.
+        """Measure pictures; features and scores of a `PictureFolder` are kept in it.
 
         Args:
             model: `"student"` or another name for the row.
@@ -131,10 +161,11 @@ class Evaluator:
             pictures: M of every prompt, P * M in all, those of one prompt together; read twice.
             prompts: P >= 2 texts.
             labels: the prompted concepts, P names, for retrieval; none where the reference has none.
+            teacher: the teacher's pictures of the same prompts from the same noises, P * M; None where there are none.
 
         Returns:
-            The row: distances, precision, recall and retrieval with a reference, the score with a scorer, and
-            diversity where M is at least 2.
+            The row: distances, precision, recall and retrieval with a reference, the score of every scorer, diversity
+            where M is at least 2, decisiveness where the teacher's pictures are given.
 
         Raises:
             ValueError: where there is not one number of pictures for all prompts.
@@ -142,15 +173,22 @@ class Evaluator:
         each, rest = divmod(len(pictures), len(prompts))
         if rest or not each:
             raise ValueError(f"pictures are {len(pictures)} for {len(prompts)} prompts: each takes equally many")
-        features = self.extractor.extract(pictures)
+
+        def features_of(chosen: Sequence[int]) -> Tensor:
+            return self.extractor.extract(pictures[index] for index in chosen)
+
+        features = kept_rows(pictures, type(self.extractor).__name__, digest_weights(self.extractor), features_of)
         found: dict[str, Estimate] = {}
         if self.reference is not None:
             found |= self._against_reference(self.reference, features, _repeat(labels, each), len(prompts))
-        if self.scorer is not None:
-            scores = self.scorer(pictures, _repeat(prompts, each)).double()
-            found[self.scorer.name] = self._mean(scores, len(prompts))
+        for scorer in self.scorers:
+            found[scorer.name] = self._mean(_scores(scorer, pictures, _repeat(prompts, each)), len(prompts))
         if each > 1:
             found["diversity"] = self._mean(diversity(features.unflatten(0, (len(prompts), each))), len(prompts))
+        if teacher is not None:
+            products = _mirror_products(pictures, teacher).view(len(prompts), each, 2).sum(dim=1)
+            if products[:, 1].all():
+                found["decisiveness"] = self._bootstrap(lambda index: decisiveness(products[index]), len(prompts))
         return Measurement(
             model,
             num_inference_steps,
@@ -182,7 +220,20 @@ class Evaluator:
         if reference.labels and labels:
             for k in RETRIEVED:
                 found[f"top-{k} retrieval"] = self._mean(reference.hits_at_k(features, labels, k), prompts)
+            if self.by_label:
+                found |= self._by_label(reference, projected, labels[:: projected.shape[1]])
         return found
+
+    def _by_label(self, reference: FeatureReference, projected: Tensor, labels: Sequence[str]) -> dict[str, Estimate]:
+        """The Frechet distance of each label's pictures to the real ones of that label."""
+        real = reference.project(reference.features)
+
+        def measure(label: str) -> Estimate:
+            mean, covariance = fit_gaussian(real[[name == label for name in reference.labels]])
+            root, drawn = symmetric_root(covariance), projected[[name == label for name in labels]]
+            return self._bootstrap(lambda index: frechet_distance(mean, root, drawn[index].flatten(0, 1)), len(drawn))
+
+        return {f"{self.extractor.frechet_name} ({label})": measure(label) for label in sorted({*labels})}
 
     def _mean(self, values: Tensor, prompts: int) -> Estimate:
         """The mean over pictures or prompts."""
@@ -210,6 +261,19 @@ def compare_with_teacher(measurements: Sequence[Measurement]) -> list[Measuremen
         replace(row, metrics={**row.metrics, "diversity / teacher's": row.metrics["diversity"] / of_teacher})
         for row in measurements
     ]
+
+
+def _scores(scorer: TextImageScorer, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def scores_of(chosen: Sequence[int]) -> Tensor:
+        return scorer((pictures[index] for index in chosen), [prompts[index] for index in chosen])
+
+    return kept_rows(pictures, scorer.name, scorer.digest, scores_of)
+
+
+def _mirror_products(pictures: Sequence[Image.Image], teacher: Sequence[Image.Image]) -> Tensor:
+    """`mirror_products` of every picture, two of which are in memory."""
+    pairs = zip(pictures, teacher, strict=True)
+    return torch.cat([mirror_products(*(pictures_to_tensor([picture]) for picture in pair)) for pair in pairs])
 
 
 def _repeat(items: Sequence[str], times: int) -> list[str]:

@@ -173,13 +173,26 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
     digests = {"scheduler": digest_text(json.dumps(config, sort_keys=True, default=str))}
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
-            digest = blake2b(digest_size=8)
-            for key, value in component.state_dict().items():
-                sample = value.flatten()[:WEIGHT_SAMPLE].float().cpu().numpy()
-                digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode() + sample.tobytes())
-            digests[name] = digest.hexdigest()
+            digests[name] = digest_weights(component)
     digests["tokenizer"] = digest_text(_tokenizer_content(pipeline.tokenizer))
     return digests
+
+
+def digest_weights(*networks: nn.Module) -> str:
+    """Say which weights these are, by some values of every tensor.
+
+    Args:
+        networks: any.
+
+    Returns:
+        16 hexadecimal digits, which a training step changes.
+    """
+    digest = blake2b(digest_size=8)
+    for network in networks:
+        for key, value in network.state_dict().items():
+            sample = value.flatten()[:WEIGHT_SAMPLE].float().cpu().numpy()
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode() + sample.tobytes())
+    return digest.hexdigest()
 
 
 def _tokenizer_content(tokenizer: Any) -> str:
