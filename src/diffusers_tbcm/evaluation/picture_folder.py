@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from os import PathLike
@@ -105,6 +107,32 @@ class PictureFolder(Sequence[Image.Image]):
         """
         prompt, picture = divmod(index, self.pictures_per_prompt)
         return self.folder / f"{prompt:06}-{picture:02}.png"
+
+    def drawn_at(self, index: int) -> int:
+        """Say when a picture was drawn.
+
+        Args:
+            index: of the picture.
+
+        Returns:
+            Nanoseconds, as file systems have them.
+        """
+        return self.path(index).stat().st_mtime_ns
+
+    def place(self, index: int, target: Path) -> None:
+        """Put a picture's file at another path, too: as a link where the disk has such, else as a copy.
+
+        Args:
+            index: of the picture.
+            target: the path, in a folder that is there; a file there is replaced.
+        """
+        if target.exists() and target.samefile(self.path(index)):
+            return
+        with written_beside(target) as partial:
+            try:
+                os.link(self.path(index), partial)
+            except OSError:
+                shutil.copyfile(self.path(index), partial)
 
     def missing(self) -> list[int]:
         """Say which pictures are yet to be drawn; files that are not whole are named and count among them.
