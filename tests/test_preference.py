@@ -142,7 +142,8 @@ def reward(tmp_path_factory):
     (folder / "med_config.json").write_text(json.dumps(TEXT))
     vision = randomise(VisualEncoder(size=32, patch=8, width=128, layers=2, heads=2), std=0.1)
     text = randomise(
-        BlipTextModel(BlipTextConfig(**TEXT, encoder_hidden_size=128, is_decoder=True), add_pooling_layer=False)
+        BlipTextModel(BlipTextConfig(**TEXT, encoder_hidden_size=128, is_decoder=True), add_pooling_layer=False),
+        std=0.6,
     )
     head = randomise(nn.Sequential(nn.Linear(24, 16), nn.Dropout(), nn.Linear(16, 4), nn.Dropout(), nn.Linear(4, 1)))
     weights = {f"blip.visual_encoder.{name}": value for name, value in vision.state_dict().items()}

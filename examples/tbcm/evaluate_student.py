@@ -6,7 +6,7 @@ r"""Draw with a student, and with its teacher, and measure the pictures.
 2. every prompt is drawn at every number of steps, as the student was distilled unless a flag says otherwise, by all
    processes; what is on disk already is not drawn again
 3. distances, precision, recall, retrieval, scores, diversity, decisiveness and time, with 95% confidence intervals
-4. metrics.json, which the model card takes, and metrics.png in --output_dir
+4. metrics.json, which the model card takes, metrics.png and, prompt by prompt, prompts.csv in --output_dir
 
     python examples/tbcm/evaluate_student.py --model outputs/student --prompts_file prompts.txt --output_dir outputs/x
     accelerate launch examples/tbcm/evaluate_student.py --model outputs/student --teacher TEACHER \\
@@ -61,7 +61,7 @@ from diffusers_tbcm.evaluation.preference import (
     PickScorer,
 )
 from diffusers_tbcm.evaluation.reference import FeatureReference
-from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
+from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements, save_prompt_values
 from diffusers_tbcm.evaluation.runs import Drawn, draw_runs
 from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
 from diffusers_tbcm.export.model_card import render_model_card, save_model_card
@@ -81,6 +81,7 @@ PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
 REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
 PLOT = "metrics.png"
+BY_PROMPT = "prompts.csv"
 DRAWN_WITH = ("guidance_scale", "height", "width", "max_sequence_length", "instruction")  # which the results record
 MAX_STEPS = 1000  # of the schedulers
 PATIENCE = timedelta(hours=6)  # of processes that wait while one checks the real pictures
@@ -217,7 +218,7 @@ def check_folders(settings: Settings) -> None:
     """Refuse to write where something is that is not ours."""
     output = OwnedFolder(settings.output_dir)
     output.check()
-    output.check_free([METRICS, REFERENCE, PLOT])
+    output.check_free([METRICS, REFERENCE, PLOT, BY_PROMPT])
     if settings.update_card:
         OwnedFolder(settings.model, "model").check_free([METRICS])
 
@@ -337,7 +338,7 @@ def check_task(settings: Settings, task: Task) -> None:
     if task.reference is not None:
         real = len(task.reference.features), task.reference.labels
     elif settings.reference_teacher:
-        real = drawn, labels
+        real = drawn, labels * settings.num_images_per_prompt
     elif task.real is not None:
         real = len(task.real), task.real.labels
     else:
@@ -435,13 +436,15 @@ def measure(
     evaluator = Evaluator(task.extractor, reference, task.scorers, resamples, settings.distance_by_label)
     teachers = [run.pictures for run in drawn if run.model == "teacher"]
     teacher = teachers[-1] if teachers else None
-    measurements = []
+    measurements, by_prompt = [], []
     for run in drawn:
         if run.model != REFERENCE_RUN:
             row = evaluator(run.model, run.steps, run.pictures, task.prompts.prompts, task.prompts.labels, teacher)
             scores = scores_of_others(settings, task, run)
             metrics = {**row.metrics, **scores.metrics, "s / image": run.seconds}
             measurements.append(replace(row, metrics=metrics, intervals={**row.intervals, **scores.intervals}))
+            by_prompt.append((run.model, run.steps, evaluator.by_prompt(run.pictures, task.prompts.prompts)))
+    save_prompt_values(settings.output_dir / BY_PROMPT, task.prompts.prompts, by_prompt)
     return compare_with_teacher(measurements)
 
 
@@ -481,7 +484,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         return
 
     # 3. Measurements
-    OwnedFolder(settings.output_dir).own(REFERENCE, PLOT)
+    OwnedFolder(settings.output_dir).own(REFERENCE, PLOT, BY_PROMPT)
     reference = make_reference(settings, task, drawn)
     measurements = measure(settings, task, drawn, reference)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,9 @@ def read_scores(pictures: PictureFolder, name: str, resamples: int) -> Scores | 
         raise ValueError(
             f"scores {str(file)!r} lack {len(missing)} of {len(names)} pictures, such as {missing[0]}: score again"
         )
+    endless = [picture for picture in names if not math.isfinite(found[picture])]
+    if endless:
+        raise ValueError(f"scores {str(file)!r}: that of {endless[0]} is {found[endless[0]]}: score again")
     of_picture = torch.tensor([found[picture] for picture in names]).double()
     scores = Scores({}, {})
     scores.add_mean(name, of_picture.view(len(pictures.prompts), -1).mean(dim=1), resamples)

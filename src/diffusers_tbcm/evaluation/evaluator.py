@@ -170,31 +170,56 @@ class Evaluator:
         Raises:
             ValueError: where there is not one number of pictures for all prompts.
         """
-        each, rest = divmod(len(pictures), len(prompts))
-        if rest or not each:
-            raise ValueError(f"pictures are {len(pictures)} for {len(prompts)} prompts: each takes equally many")
-
-        def features_of(chosen: Sequence[int]) -> Tensor:
-            return self.extractor.extract(pictures[index] for index in chosen)
-
-        features = kept_rows(pictures, type(self.extractor).__name__, digest_weights(self.extractor), features_of)
+        each = _pictures_per_prompt(pictures, prompts)
+        features = self._features(pictures)
         found: dict[str, Estimate] = {}
         if self.reference is not None:
             found |= self._against_reference(self.reference, features, _repeat(labels, each), len(prompts))
-        for scorer in self.scorers:
-            found[scorer.name] = self._mean(_scores(scorer, pictures, _repeat(prompts, each)), len(prompts))
-        if each > 1:
-            found["diversity"] = self._mean(diversity(features.unflatten(0, (len(prompts), each))), len(prompts))
+        for name, values in self._by_prompt(pictures, prompts, features).items():
+            found[name] = self._mean(values, len(prompts))
         if teacher is not None:
             products = _mirror_products(pictures, teacher).view(len(prompts), each, 2).sum(dim=1)
-            if products[:, 1].all():
-                found["decisiveness"] = self._bootstrap(lambda index: decisiveness(products[index]), len(prompts))
+            products = products[products[:, 1] > 0]  # of symmetric pictures, both are 0
+            if len(products) > 1:
+                found["decisiveness"] = self._bootstrap(lambda index: decisiveness(products[index]), len(products))
         return Measurement(
             model,
             num_inference_steps,
             {name: estimate.value for name, estimate in found.items()},
             {name: (estimate.low, estimate.high) for name, estimate in found.items()},
         )
+
+    def by_prompt(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Measure what every prompt has a value of, to see which are badly drawn, or always alike.
+
+        Args:
+            pictures, prompts: as for the whole.
+
+        Returns:
+            (P,), float64, by name: the score of every scorer, the mean over the prompt's pictures, and diversity where
+            M is at least 2.
+
+        Raises:
+            ValueError: as for the whole.
+        """
+        return self._by_prompt(pictures, prompts, self._features(pictures))
+
+    def _features(self, pictures: Sequence[Image.Image]) -> Tensor:
+        def features_of(chosen: Sequence[int]) -> Tensor:
+            return self.extractor.extract(pictures[index] for index in chosen)
+
+        return kept_rows(pictures, type(self.extractor).__name__, digest_weights(self.extractor), features_of)
+
+    def _by_prompt(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[str], features: Tensor
+    ) -> dict[str, Tensor]:
+        each, found = _pictures_per_prompt(pictures, prompts), {}
+        for scorer in self.scorers:
+            scores = _scores(scorer, pictures, _repeat(prompts, each)).double()
+            found[scorer.name] = scores.view(len(prompts), each).mean(dim=1)
+        if each > 1:
+            found["diversity"] = diversity(features.unflatten(0, (len(prompts), each)))
+        return found
 
     def _against_reference(
         self, reference: FeatureReference, features: Tensor, labels: Sequence[str], prompts: int
@@ -261,6 +286,13 @@ def compare_with_teacher(measurements: Sequence[Measurement]) -> list[Measuremen
         replace(row, metrics={**row.metrics, "diversity / teacher's": row.metrics["diversity"] / of_teacher})
         for row in measurements
     ]
+
+
+def _pictures_per_prompt(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> int:
+    each, rest = divmod(len(pictures), len(prompts))
+    if rest or not each:
+        raise ValueError(f"pictures are {len(pictures)} for {len(prompts)} prompts: each takes equally many")
+    return each
 
 
 def _scores(scorer: TextImageScorer, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
