@@ -365,6 +365,31 @@ def test_the_distance_of_every_label_is_that_of_its_own_pictures(coloured):
     assert "FD (even)" not in Evaluator(extractor, reference)("student", 2, coloured, ["a"] * 30, labels).metrics
 
 
+def test_distances_are_measured_in_further_features_too(coloured):
+    class Means(Pixels):
+        frechet_name, kernel_name, num_features = "FD of means", "KD of means", 3
+
+        def forward(self, images):
+            return super().forward(images)[:, :3]
+
+    labels = ["even", "odd"] * 15
+    real, extractors = coloured[::-1], (Pixels(), Means())
+    references = [
+        FeatureReference.fit(extractor.extract(real) + 0.02, ["even", "even", "odd", "odd"] * 15, None)
+        for extractor in extractors
+    ]
+    others = [(extractors[1], references[1])]
+    both = Evaluator(extractors[0], references[0], resamples=20, by_label=True, others=others)
+    row = both("student", 2, coloured, ["a"] * 30, labels)
+    each = [
+        Evaluator(extractor, reference, resamples=20, by_label=True)("student", 2, coloured, ["a"] * 30, labels)
+        for extractor, reference in zip(extractors, references, strict=True)
+    ]
+    names = ["FD of means", "KD of means", "FD of means (even)", "FD of means (odd)"]
+    assert row.metrics == {**each[0].metrics, **{name: each[1].metrics[name] for name in names}}
+    assert row.intervals == {**each[0].intervals, **{name: each[1].intervals[name] for name in names}}
+
+
 def test_labels_of_too_few_pictures_are_named_before_anything_is_drawn():
     numbers = {"labels": ["a"] * 8 + ["b"] * 3, "drawn": 22, "real": 40, "real_labels": ["a"] * 30 + ["b"] * 10}
     check_numbers(Pixels(), **numbers)

@@ -39,7 +39,6 @@ from diffusers_tbcm.evaluation.drawing import call_options, has_learned_guidance
 from diffusers_tbcm.evaluation.elsewhere import Scores, read_scores, write_list
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
-    TextImageScorer,
     check_installed,
     check_numbers,
     compare_with_teacher,
@@ -52,6 +51,7 @@ from diffusers_tbcm.evaluation.features import (
     MobileNetFeatures,
 )
 from diffusers_tbcm.evaluation.geneval import GenEval
+from diffusers_tbcm.evaluation.kept import features_of
 from diffusers_tbcm.evaluation.preference import (
     HPSV2,
     IMAGE_REWARD,
@@ -63,7 +63,7 @@ from diffusers_tbcm.evaluation.preference import (
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements, save_prompt_values
 from diffusers_tbcm.evaluation.runs import Drawn, draw_runs
-from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
+from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer, TextImageScorer
 from diffusers_tbcm.export.model_card import render_model_card, save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.files import read_json
@@ -77,6 +77,7 @@ from diffusers_tbcm.training.settings import SettingsParser
 from diffusers_tbcm.versions import dtype_argument
 
 
+FEATURES = ("mobilenet", "inception", "dinov2")
 PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
 REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
@@ -125,7 +126,10 @@ class Settings:
         default=None, metadata={"help": f"features of real pictures: an earlier run's {REFERENCE}"}
     )
     reference_teacher: bool = flag(False, "the teacher's pictures, from other noise")
-    features: Literal["mobilenet", "inception", "dinov2"] = flag("mobilenet", "inception needs torch-fidelity")
+    features: list[str] = field(
+        default_factory=lambda: ["mobilenet"],
+        metadata={"help": "several give the distances in each; inception needs torch-fidelity", "choices": FEATURES},
+    )
     dinov2_model: str = flag(DINOV2, "folder or Hub id of --features dinov2")
     distance_by_label: bool = flag(False, "the Frechet distance of every label apart, too: for few labels")
 
@@ -188,6 +192,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     numbers = ("max_prompts", "num_images_per_prompt", "batch_size", "resolution", "max_sequence_length")
     parser.check_at_least(1, **{name: getattr(settings, name) for name in numbers})
     parser.check_at_least(0, seed=settings.seed)
+    if len({*settings.features}) < len(settings.features):
+        parser.error(f"--features is {settings.features}: it takes different ones")
+    if settings.reference_file is not None and len(settings.features) > 1:
+        parser.error("--reference_file holds one kind of features: give one of --features, or real pictures")
     parser.check_at_least(2, bootstrap_resamples=settings.bootstrap_resamples)
     if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
         parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a finite number")
@@ -218,7 +226,7 @@ def check_folders(settings: Settings) -> None:
     """Refuse to write where something is that is not ours."""
     output = OwnedFolder(settings.output_dir)
     output.check()
-    output.check_free([METRICS, REFERENCE, PLOT, BY_PROMPT])
+    output.check_free([METRICS, *reference_files(settings), PLOT, BY_PROMPT])
     if settings.update_card:
         OwnedFolder(settings.model, "model").check_free([METRICS])
 
@@ -234,7 +242,7 @@ class Task:
         prompts: with the concepts that they ask for.
         real: pictures to make a reference of; None where there is no reference, or it is a file or the teacher's.
         reference: from a file; None where there is none.
-        extractor: makes the features.
+        extractors: make features, each of another kind; the first are those of all measures.
         scorers: each scores pictures against prompts.
         benchmark: whose prompts they are; None where they are nobody's.
     """
@@ -242,7 +250,7 @@ class Task:
     prompts: EvaluationPrompts
     real: FolderPictures | DatasetPictures | None
     reference: FeatureReference | None
-    extractor: FeatureExtractor
+    extractors: list[FeatureExtractor]
     scorers: list[TextImageScorer]
     benchmark: GenEval | DPGBench | None
 
@@ -280,21 +288,21 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
         )
     real = real_pictures(settings)
     reference = None if settings.reference_file is None else FeatureReference.load(settings.reference_file)
-    extractor = load_extractor(settings).to(device)
-    if reference is not None and reference.features.shape[1] != extractor.num_features:
+    extractors = [load_extractor(settings, name).to(device) for name in settings.features]
+    if reference is not None and reference.features.shape[1] != extractors[0].num_features:
         raise ValueError(
             f"--reference_file holds features of {reference.features.shape[1]} dimensions, --features"
-            f" {settings.features} makes {extractor.num_features}"
+            f" {settings.features[0]} makes {extractors[0].num_features}"
         )
-    task = Task(prompts, real, reference, extractor, load_scorers(settings, device), benchmark)
+    task = Task(prompts, real, reference, extractors, load_scorers(settings, device), benchmark)
     check_task(settings, task)
     return task
 
 
-def load_extractor(settings: Settings) -> FeatureExtractor:
-    if settings.features == "dinov2":
+def load_extractor(settings: Settings, name: str) -> FeatureExtractor:
+    if name == "dinov2":
         return Dinov2Features(settings.dinov2_model)
-    return InceptionFeatures() if settings.features == "inception" else MobileNetFeatures()
+    return InceptionFeatures() if name == "inception" else MobileNetFeatures()
 
 
 def load_scorers(settings: Settings, device: torch.device) -> list[TextImageScorer]:
@@ -343,14 +351,15 @@ def check_task(settings: Settings, task: Task) -> None:
         real = len(task.real), task.real.labels
     else:
         return
-    check_numbers(
-        task.extractor,
-        labels=labels,
-        drawn=drawn,
-        real=real[0],
-        real_labels=real[1],
-        by_label=settings.distance_by_label,
-    )
+    for extractor in task.extractors:
+        check_numbers(
+            extractor,
+            labels=labels,
+            drawn=drawn,
+            real=real[0],
+            real_labels=real[1],
+            by_label=settings.distance_by_label,
+        )
 
 
 # 2. Pictures ---------------------------------------------------------------------------------------------------------
@@ -415,7 +424,12 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
 # 3. Measurements -----------------------------------------------------------------------------------------------------
 
 
-def make_reference(settings: Settings, task: Task, drawn: Sequence[Drawn]) -> FeatureReference | None:
+def reference_files(settings: Settings) -> list[str]:
+    """The files that features of real pictures are kept in, one for each kind."""
+    return [REFERENCE, *(f"reference-{name}.safetensors" for name in settings.features[1:])]
+
+
+def make_references(settings: Settings, task: Task, drawn: Sequence[Drawn]) -> list[FeatureReference]:
     """The features of the real pictures, kept in the output folder where they do not come from a file."""
     real: Sequence[Image.Image] | None = task.real
     labels: Sequence[str] = () if task.real is None else task.real.labels
@@ -423,17 +437,26 @@ def make_reference(settings: Settings, task: Task, drawn: Sequence[Drawn]) -> Fe
         real = next(run.pictures for run in drawn if run.model == REFERENCE_RUN)
         labels = [label for label in task.prompts.labels for _ in range(settings.num_images_per_prompt)]
     if real is None:
-        return task.reference
-    reference = FeatureReference.fit(task.extractor.extract(real), labels, task.extractor.num_components)
-    reference.save(settings.output_dir / REFERENCE)
-    return reference
+        return [] if task.reference is None else [task.reference]
+    references = []
+    for extractor, name in zip(task.extractors, reference_files(settings), strict=True):
+        reference = FeatureReference.fit(features_of(extractor, real), labels, extractor.num_components)
+        reference.save(settings.output_dir / name)
+        references.append(reference)
+    return references
 
 
 def measure(
-    settings: Settings, task: Task, drawn: Sequence[Drawn], reference: FeatureReference | None
+    settings: Settings, task: Task, drawn: Sequence[Drawn], references: Sequence[FeatureReference]
 ) -> list[Measurement]:
-    resamples = settings.bootstrap_resamples
-    evaluator = Evaluator(task.extractor, reference, task.scorers, resamples, settings.distance_by_label)
+    evaluator = Evaluator(
+        task.extractors[0],
+        references[0] if references else None,
+        task.scorers,
+        settings.bootstrap_resamples,
+        settings.distance_by_label,
+        [*zip(task.extractors[1:], references[1:], strict=False)],
+    )
     teachers = [run.pictures for run in drawn if run.model == "teacher"]
     teacher = teachers[-1] if teachers else None
     measurements, by_prompt = [], []
@@ -484,9 +507,9 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         return
 
     # 3. Measurements
-    OwnedFolder(settings.output_dir).own(REFERENCE, PLOT, BY_PROMPT)
-    reference = make_reference(settings, task, drawn)
-    measurements = measure(settings, task, drawn, reference)
+    OwnedFolder(settings.output_dir).own(*reference_files(settings), PLOT, BY_PROMPT)
+    references = make_references(settings, task, drawn)
+    measurements = measure(settings, task, drawn, references)
 
     # 4. Results; no path of this machine
     heads = [scorer for scorer in task.scorers if isinstance(scorer, HeadScorer)]
@@ -496,7 +519,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         **{name: drawn[0].pictures.settings[name] for name in DRAWN_WITH},
         "student_guidance_scale": drawn[-1].pictures.settings["guidance_scale"],
         "pictures": len(drawn[0].pictures),
-        "real_pictures": None if reference is None else len(reference.features),
+        "real_pictures": len(references[0].features) if references else None,
         "intervals": f"95%, bootstrap of {settings.bootstrap_resamples} over prompts",
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
         "processes": accelerator.num_processes,

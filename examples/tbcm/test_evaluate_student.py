@@ -146,7 +146,7 @@ def test_scores_and_features_are_measured_once_for_every_picture(arguments, tmp_
     main(flags)
     metrics = load_metrics(tmp_path / "out").measurements[0].metrics
     assert list(metrics) == ["CLIP score", "PickScore", "diversity", "s / image"]
-    assert load_metrics(tmp_path / "out").details["features"] == "dinov2"
+    assert load_metrics(tmp_path / "out").details["features"] == ["dinov2"]
     kept = {path.name for path in (tmp_path / "out" / "pictures" / "student-1-steps").glob("*.safetensors")}
     assert kept == {"clip_score.safetensors", "pickscore.safetensors", "dinov2features.safetensors"}
 
@@ -164,6 +164,21 @@ def test_scores_and_features_are_measured_once_for_every_picture(arguments, tmp_
 def make(folder):
     folder.mkdir()
     return folder
+
+
+def test_distances_in_several_features_stand_beside_each_other(arguments, teacher, few_components, tmp_path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(tmp_path / "dinov2")
+    main(arguments(
+        teacher=teacher, teacher_steps=1, reference_teacher=True, features="mobilenet dinov2",
+        dinov2_model=tmp_path / "dinov2",
+    ))  # fmt: skip
+    metrics = load_metrics(tmp_path / "out")
+    names = ["MobileNet-FD", "MobileNet-KD", "precision", "recall", "FD-DINOv2", "KD-DINOv2"]
+    assert all(list(row.metrics)[:6] == names for row in metrics.measurements)
+    assert metrics.details["features"] == ["mobilenet", "dinov2"]
+    reference = FeatureReference.load(tmp_path / "out" / "reference-dinov2.safetensors")
+    assert reference.features.shape == (21, 12)
 
 
 def test_distances_by_label_are_those_of_few_labels(arguments, teacher, few_components, tmp_path):
@@ -462,6 +477,12 @@ def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, 
         (
             {"prompts_file": None},
             "one of the arguments --prompts_file --dataset_name --geneval --dpg_bench is required",
+        ),
+        ({"features": "resnet"}, "argument --features: invalid choice: 'resnet'"),
+        ({"features": "dinov2 dinov2"}, "--features is ['dinov2', 'dinov2']: it takes different ones"),
+        (
+            {"features": "mobilenet dinov2", "reference_file": "none.safetensors"},
+            "--reference_file holds one kind of features: give one of --features",
         ),
         ({"geneval": "x"}, "argument --geneval: not allowed with argument --prompts_file"),
         ({"distance_by_label": True}, "--distance_by_label needs --label_column"),

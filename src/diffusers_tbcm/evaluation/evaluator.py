@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from statistics import median
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..export.record import Measurement
 from .features import FeatureExtractor, MobileNetFeatures, pictures_to_tensor
-from .kept import kept_rows
+from .kept import features_of, scores_of
 from .metrics import (
     KERNEL_SUBSETS,
     NEIGHBOURS,
@@ -29,15 +28,13 @@ from .metrics import (
     bootstrap,
     decisiveness,
     diversity,
-    fit_gaussian,
     frechet_distance,
     kernel_distance,
     mirror_products,
-    symmetric_root,
     within_balls,
 )
-from .picture_folder import digest_weights
 from .reference import FeatureReference
+from .text_image import TextImageScorer
 
 
 __all__ = [
@@ -110,20 +107,6 @@ def check_numbers(
             )
 
 
-class TextImageScorer(Protocol):
-    """Scores pictures against their prompts, as `CLIPScorer` does.
-
-    Attributes: `name` of the score; `digest`, 16 digits that tell its weights from others.
-    """
-
-    name: str
-    digest: str
-
-    def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Give (N,) scores of N pictures."""
-        ...
-
-
 @dataclass(frozen=True)
 class Evaluator:
     """Measures a model's pictures, with intervals that say how far other prompts would change the figures.
@@ -136,6 +119,7 @@ class Evaluator:
         scorers: each scores pictures against prompts.
         resamples: of the bootstrap.
         by_label: measure the Frechet distance of every label apart, too: for few, such as MJHQ-30K's categories.
+        others: further features and references, in which distances are measured, too.
     """
 
     extractor: FeatureExtractor
@@ -143,6 +127,7 @@ class Evaluator:
     scorers: Sequence[TextImageScorer] = ()
     resamples: int = RESAMPLES
     by_label: bool = False
+    others: Sequence[tuple[FeatureExtractor, FeatureReference]] = ()
 
     def __call__(
         self,
@@ -171,10 +156,14 @@ class Evaluator:
             ValueError: where there is not one number of pictures for all prompts.
         """
         each = _pictures_per_prompt(pictures, prompts)
-        features = self._features(pictures)
+        features = features_of(self.extractor, pictures)
         found: dict[str, Estimate] = {}
         if self.reference is not None:
-            found |= self._against_reference(self.reference, features, _repeat(labels, each), len(prompts))
+            found |= self._distances(self.extractor, self.reference, features, labels, len(prompts))
+            found |= self._likeness(self.reference, features, _repeat(labels, each), len(prompts))
+        for extractor, reference in self.others:
+            others = features_of(extractor, pictures)
+            found |= self._distances(extractor, reference, others, labels, len(prompts))
         for name, values in self._by_prompt(pictures, prompts, features).items():
             found[name] = self._mean(values, len(prompts))
         if teacher is not None:
@@ -202,41 +191,54 @@ class Evaluator:
         Raises:
             ValueError: as for the whole.
         """
-        return self._by_prompt(pictures, prompts, self._features(pictures))
-
-    def _features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        def features_of(chosen: Sequence[int]) -> Tensor:
-            return self.extractor.extract(pictures[index] for index in chosen)
-
-        return kept_rows(pictures, type(self.extractor).__name__, digest_weights(self.extractor), features_of)
+        return self._by_prompt(pictures, prompts, features_of(self.extractor, pictures))
 
     def _by_prompt(
         self, pictures: Sequence[Image.Image], prompts: Sequence[str], features: Tensor
     ) -> dict[str, Tensor]:
         each, found = _pictures_per_prompt(pictures, prompts), {}
         for scorer in self.scorers:
-            scores = _scores(scorer, pictures, _repeat(prompts, each)).double()
+            scores = scores_of(scorer, pictures, _repeat(prompts, each)).double()
             found[scorer.name] = scores.view(len(prompts), each).mean(dim=1)
         if each > 1:
             found["diversity"] = diversity(features.unflatten(0, (len(prompts), each)))
         return found
 
-    def _against_reference(
-        self, reference: FeatureReference, features: Tensor, labels: Sequence[str], prompts: int
+    def _distances(
+        self,
+        extractor: FeatureExtractor,
+        reference: FeatureReference,
+        features: Tensor,
+        labels: Sequence[str],
+        prompts: int,
     ) -> dict[str, Estimate]:
-        real = reference.features.float()
+        """How far apart the pictures and the real ones are, as a whole and label by label."""
         projected = reference.project(features).unflatten(0, (prompts, -1))
-        covered = within_balls(real, features).unflatten(1, (prompts, -1))
+
+        def frechet(mean: Tensor, root: Tensor, drawn: Tensor) -> Estimate:
+            return self._bootstrap(lambda index: frechet_distance(mean, root, drawn[index].flatten(0, 1)), len(drawn))
+
         found = {
-            self.extractor.frechet_name: self._bootstrap(
-                lambda index: frechet_distance(*reference.gaussian, projected[index].flatten(0, 1)), prompts
-            ),
-            self.extractor.kernel_name: kernel_distance(
-                real,
+            extractor.frechet_name: frechet(*reference.gaussian, projected),
+            extractor.kernel_name: kernel_distance(
+                reference.features.float(),
                 features,
                 pictures_per_prompt=projected.shape[1],
                 subsets=min(KERNEL_SUBSETS, prompts),
             ),
+        }
+        for label in sorted({*labels}) if self.by_label and reference.labels else ():
+            drawn = projected[[name == label for name in labels]]
+            found[f"{extractor.frechet_name} ({label})"] = frechet(*reference.gaussian_of(label), drawn)
+        return found
+
+    def _likeness(
+        self, reference: FeatureReference, features: Tensor, labels: Sequence[str], prompts: int
+    ) -> dict[str, Estimate]:
+        """How many pictures are like real ones, and the other way round."""
+        real = reference.features.float()
+        covered = within_balls(real, features).unflatten(1, (prompts, -1))
+        found = {
             "precision": self._mean(within_balls(features, real).any(dim=1), prompts),
             "recall": self._bootstrap(
                 lambda index: float(covered[:, index.unique()].flatten(1).any(dim=1).double().mean()), prompts
@@ -245,20 +247,7 @@ class Evaluator:
         if reference.labels and labels:
             for k in RETRIEVED:
                 found[f"top-{k} retrieval"] = self._mean(reference.hits_at_k(features, labels, k), prompts)
-            if self.by_label:
-                found |= self._by_label(reference, projected, labels[:: projected.shape[1]])
         return found
-
-    def _by_label(self, reference: FeatureReference, projected: Tensor, labels: Sequence[str]) -> dict[str, Estimate]:
-        """The Frechet distance of each label's pictures to the real ones of that label."""
-        real = reference.project(reference.features)
-
-        def measure(label: str) -> Estimate:
-            mean, covariance = fit_gaussian(real[[name == label for name in reference.labels]])
-            root, drawn = symmetric_root(covariance), projected[[name == label for name in labels]]
-            return self._bootstrap(lambda index: frechet_distance(mean, root, drawn[index].flatten(0, 1)), len(drawn))
-
-        return {f"{self.extractor.frechet_name} ({label})": measure(label) for label in sorted({*labels})}
 
     def _mean(self, values: Tensor, prompts: int) -> Estimate:
         """The mean over pictures or prompts."""
@@ -293,13 +282,6 @@ def _pictures_per_prompt(pictures: Sequence[Image.Image], prompts: Sequence[str]
     if rest or not each:
         raise ValueError(f"pictures are {len(pictures)} for {len(prompts)} prompts: each takes equally many")
     return each
-
-
-def _scores(scorer: TextImageScorer, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    def scores_of(chosen: Sequence[int]) -> Tensor:
-        return scorer((pictures[index] for index in chosen), [prompts[index] for index in chosen])
-
-    return kept_rows(pictures, scorer.name, scorer.digest, scores_of)
 
 
 def _mirror_products(pictures: Sequence[Image.Image], teacher: Sequence[Image.Image]) -> Tensor:

@@ -16,11 +16,48 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import written_beside
-from .picture_folder import PictureFolder
+from .features import FeatureExtractor
+from .picture_folder import PictureFolder, digest_weights
+from .text_image import TextImageScorer
 
 
 CHUNK = 256  # pictures that are computed before it is looked whether to save
 SAVE_SECONDS = 60.0
+
+
+def features_of(extractor: FeatureExtractor, pictures: Sequence[Image.Image]) -> Tensor:
+    """Compute the features of pictures; those of a `PictureFolder` are kept in it.
+
+    Args:
+        extractor: makes them.
+        pictures: N pictures.
+
+    Returns:
+        (N, D), on the CPU.
+    """
+
+    def compute(chosen: Sequence[int]) -> Tensor:
+        return extractor.extract(pictures[index] for index in chosen)
+
+    return kept_rows(pictures, type(extractor).__name__, digest_weights(extractor), compute)
+
+
+def scores_of(scorer: TextImageScorer, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """Score pictures against their prompts; those of a `PictureFolder` keep their scores in it.
+
+    Args:
+        scorer: gives the scores.
+        pictures: N pictures.
+        prompts: theirs, N texts.
+
+    Returns:
+        (N,), on the CPU.
+    """
+
+    def compute(chosen: Sequence[int]) -> Tensor:
+        return scorer((pictures[index] for index in chosen), [prompts[index] for index in chosen])
+
+    return kept_rows(pictures, scorer.name, scorer.digest, compute)
 
 
 def kept_rows(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,20 @@ from .picture_folder import digest_weights
 HEAD_FILE = "text_image_head.safetensors"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 MAX_CLIP_TOKENS = 77
+
+
+class TextImageScorer(Protocol):
+    """Scores pictures against their prompts, as `CLIPScorer` does.
+
+    Attributes: `name` of the score; `digest`, 16 digits that tell its weights from others.
+    """
+
+    name: str
+    digest: str
+
+    def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Give (N,) scores of N pictures."""
+        ...
 
 
 class CLIPScorer:
