@@ -1,6 +1,7 @@
 """Preference scorers on tiny stand-ins of the networks that they were published as."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -118,8 +119,7 @@ def test_weights_that_are_not_hpsv2s_are_named(hps, tmp_path):
     folder, _ = hps
     with pytest.raises(ValueError, match=r"HPSv2 model .* has no HPS_v2.1_compressed.pt"):
         HPSv2Scorer(tmp_path)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     torch.save({"state_dict": {"visual.proj": torch.ones(2, 2)}}, tmp_path / "HPS_v2.1_compressed.pt")
     with pytest.raises(ValueError, match=r"HPSv2 weights .* cannot be loaded"):
         HPSv2Scorer(tmp_path)

@@ -43,27 +43,14 @@ from diffusers_tbcm.evaluation.evaluator import (
     check_numbers,
     compare_with_teacher,
 )
-from diffusers_tbcm.evaluation.features import (
-    DINOV2,
-    Dinov2Features,
-    FeatureExtractor,
-    InceptionFeatures,
-    MobileNetFeatures,
-)
+from diffusers_tbcm.evaluation.features import DINOV2, FEATURES, FeatureExtractor, load_extractor
 from diffusers_tbcm.evaluation.geneval import GenEval
 from diffusers_tbcm.evaluation.kept import features_of
-from diffusers_tbcm.evaluation.preference import (
-    HPSV2,
-    IMAGE_REWARD,
-    PICKSCORE,
-    HPSv2Scorer,
-    ImageRewardScorer,
-    PickScorer,
-)
+from diffusers_tbcm.evaluation.preference import HPSV2, IMAGE_REWARD, PICKSCORE, load_scorers
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements, save_prompt_values
 from diffusers_tbcm.evaluation.runs import Drawn, draw_runs
-from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer, TextImageScorer
+from diffusers_tbcm.evaluation.text_image import HeadScorer, TextImageScorer
 from diffusers_tbcm.export.model_card import render_model_card, save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.files import read_json
@@ -77,7 +64,6 @@ from diffusers_tbcm.training.settings import SettingsParser
 from diffusers_tbcm.versions import dtype_argument
 
 
-FEATURES = ("mobilenet", "inception", "dinov2")
 PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
 REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
@@ -288,36 +274,24 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
         )
     real = real_pictures(settings)
     reference = None if settings.reference_file is None else FeatureReference.load(settings.reference_file)
-    extractors = [load_extractor(settings, name).to(device) for name in settings.features]
+    extractors = [load_extractor(name, dinov2_model=settings.dinov2_model).to(device) for name in settings.features]
     if reference is not None and reference.features.shape[1] != extractors[0].num_features:
         raise ValueError(
             f"--reference_file holds features of {reference.features.shape[1]} dimensions, --features"
             f" {settings.features[0]} makes {extractors[0].num_features}"
         )
-    task = Task(prompts, real, reference, extractors, load_scorers(settings, device), benchmark)
+    scorers = load_scorers(
+        clip_model=settings.clip_model,
+        text_image_head=settings.text_image_head,
+        pickscore_model=settings.pickscore_model,
+        hpsv2_model=settings.hpsv2_model,
+        hpsv2_version=settings.hpsv2_version,
+        image_reward_model=settings.image_reward_model,
+        device=device,
+    )
+    task = Task(prompts, real, reference, extractors, scorers, benchmark)
     check_task(settings, task)
     return task
-
-
-def load_extractor(settings: Settings, name: str) -> FeatureExtractor:
-    if name == "dinov2":
-        return Dinov2Features(settings.dinov2_model)
-    return InceptionFeatures() if name == "inception" else MobileNetFeatures()
-
-
-def load_scorers(settings: Settings, device: torch.device) -> list[TextImageScorer]:
-    scorers: list[TextImageScorer] = []
-    if settings.clip_model is not None:
-        scorers.append(CLIPScorer(settings.clip_model, device))
-    if settings.text_image_head is not None:
-        scorers.append(HeadScorer(settings.text_image_head, device))
-    if settings.pickscore_model is not None:
-        scorers.append(PickScorer(settings.pickscore_model, device))
-    if settings.hpsv2_model is not None:
-        scorers.append(HPSv2Scorer(settings.hpsv2_model, settings.hpsv2_version, device))
-    if settings.image_reward_model is not None:
-        scorers.append(ImageRewardScorer(settings.image_reward_model, device))
-    return scorers
 
 
 def real_pictures(settings: Settings) -> FolderPictures | DatasetPictures | None:

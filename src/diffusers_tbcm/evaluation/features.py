@@ -19,6 +19,7 @@ from ..images import to_rgb
 from ..versions import INSTALL
 
 
+FEATURES = ("mobilenet", "inception", "dinov2")  # what `load_extractor` knows
 IMAGE_SIZE = 128  # pixels: the size at which these features were compared on real data
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -170,6 +171,26 @@ class Dinov2Features(FeatureExtractor):
         size = (DINOV2_SIZE, DINOV2_SIZE)
         images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         return self.network((images - self.image_mean) / self.image_std).pooler_output
+
+
+def load_extractor(name: str, *, dinov2_model: str | PathLike[str] = DINOV2) -> FeatureExtractor:
+    """Load what makes features.
+
+    Args:
+        name: one of `FEATURES`.
+        dinov2_model: folder or Hub id of the third.
+
+    Returns:
+        The extractor, on the CPU.
+
+    Raises:
+        ImportError: where its package is not installed.
+        ValueError: where its model is not found.
+    """
+    assert name in FEATURES, name
+    if name == "dinov2":
+        return Dinov2Features(dinov2_model)
+    return InceptionFeatures() if name == "inception" else MobileNetFeatures()
 
 
 def pictures_to_tensor(pictures: Sequence[Image.Image]) -> Tensor:

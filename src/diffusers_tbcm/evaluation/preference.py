@@ -27,7 +27,7 @@ from ..text import check_tokenizer
 from .features import pictures_to_tensor
 from .picture_folder import digest_weights
 from .published_weights import blip_vision_config, blip_weights, clip_weights
-from .text_image import MAX_CLIP_TOKENS, load_clip, look_and_read, pairs
+from .text_image import MAX_CLIP_TOKENS, CLIPScorer, HeadScorer, TextImageScorer, load_clip, look_and_read, pairs
 
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -204,6 +204,43 @@ class ImageRewardScorer:
             reward = self.head(read.last_hidden_state[:, 0]).squeeze(1)
             scores.append(((reward - IMAGE_REWARD_MEAN) / IMAGE_REWARD_STD).float().cpu())
         return torch.cat(scores)
+
+
+def load_scorers(
+    *,
+    clip_model: str | None = None,
+    text_image_head: str | None = None,
+    pickscore_model: str | None = None,
+    hpsv2_model: str | None = None,
+    hpsv2_version: str = "2.1",
+    image_reward_model: str | None = None,
+    device: torch.device | str = "cpu",
+) -> list[TextImageScorer]:
+    """Load every scorer whose model is given.
+
+    Args:
+        clip_model, text_image_head, pickscore_model, hpsv2_model, image_reward_model: folder or Hub id; None for none.
+        hpsv2_version: of HPSv2's weights.
+        device: where they run.
+
+    Returns:
+        The scorers.
+
+    Raises:
+        ValueError: where a model is not found, or cannot be loaded.
+    """
+    scorers: list[TextImageScorer] = []
+    if clip_model is not None:
+        scorers.append(CLIPScorer(clip_model, device))
+    if text_image_head is not None:
+        scorers.append(HeadScorer(text_image_head, device))
+    if pickscore_model is not None:
+        scorers.append(PickScorer(pickscore_model, device))
+    if hpsv2_model is not None:
+        scorers.append(HPSv2Scorer(hpsv2_model, hpsv2_version, device))
+    if image_reward_model is not None:
+        scorers.append(ImageRewardScorer(image_reward_model, device))
+    return scorers
 
 
 def _weights_file(what: str, model: str | PathLike[str], name: str) -> Path:
