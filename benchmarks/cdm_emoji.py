@@ -12,12 +12,11 @@ and .png.
 """
 
 import argparse
-import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +26,29 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures, pictures_to_tensor
+from diffusers_tbcm.evaluation.evaluator import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
-from diffusers_tbcm.evaluation.metrics import Estimate, bootstrap, diversity, frechet_distance
 from diffusers_tbcm.files import read_json, write_json
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.pipeline_folder import LORA, MODEL_INDEX, list_checkpoints
 from diffusers_tbcm.scheduling_flow import even_sigmas
 from examples.tbcm.mini_teacher.emoji_metrics import (
-    DISTILLATION_PROMPTS_FILE,
     GUIDANCE_SCALE,
     MAX_SEQUENCE_LENGTH,
-    REFERENCE_FILE,
+    REFERENCE_SEED,
     SEED,
+    TEACHER_STEPS,
+    Judge,
+    Task,
     draw,
-    load_evaluation,
+    few,
+    many,
 )
 
 from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, default_device, machine, write_results
 
 
-CONCEPTS = (
-    "dolphin", "violin", "rocket", "sailboat", "snail", "guitar", "trumpet", "rooster", "mushroom", "hamburger", "owl",
-    "bicycle",
-)  # fmt: skip
-NOISES = 20  # pictures of each of the few prompts
-COMPONENTS = 48  # of the features: the covariance of some hundred pictures has full rank
 STEPS = (1, 2, 4)
-TEACHER_STEPS = 20
-REFERENCE_SEED = 4321  # of the teacher's pictures that all are compared with
 GRID_ROWS = 8
 COLOURS = 128  # of the sheet of pictures
 UNTRAINED, TEACHER = "untrained", "teacher"
@@ -65,7 +58,7 @@ FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
     "train_batch_size": 12,
-    "max_rollout_steps": 8,
+    "max_rollout_steps": 4,
     "anchor_range": [0.02, 0.98],
     "augmentation_scale": 2.0,
     "student_every": 6,
@@ -80,7 +73,9 @@ FLAGS: Mapping[str, Any] = {
     "logging_steps": 20,
     "report_to": "none",
 }
-ADAPTERS = {"rank": 16, "learning_rate": 1e-3, "critic_learning_rate": 2e-3}
+# A smaller alpha, as CA acts twice and at all times
+EVERYWHERE = {"augment_everywhere": True, "augmentation_scale": 1.5}
+ADAPTERS = {"rank": 16, "learning_rate": 1e-3, "critic_learning_rate": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -94,8 +89,8 @@ class Setting:
 CDM = Setting()
 WHOLE = {
     "CDM": CDM,
-    "CDM, timed critic": Setting({"timed_critic": True}),
-    "CDM, timed critic, LoRA of rank 16": Setting({"timed_critic": True, **ADAPTERS}),
+    "CDM, CA everywhere": Setting(EVERYWHERE),
+    "CDM, CA everywhere, LoRA of rank 16": Setting({**EVERYWHERE, **ADAPTERS}),
 }
 TABLES = {
     "few": WHOLE,
@@ -107,44 +102,12 @@ TABLES = {
         "without CDM": Setting({"cdm_weight": 0}),
         "fixed schedule": Setting(variant="fixed_schedule"),
         "on the trajectory": Setting(variant="on_trajectory"),
-        "CDM, timed critic": Setting({"timed_critic": True}),
+        "CDM, CA everywhere": Setting(EVERYWHERE),
+        "timed critic": Setting({"timed_critic": True}),
         "student every second step": Setting({"student_every": 2}),
+        "up to 8 steps": Setting({"max_rollout_steps": 8}),
     },
 }
-
-
-@dataclass(frozen=True)
-class Task:
-    """What students are trained on and what is drawn with them.
-
-    Args:
-        name: of its folder.
-        training: prompts to train on.
-        prompts, concepts: of the pictures, in rounds of `round_size`: a round is what intervals are resampled by.
-        round_size: pictures in a round.
-    """
-
-    name: str
-    training: list[str]
-    prompts: list[str]
-    concepts: list[str]
-    round_size: int
-
-    @property
-    def rounds(self) -> int:
-        return len(self.prompts) // self.round_size
-
-
-def few() -> Task:
-    styled = [f"{('noto', 'fluent 3d')[place % 2]} {concept}" for place, concept in enumerate(CONCEPTS)]
-    prompts, concepts = [*CONCEPTS, *styled], [*CONCEPTS, *CONCEPTS]
-    return Task("few", prompts, prompts * NOISES, concepts * NOISES, len(prompts))
-
-
-def many(count: int = 500) -> Task:
-    training = (EMBEDDED_TEACHER / DISTILLATION_PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
-    items = [item for item in load_evaluation(EMBEDDED_TEACHER) if not item.held_out][:count]
-    return Task("many", training, [item.prompt for item in items], [item.concept for item in items], 1)
 
 
 def train(setting: Setting, task: Task, steps: int, seed: int, work_dir: Path) -> Path:
@@ -224,49 +187,20 @@ def measured(
     return load_file(file)
 
 
-class Judge:
-    """The teacher's pictures of a task's prompts, from other noises, and the real ones that show the concepts."""
-
-    def __init__(self, task: Task, drawn: Mapping[str, torch.Tensor]):
-        self.task = task
-        self.reference = FeatureReference.fit(drawn["features"], num_components=COMPONENTS)
-        self.real = FeatureReference.load(EMBEDDED_TEACHER / REFERENCE_FILE)
-        self.diversity = self._diversity(drawn)
-
-    def distance(self, drawn: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor] | None = None) -> Estimate:
-        """The Frechet distance, or how much larger it is than that of others from the same noises; 95% intervals."""
-        sets = [
-            self.reference.project(each["features"]).unflatten(0, (self.task.rounds, self.task.round_size))
-            for each in (drawn, other)
-            if each is not None
-        ]
-        distance = partial(frechet_distance, *self.reference.gaussian)
-
-        def statistic(index: torch.Tensor) -> float:
-            first, *rest = (distance(each[index].flatten(0, 1)) for each in sets)
-            return first - sum(rest)
-
-        return bootstrap(statistic, self.task.rounds)
-
-    def _diversity(self, drawn: Mapping[str, torch.Tensor]) -> float:
-        """How much the pictures of a prompt differ, a mean over prompts; NaN where each has one picture."""
-        if self.task.round_size == 1:
-            return math.nan
-        rounds = drawn["features"].unflatten(0, (self.task.rounds, self.task.round_size))
-        return diversity(rounds.transpose(0, 1)).mean().item()
-
-    def row(self, model: str, steps: int, drawn: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        distance = self.distance(drawn)
-        return {
-            "model": model,
-            "steps": steps,
-            "FD to the teacher": round(distance.value, 1),
-            "interval": f"{distance.low:.1f} to {distance.high:.1f}",
-            "top-5 retrieval": round(self.real.retrieval_at_k(drawn["features"], self.task.concepts), 3),
-            "diversity / teacher's": round(self._diversity(drawn) / self.diversity, 2),
-            "brightness": round(drawn["brightness"].mean().item(), 3),
-            "saturation": round(drawn["saturation"].mean().item(), 3),
-        }
+def describe(judge: Judge, model: str, steps: int, drawn: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What a table says of a model's pictures."""
+    features = drawn["features"]
+    distance = judge.distance(features)
+    return {
+        "model": model,
+        "steps": steps,
+        "FD to the teacher": round(distance.value, 1),
+        "interval": f"{distance.low:.1f} to {distance.high:.1f}",
+        "top-5 retrieval": round(judge.retrieval(features), 3),
+        "diversity / teacher's": round(judge.diversity(features), 2),
+        "brightness": round(drawn["brightness"].mean().item(), 3),
+        "saturation": round(drawn["saturation"].mean().item(), 3),
+    }
 
 
 def grid(columns: Mapping[str, Mapping[str, torch.Tensor]], prompts: Sequence[str]) -> Image.Image:
@@ -281,9 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--settings", nargs="+", help="part of the table, by name; default: all of it")
-    parser.add_argument(
-        "--max_train_steps", type=int, default=800, help="of the critic; the student takes half of them"
-    )
+    parser.add_argument("--max_train_steps", type=int, default=800, help="of the critic; the student takes one in six")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/cdm_emoji"))
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
@@ -295,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.work_dir / task.name).mkdir(parents=True, exist_ok=True)
 
     at_teacher = args.work_dir / task.name / TEACHER
-    judge = Judge(task, measured(task, None, TEACHER_STEPS, GUIDANCE_SCALE, at_teacher, REFERENCE_SEED))
+    reference = measured(task, None, TEACHER_STEPS, GUIDANCE_SCALE, at_teacher, REFERENCE_SEED)
+    judge = Judge(task, reference["features"])
     drawn = {(TEACHER, steps): measured(task, None, steps, GUIDANCE_SCALE, at_teacher) for steps in (4, TEACHER_STEPS)}
     drawn |= {(UNTRAINED, steps): measured(task, None, steps, 1.0, at_teacher) for steps in STEPS}
     for name in names:
@@ -304,12 +237,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows = []
     for (model, steps), of_model in drawn.items():
-        row = judge.row(model, steps, of_model)
+        row = describe(judge, model, steps, of_model)
         if model not in (TEACHER, UNTRAINED):
             others = {"untrained": drawn[UNTRAINED, steps], "teacher at 4": drawn[TEACHER, 4]}
-            row["/ untrained"] = round(row["FD to the teacher"] / judge.distance(others["untrained"]).value, 3)
+            control = judge.distance(others["untrained"]["features"])
+            row["/ untrained"] = round(row["FD to the teacher"] / control.value, 3)
             for other, of_other in others.items():
-                row[f"less {other}"] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*judge.distance(of_model, of_other))
+                difference = judge.distance(of_model["features"], of_other["features"])
+                row[f"less {other}"] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*difference)
         rows.append(row)
     details = {
         "prompts": len({*task.prompts}),

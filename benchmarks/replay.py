@@ -1,4 +1,4 @@
-"""Does a student lose by training on every teacher row several times? The quickstart's recipe, shortened.
+"""Does a student lose by training on every teacher row several times? The full quickstart's recipe, shortened.
 
     python -m benchmarks.replay --output_dir runs/replay        # 18 runs, 50 minutes on a CPU core; can be resumed
 
@@ -17,10 +17,10 @@ import pandas
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.pipeline_folder import list_checkpoints
-from examples.tbcm.mini_teacher.emoji_metrics import Meter, draw, load_evaluation
-from examples.tbcm.quickstart import training_command
+from examples.tbcm.mini_teacher.emoji_metrics import DISTILLATION_PROMPTS_FILE, Meter, draw, load_evaluation
+from examples.tbcm.quickstart import full_recipe, training_command
 
-from .common import RESULTS, default_device, machine, write_results
+from .common import EMBEDDED_TEACHER, RESULTS, default_device, machine, write_results
 
 
 matplotlib.use("Agg")
@@ -41,7 +41,8 @@ def distil(folder: Path, seed: int, steps: int, flags: dict[str, int]) -> dict[s
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text())
-    command = training_command(folder, steps, seed=seed, teacher_batch_size=2, **flags)
+    recipe = {**full_recipe(steps), "seed": seed, "teacher_batch_size": 2, **flags}
+    command = training_command(folder, steps, EMBEDDED_TEACHER / DISTILLATION_PROMPTS_FILE, **recipe)
     if list_checkpoints(folder):
         command += ["--resume_from_checkpoint", "latest"]
     subprocess.run(command, check=True)

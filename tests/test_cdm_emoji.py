@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import cdm_emoji, cdm_variants
-from benchmarks.cdm_emoji import FLAGS, TABLES, Judge, Setting, Task, few, many, train
+from benchmarks.cdm_emoji import FLAGS, TABLES, Setting, describe, train
 from diffusers_tbcm.flow import shift_sigmas
 from diffusers_tbcm.training.settings import parse_settings
 from examples.tbcm import train_cdm
+from examples.tbcm.mini_teacher import emoji_metrics
+from examples.tbcm.mini_teacher.emoji_metrics import REFERENCE_FILE, TEACHER_DIR, Judge, Task, few, many
 from examples.tbcm.train_cdm import CDMSettings
 
 
@@ -74,25 +76,27 @@ def drawn_of(features):
 
 
 def test_a_student_is_judged_by_the_teachers_pictures(monkeypatch):
-    monkeypatch.setattr(cdm_emoji, "COMPONENTS", 4)
-    task, width = little(60), len(load_file(cdm_emoji.EMBEDDED_TEACHER / cdm_emoji.REFERENCE_FILE)["mean"])
+    monkeypatch.setattr(emoji_metrics, "COMPONENTS", 4)
+    task, width = little(60), len(load_file(TEACHER_DIR / REFERENCE_FILE)["mean"])
     generator = torch.Generator().manual_seed(0)
     features = torch.zeros(120, width)
     features[:, :4] = torch.randn(120, 4, generator=generator).half()
-    judge = Judge(task, drawn_of(features))
-    assert judge.distance(drawn_of(features)).value == pytest.approx(0, abs=1e-3)
+    judge = Judge(task, features)
+    assert judge.distance(features).value == pytest.approx(0, abs=1e-3)
     moved = features.clone()
     moved[:, 0] += 3.0
-    away = judge.distance(drawn_of(moved))
+    away = judge.distance(moved)
     assert away.value == pytest.approx(9.0, rel=1e-2) and away.low < 9.0 < away.high  # the squared distance of means
-    paired = judge.distance(drawn_of(features), drawn_of(moved))
+    paired = judge.distance(features, moved)
     assert paired.value == pytest.approx(-9.0, rel=1e-2) and paired.high < 0
-    row = judge.row("student", 4, drawn_of(moved))
+    row = describe(judge, "student", 4, drawn_of(moved))
     assert row["FD to the teacher"] == round(away.value, 1) and row["brightness"] == 0.5
     assert row["diversity / teacher's"] != 1  # by cosines of features
+    nearer, further = (judge.kernel_distance(each).value for each in (features, moved))
+    assert nearer < 0 < further  # unbiased, and the very same pictures
     alike = features[:2].repeat(60, 1)
-    assert judge.row("student", 4, drawn_of(alike))["diversity / teacher's"] == 0
-    assert judge.row("student", 4, drawn_of(features))["diversity / teacher's"] == 1
+    assert describe(judge, "student", 4, drawn_of(alike))["diversity / teacher's"] == 0
+    assert describe(judge, "student", 4, drawn_of(features))["diversity / teacher's"] == 1
 
 
 def test_the_variants_change_what_they_say():
@@ -108,7 +112,8 @@ def test_the_variants_change_what_they_say():
 
 def test_a_table_in_little(monkeypatch, tmp_path):
     """Two settings are trained, drawn by the stock pipeline and measured; the second time nothing is done again."""
-    for name, value in {"COMPONENTS": 2, "TEACHER_STEPS": 2, "GRID_ROWS": 2, "few": lambda: little(2)}.items():
+    monkeypatch.setattr(emoji_metrics, "COMPONENTS", 2)
+    for name, value in {"TEACHER_STEPS": 2, "GRID_ROWS": 2, "few": lambda: little(2)}.items():
         monkeypatch.setattr(cdm_emoji, name, value)
     monkeypatch.setattr(
         cdm_emoji,

@@ -1,49 +1,61 @@
 #!/usr/bin/env python
 """Distil the embedded teacher into outputs/quickstart and show what came out: a pipeline, a grid, a table.
 
-1. `accelerate launch train_tbcm_distill.py` on the embedded teacher and its prompts, without one image
-2. teacher, student and a control (the student before its training) draw the same evaluation prompts; MobileNet-FD,
-   retrieval and time per picture
+1. `accelerate launch train_tbcm_distill.py` on the embedded teacher, without one image: 24 prompts, or with --full all
+   of its 5,179
+2. teacher, student and a control (the student before its training) draw the same prompts from noises that no training
+   has seen; distances are to the teacher's own pictures
 3. grid.png, metrics.json and the finished model card
 """
 
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas
 import torch
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
-from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.command_line import CommandParser
-from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
+from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
 from diffusers_tbcm.evaluation.evaluator import seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
-from diffusers_tbcm.evaluation.reference import FeatureReference
+from diffusers_tbcm.evaluation.metrics import Estimate, decisiveness, mirror_products
 from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.pipeline_folder import list_checkpoints
+from examples.tbcm.mini_teacher.emoji_metrics import (
+    DISTILLATION_PROMPTS_FILE,
+    FEW_PROMPTS_FILE,
+    MAX_SEQUENCE_LENGTH,
+    REFERENCE_SEED,
+    SEED,
+    TEACHER_STEPS,
+    Judge,
+    Task,
+    draw,
+    few,
+    many,
+)
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
 TEACHER_DIR = Path(__file__).with_name("sana_emoji_mini")
-MAX_SEQUENCE_LENGTH = 48  # the prompts have at most some 30 tokens: padding to 300 changes nothing but the time
-SEED = 1234
-BATCH_SIZE = 50
-MIN_PROMPTS = 2  # a distance takes a covariance
+STUDENT_STEPS = (1, 2, 4)
+MEASURED_STEPS = {"teacher": (4, TEACHER_STEPS), "untrained student": STUDENT_STEPS, "student": STUDENT_STEPS}
+GRID_COLUMNS = (
+    ("teacher", TEACHER_STEPS), ("untrained student", 1), ("student", 1), ("student", 2), ("student", 4),
+)  # fmt: skip
 GRID_PROMPTS = (
     "a fluent 3d emoji of a dolphin",
     "noto violin",
@@ -54,39 +66,56 @@ GRID_PROMPTS = (
     "a fluent 3d emoji of an owl",
     "a noto emoji of a hamburger",
 )
-STUDENT_STEPS = (1, 2, 4)
-MEASURED_STEPS = {"teacher": (1, 2, 4, 20), "untrained student": STUDENT_STEPS, "student": STUDENT_STEPS}
-GRID_COLUMNS = (("teacher", 1), ("teacher", 20), ("student", 1), ("student", 2), ("student", 4))
+SHOWN = 12  # of the few prompts: the concepts by name
+SEEN_PICTURES = 96
+MIN_NOISES = 3  # a distance in 48 components takes more pictures than that
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
-STEPS = 1000
-LEARNING_RATE = 3e-4
+STEPS = 600
+RECIPE: dict[str, object] = {
+    "train_batch_size": 3,
+    "learning_rate": 5e-4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 30,
+    "replay_buffer_size": 480,
+    "replay_steps": 4,
+    "teacher_batch_size": 15,
+    "tangent_warmup_steps": 0,
+    "tangent_cooldown_start_step": -1,
+}
+FULL_STEPS = 1000
 
 
-def training_command(output_dir: Path, steps: int, **changes: object) -> list[str]:
-    """The quickstart's `accelerate launch`, with changes of the training script's flags."""
-    flags: dict[str, object] = {
-        "pretrained_model_name_or_path": TEACHER_DIR,
-        "prompts_file": TEACHER_DIR / "prompts.txt",
-        "output_dir": output_dir,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+def full_recipe(steps: int) -> dict[str, object]:
+    """Of all prompts: every trajectory is another, and its rows are drawn once."""
+    return {
         "train_batch_size": 2,
-        "max_train_steps": steps,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": 3e-4,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 50,
-        "max_grad_norm": 1.0,
         "replay_buffer_size": 64,
         "teacher_batch_size": 16,
         "endpoint_warmup_steps": 7 * steps // 10,
         "tangent_warmup_steps": 0,
         "tangent_cooldown_start_step": 4 * steps // 5,
         "tangent_cooldown_steps": steps // 10,
+    }
+
+
+def training_command(output_dir: Path, steps: int, prompts_file: Path, **flags: object) -> list[str]:
+    """An `accelerate launch` of the training script on the embedded teacher."""
+    flags = {
+        "pretrained_model_name_or_path": TEACHER_DIR,
+        "prompts_file": prompts_file,
+        "output_dir": output_dir,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "max_train_steps": steps,
+        "max_grad_norm": 1.0,
         "ema_decay": 0.99,
         "checkpointing_steps": steps,
         "validation_steps": steps,
         "report_to": "tensorboard",
-        **changes,
+        **flags,
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -94,108 +123,136 @@ def training_command(output_dir: Path, steps: int, **changes: object) -> list[st
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--num_cpu_threads_per_process", str(os.cpu_count())]  # accelerate's own choice is one thread
     # The embedded teacher reads a prompt the same without the instruction, and on a CPU the instruction costs 100 ms.
-    arguments += ["--use_ema", "--no-complex_human_instruction", "--validation_prompts", *GRID_PROMPTS]
+    arguments += ["--use_ema", "--no-complex_human_instruction"]
     return [*launcher, str(TRAINING_SCRIPT), *arguments]
 
 
-def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int, options: dict[str, Any]) -> list[Image.Image]:
-    """One picture a prompt, from noise that depends on the prompt's place only: the same for teacher and student."""
-    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = draw_pictures(
-        pipeline,
-        prompts,
-        numbered_generators(SEED),
-        num_inference_steps=steps,
-        batch_size=BATCH_SIZE,
-        use_resolution_binning=False,
-        **{"height": size, "width": size, **options},
+def train(
+    output_dir: Path, steps: int, prompts_file: Path, recipe: Mapping[str, object], shown: Sequence[str]
+) -> float:
+    """Distil, or go on where a run was interrupted; gives the seconds."""
+    start = time.perf_counter()
+    command = [*training_command(output_dir, steps, prompts_file, **recipe), "--validation_prompts", *shown]
+    if list_checkpoints(output_dir):
+        command += ["--resume_from_checkpoint", "latest"]
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)  # the script has said why
+    return time.perf_counter() - start
+
+
+def load_models(output_dir: Path, device: str) -> dict[str, DiffusionPipeline]:
+    """Teacher, student, and the control: the student before its training."""
+    teacher = SanaPipeline.from_pretrained(TEACHER_DIR).to(device)
+    untrained = SanaTBCMPipeline(
+        teacher.tokenizer, teacher.text_encoder, teacher.vae, make_student(teacher.transformer), TBCMScheduler()
     )
-    return list(tqdm(pictures, total=len(prompts), desc=f"{type(pipeline).__name__}, {steps} steps", unit="picture"))
+    student = SanaTBCMPipeline.from_pretrained(output_dir).to(device)
+    return {"teacher": teacher, "untrained student": untrained, "student": student}
 
 
-def likeness(pictures: list[Image.Image], references: list[Image.Image]) -> float:
-    """Mean PSNR in dB between pictures drawn from the same noise: how closely one model follows the other."""
-    mse = (pictures_to_tensor(pictures) - pictures_to_tensor(references)).square().mean((1, 2, 3))
-    return round(float(-10 * mse.log10().mean()), 2)
+def measure(models: Mapping[str, DiffusionPipeline], task: Task, device: str) -> list[Measurement]:
+    """All models on the same unseen noises, against what the teacher draws from others."""
+    extractor = MobileNetFeatures().to(device)
+    judge = Judge(task, extractor.extract(draw(models["teacher"], task.prompts, TEACHER_STEPS, seed=REFERENCE_SEED)))
+    drawn = {
+        (model, steps): draw(models[model], task.prompts, steps)
+        for model, all_steps in MEASURED_STEPS.items()
+        for steps in all_steps
+    }
+    teachers = pictures_to_tensor(drawn["teacher", TEACHER_STEPS])
+    measurements = []
+    for (model, steps), pictures in drawn.items():
+        features = extractor.extract(pictures)
+        estimates = {
+            "FD to the teacher": judge.distance(features),
+            "KD to the teacher": judge.kernel_distance(features),
+        }
+        rounded = {name: Estimate(*(round(value, 3) for value in estimates[name])) for name in estimates}
+        metrics = {name: estimate.value for name, estimate in rounded.items()}
+        metrics["decisiveness"] = round(decisiveness(mirror_products(pictures_to_tensor(pictures), teachers)), 3)
+        metrics["top-5 retrieval"] = round(judge.retrieval(features), 3)
+        metrics["FD to real pictures"] = round(judge.real.frechet_distance(features), 1)
+        one = seconds_per_image(partial(draw, models[model], task.prompts[:1], steps), repeats=3)
+        metrics["s / image"] = round(one, 3)
+        intervals = {name: (estimate.low, estimate.high) for name, estimate in rounded.items()}
+        measurements.append(Measurement(model, steps, metrics, intervals))
+    return measurements
+
+
+def seen_decisiveness(models: Mapping[str, DiffusionPipeline], task: Task, guidance_scales: Sequence[float]) -> float:
+    """The student's decisiveness at 1 step from the first noises that it was trained on."""
+    generators = [draw_generator(number, 0) for number in range(SEEN_PICTURES)]
+    draw_guidance_scale(guidance_scales, generators)  # comes before the noise
+    size = models["teacher"].transformer.config.sample_size
+    channels = models["teacher"].transformer.config.in_channels
+    noise = draw_noise((channels, size, size), generators)
+    prompts = [task.training[prompt_at(number, len(task.training), 0)] for number in range(SEEN_PICTURES)]
+    student, teacher = (
+        pictures_to_tensor(draw(models[model], prompts, steps, batch_size=SEEN_PICTURES, latents=noise))
+        for model, steps in (("student", 1), ("teacher", TEACHER_STEPS))
+    )
+    return round(decisiveness(mirror_products(student, teacher)), 3)
+
+
+def grid(models: Mapping[str, DiffusionPipeline], prompts: Sequence[str]) -> Image.Image:
+    columns = [draw(models[model], [*prompts], steps) for model, steps in GRID_COLUMNS]
+    labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
+    return image_grid(list(zip(*columns, strict=True)), labels, prompts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--max_train_steps", type=int, default=STEPS)
-    parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts")
+    parser.add_argument("--full", action="store_true", help="train on all 5,179 prompts")
+    parser.add_argument("--max_train_steps", type=int, help=f"default: {STEPS}, with --full {FULL_STEPS}")
+    parser.add_argument("--noises", type=int, default=20, help="pictures of each of the 24 prompts that are measured")
+    parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts with --full, a picture of each")
     args = parser.parse_args(argv)
-    parser.check_at_least(MIN_PROMPTS, prompts=args.prompts)
+    parser.check_at_least(MIN_NOISES, noises=args.noises)
+    parser.check_at_least(MIN_NOISES * len(few().training), prompts=args.prompts)
     start = time.perf_counter()
+    steps = args.max_train_steps or (FULL_STEPS if args.full else STEPS)
+    if args.full:
+        task, prompts_file, recipe = many(args.prompts), TEACHER_DIR / DISTILLATION_PROMPTS_FILE, full_recipe(steps)
+    else:
+        task, prompts_file, recipe = few(args.noises), FEW_PROMPTS_FILE, RECIPE
+    shown = GRID_PROMPTS if args.full else task.training[:SHOWN]
 
     # 1. Distil; the same command continues an interrupted run
-    command = training_command(args.output_dir, args.max_train_steps)
-    if list_checkpoints(args.output_dir):
-        command += ["--resume_from_checkpoint", "latest"]
-    if code := subprocess.run(command).returncode:
-        sys.exit(code)  # the script has said why
-    training_seconds = time.perf_counter() - start
+    training_seconds = train(args.output_dir, steps, prompts_file, recipe, shown)
 
     # 2. Measure
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = SanaPipeline.from_pretrained(TEACHER_DIR).to(device)
-    untrained = SanaTBCMPipeline(
-        teacher.tokenizer, teacher.text_encoder, teacher.vae, make_student(teacher.transformer), TBCMScheduler()
-    )
-    student = SanaTBCMPipeline.from_pretrained(args.output_dir).to(device)
-    options = student.default_call_options  # all draw as the student was distilled
-    pipelines: dict[str, DiffusionPipeline] = {"teacher": teacher, "untrained student": untrained, "student": student}
-    lines = [json.loads(line) for line in (TEACHER_DIR / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluation = [line for line in lines if not line["held_out"]][: args.prompts]
-    prompts, concepts = [line["prompt"] for line in evaluation], [line["concept"] for line in evaluation]
-    extractor = MobileNetFeatures().to(device)
-    reference = FeatureReference.load(TEACHER_DIR / "reference_features.safetensors")
-    drawn: dict[tuple[str, int], list[Image.Image]] = {}
-    figures: dict[tuple[str, int], dict[str, float]] = {}
-    for model, all_steps in MEASURED_STEPS.items():
-        for steps in all_steps:
-            drawn[model, steps] = draw(pipelines[model], prompts, steps, options)
-            one = seconds_per_image(partial(draw, pipelines[model], prompts[:1], steps, options), repeats=3)
-            features = extractor.extract(drawn[model, steps])
-            figures[model, steps] = {
-                "MobileNet-FD": round(reference.frechet_distance(features), 1),
-                "top-5 retrieval": round(reference.retrieval_at_k(features, concepts, k=5), 3),
-                "s / image": round(one, 3),
-            }
-    worst, best = (figures["teacher", steps]["MobileNet-FD"] for steps in (1, 20))
-    for model in ("untrained student", "student"):
-        for steps in STUDENT_STEPS:
-            metrics = figures[model, steps]
-            metrics["gap closed"] = round((worst - metrics["MobileNet-FD"]) / (worst - best), 3)
-            metrics["PSNR to the teacher's 20 steps (dB)"] = likeness(drawn[model, steps], drawn["teacher", 20])
+    models = load_models(args.output_dir, device)
+    measurements = measure(models, task, device)
+    seen = seen_decisiveness(models, task, models["student"].scheduler.config.guidance_scales)
 
     # 3. Show
-    columns = [draw(pipelines[model], list(GRID_PROMPTS), steps, options) for model, steps in GRID_COLUMNS]
-    labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
     with OwnedFolder(args.output_dir).written("grid.png") as partial_file:
-        image_grid(list(zip(*columns, strict=True)), labels, GRID_PROMPTS).save(partial_file, format="PNG")
-    script = "examples/tbcm/quickstart.py"
+        grid(models, shown).save(partial_file, format="PNG")
+    measured = f"--prompts {args.prompts} --full" if args.full else f"--noises {args.noises}"
     save_metrics(
         args.output_dir,
-        [Measurement(model, steps, metrics) for (model, steps), metrics in figures.items()],
-        dataset=f"{len(prompts)} prompts of the embedded emoji teacher",
-        command=f"python {script} --max_train_steps {args.max_train_steps} --prompts {args.prompts}",
+        measurements,
+        dataset=f"{len(task.prompts)} pictures of {len({*task.prompts})} prompts of the embedded emoji teacher",
+        command=f"python -m examples.tbcm.quickstart --max_train_steps {steps} {measured}",
         details={
             "seed": SEED,
+            "decisiveness at 1 step from noises of the training": seen,
             "training_seconds": round(training_seconds),
+            "seconds": round(time.perf_counter() - start),
             "hardware": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
             "torch": str(torch.__version__),
         },
     )
     save_model_card(args.output_dir)
 
-    rows = [{"model": model, "steps": steps, **metrics} for (model, steps), metrics in figures.items()]
+    rows = [{"model": each.model, "steps": each.num_inference_steps, **each.metrics} for each in measurements]
     print("\n" + pandas.DataFrame(rows).to_string(index=False, na_rep=""))
     print(f"{time.perf_counter() - start:.0f} s in all. Look at {args.output_dir / 'grid.png'}, then:\n")
     print("    from diffusers_tbcm import SanaTBCMPipeline")
     print(f'    pipe = SanaTBCMPipeline.from_pretrained("{args.output_dir}")')
-    print(f'    pipe("{GRID_PROMPTS[0]}").images[0].save("dolphin.png")')
+    print(f'    pipe("{shown[0]}").images[0].save("dolphin.png")')
 
 
 if __name__ == "__main__":

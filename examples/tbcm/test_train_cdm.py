@@ -224,6 +224,46 @@ def test_a_rollout_knows_this_steps_weights(cdm_flags, monkeypatch):
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_guidance_works_on_the_rollout_below_its_time_or_everywhere(cdm_flags, monkeypatch, everywhere):
+    """The paper's CA is of the rollout's points, tau below their time; else CA is of all that DM and CDM see."""
+    noised, augmentation_loss, losses = train_cdm.noised, train_cdm.augmentation_loss, train_cdm.student_losses
+    points, parts, checked = {}, [], []
+
+    def note_point(run, prediction, upper, stream):
+        made = noised(run, prediction, upper, stream)
+        points[stream] = prediction, upper, made[0], made[1]
+        return made
+
+    def note_part(prediction, real, unconditional, alpha):
+        parts.append((augmentation_loss(prediction, real, unconditional, alpha), real, unconditional))
+        return parts[-1][0]
+
+    def check(settings, run, distillation, student, critic, rows):
+        points.clear(), parts.clear()
+        found = losses(settings, run, distillation, student, critic, rows)
+        assert points.keys() - {train_cdm.CA_OFF_ROLLOUT} == {train_cdm.CA, train_cdm.DM, train_cdm.CDM}
+        places = {train_cdm.CA: train_cdm.DM} | ({train_cdm.CA_OFF_ROLLOUT: train_cdm.CDM} if everywhere else {})
+        texts = rows.text, distillation.negative_text.expand(len(rows))
+        for (guided, matched), (_, *actual) in zip(places.items(), parts, strict=True):
+            *_, z, tau = points[guided]
+            for text, prediction in zip(texts, actual, strict=True):
+                (expected,) = train_cdm.predictions(distillation.teacher, [z], [tau], text=text)
+                torch.testing.assert_close(prediction, expected)
+            assert torch.equal(points[guided][0], points[matched][0])
+            assert torch.equal(points[guided][1], torch.ones_like(rows.timesteps) if everywhere else rows.timesteps)
+            assert not torch.equal(points[guided][2], points[matched][2])  # another noise
+        assert torch.equal(found["ca"], torch.stack([loss for loss, *_ in parts]).sum()) and found["ca"] > 0
+        checked.append(True)
+        return found
+
+    monkeypatch.setattr(train_cdm, "noised", note_point)
+    monkeypatch.setattr(train_cdm, "augmentation_loss", note_part)
+    monkeypatch.setattr(train_cdm, "student_losses", check)
+    main(cdm_flags(augment_everywhere=everywhere))
+    assert checked
+
+
 def test_the_memory_plan_counts_what_adapters_share_once(cdm_flags, monkeypatch):
     plan, made = distillation.memory_plan, []
     monkeypatch.setattr(

@@ -58,7 +58,7 @@ from diffusers_tbcm.training.stream import Record
 
 METHOD = "CDM, image-free"  # on the model card
 # Streams of random numbers: a step's schedule, the critic's noise, the student's points off the rollout, its losses.
-SCHEDULE, CRITIC, OFF_ROLLOUT, CA, DM, CDM = range(2, 8)
+SCHEDULE, CRITIC, OFF_ROLLOUT, CA, DM, CDM, CA_OFF_ROLLOUT = range(2, 9)
 
 
 @dataclass(kw_only=True)
@@ -80,6 +80,7 @@ class CDMSettings(PromptSettings):
     timed_critic: bool = setting(False, "tell the critic at what time of the rollout a prediction was made")
     critic_merge: float = setting(CRITIC_MERGE, "share of the student that flows into the critic at each of its steps")
     augmentation_scale: float = setting(7.0, "alpha of CA: the teacher's guidance scale less 1")
+    augment_everywhere: bool = setting(False, "CA at every tau, and off the rollout too (not in the paper)")
     ca_weight: float = setting(1.0, "of classifier-free guidance as a loss")
     dm_weight: float = setting(1.0, "of distribution matching at the rollout's points")
     cdm_weight: float = setting(1.0, "of distribution matching between them")
@@ -111,7 +112,8 @@ class CDMSettings(PromptSettings):
             "student": f"one step in {self.student_every} of the critic's",
             "critic": f"{'timed, ' if self.timed_critic else ''}lr {self.critic_learning_rate:g},"
             f" merge {self.critic_merge:g}",
-            "loss": f"{self.ca_weight:g} CA (alpha {self.augmentation_scale:g}) + {self.dm_weight:g} DM"
+            "loss": f"{self.ca_weight:g} CA (alpha {self.augmentation_scale:g}"
+            f"{', everywhere' if self.augment_everywhere else ''}) + {self.dm_weight:g} DM"
             f" + {self.cdm_weight:g} CDM",
         }
 
@@ -228,20 +230,26 @@ def student_losses(
     predicted = flow_prediction(sample, student(sample, times, **text.arguments()), times)
     here, there = predicted.unflatten(0, (count, 2)).unbind(1)
 
-    ca, ca_tau, _ = noised(run, here, rows.timesteps, CA)
     dm, dm_tau, _ = noised(run, here, anywhere, DM)
     cdm, cdm_tau, _ = noised(run, there, anywhere, CDM)
+    guided = [(here, anywhere if settings.augment_everywhere else rows.timesteps, CA)]
+    if settings.augment_everywhere:
+        guided.append((there, anywhere, CA_OFF_ROLLOUT))
+    ca, ca_tau = zip(*(noised(run, *point)[:2] for point in guided), strict=True)
     with torch.no_grad():
         judge = partial(predictions, text=text)
-        real_ca, real_dm, real_cdm = judge(distillation.teacher, [ca, dm, cdm], [ca_tau, dm_tau, cdm_tau])
+        real_dm, real_cdm, *real_ca = judge(distillation.teacher, [dm, cdm, *ca], [dm_tau, cdm_tau, *ca_tau])
         told = told_when(settings, torch.stack([rows.timesteps, elsewhere], dim=1).flatten())
         fake_dm, fake_cdm = judge(critic, [dm, cdm], [dm_tau, cdm_tau], told=told)
-        (unconditional,) = predictions(
-            distillation.teacher, [ca], [ca_tau], text=distillation.negative_text.expand(count)
-        )
+        negative = distillation.negative_text.expand(count)
+        unconditional = predictions(distillation.teacher, [*ca], [*ca_tau], text=negative)
     run.log(disagreement=(real_dm - fake_dm).square().mean().sqrt())
+    augmented = [
+        augmentation_loss(point, real, without, settings.augmentation_scale)
+        for (point, *_), real, without in zip(guided, real_ca, unconditional, strict=True)
+    ]
     return {
-        "ca": augmentation_loss(here, real_ca, unconditional, settings.augmentation_scale),
+        "ca": torch.stack(augmented).sum(),
         "dm": distribution_loss(here, real_dm, fake_dm),
         "cdm": distribution_loss(there, real_cdm, fake_cdm),
     }
