@@ -4,20 +4,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from diffusers_tbcm.evaluation import evaluator
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
     FeatureReference,
     MobileNetFeatures,
+    check_numbers,
     compare_with_teacher,
     pictures_to_tensor,
     seconds_per_image,
 )
-from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures
-from diffusers_tbcm.evaluation.metrics import diversity, kernel_distance, precision_recall
+from diffusers_tbcm.evaluation.features import Dinov2Features, FeatureExtractor, InceptionFeatures
+from diffusers_tbcm.evaluation.metrics import (
+    decisiveness,
+    diversity,
+    kernel_distance,
+    mirror_products,
+    precision_recall,
+)
+from diffusers_tbcm.evaluation.picture_folder import PictureFolder
 from diffusers_tbcm.export.record import Measurement
 
 
@@ -267,7 +276,7 @@ class Pixels(FeatureExtractor):
 
 
 class LengthScorer:
-    name = "length"
+    name, digest = "length", "characters"
 
     def __call__(self, pictures, prompts):
         return torch.tensor([float(len(prompt)) for _, prompt in zip(pictures, prompts, strict=True)])
@@ -286,7 +295,7 @@ def test_an_evaluation_holds_every_metric_with_its_interval(coloured):
     extractor = Pixels()
     real = extractor.extract(coloured[::-1]) + 0.02
     reference = FeatureReference.fit(real, ["even", "even", "odd", "odd"] * 15, None)
-    row = Evaluator(extractor, reference, LengthScorer(), resamples=50)("student", 2, coloured, prompts, labels)
+    row = Evaluator(extractor, reference, [LengthScorer()], resamples=50)("student", 2, coloured, prompts, labels)
 
     features = extractor.extract(coloured)
     pairs = [label for label in labels for _ in range(2)]
@@ -311,13 +320,126 @@ def test_an_evaluation_holds_every_metric_with_its_interval(coloured):
 
 def test_an_evaluation_without_reference_or_labels_leaves_their_metrics_out(coloured):
     prompts = ["a"] * 60
-    assert Evaluator(Pixels(), scorer=LengthScorer())("teacher", 20, coloured, prompts).metrics == {"length": 1}
+    assert Evaluator(Pixels(), scorers=[LengthScorer()])("teacher", 20, coloured, prompts).metrics == {"length": 1}
     unlabelled = FeatureReference.fit(Pixels().extract(coloured), num_components=None)
     assert {*Evaluator(Pixels(), unlabelled, resamples=2)("teacher", 20, coloured, prompts, prompts).metrics} == {
         "FD", "KD", "precision", "recall",
     }  # fmt: skip
     with pytest.raises(ValueError, match="pictures are 60 for 7 prompts"):
         Evaluator(Pixels())("teacher", 20, coloured, prompts[:7])
+
+
+def test_pictures_are_compared_with_the_teachers_of_the_same_noise(coloured):
+    prompts = ["a"] * 30
+    mirrored = [ImageOps.mirror(picture) for picture in coloured]
+    evaluator = Evaluator(Pixels(), resamples=50)
+    assert evaluator("teacher", 20, coloured, prompts, teacher=coloured).metrics["decisiveness"] == 1
+    assert evaluator("student", 1, mirrored, prompts, teacher=coloured).metrics["decisiveness"] == -1
+    half = [*coloured[:30], *mirrored[30:]]
+    row = evaluator("student", 1, half, prompts, teacher=coloured)
+    products = mirror_products(pictures_to_tensor(half), pictures_to_tensor(coloured))
+    assert row.metrics["decisiveness"] == pytest.approx(decisiveness(products), rel=1e-6)
+    low, high = row.intervals["decisiveness"]
+    assert (high - low) / 2 == pytest.approx(1.96 / 30**0.5, rel=0.3)  # of 15 times 1 and 15 times -1
+    # Symmetric pictures have nothing to choose, and change nothing.
+    grey = [Image.new("RGB", (4, 4))] * 2
+    with_grey = evaluator("student", 1, [*half, *coloured[:2]], [*prompts, "b"], teacher=[*coloured, *grey])
+    assert with_grey.metrics["decisiveness"] == row.metrics["decisiveness"]
+    grey = [Image.new("RGB", (4, 4))] * 60
+    assert "decisiveness" not in evaluator("student", 1, half, prompts, teacher=grey).metrics
+
+
+def test_the_distance_of_every_label_is_that_of_its_own_pictures(coloured):
+    labels = ["even", "odd"] * 15
+    extractor = Pixels()
+    real = extractor.extract(coloured[::-1]) + 0.02
+    reference = FeatureReference.fit(real, ["even", "even", "odd", "odd"] * 15, None)
+    row = Evaluator(extractor, reference, resamples=20, by_label=True)("student", 2, coloured, ["a"] * 30, labels)
+    features = extractor.extract(coloured)
+    for label, first in (("even", 0), ("odd", 2)):
+        chosen = [index for start in range(first, 60, 4) for index in (start, start + 1)]
+        expected = closed_form(reference.features[chosen], features[chosen])
+        assert row.metrics[f"FD ({label})"] == pytest.approx(expected, rel=1e-6)
+        low, high = row.intervals[f"FD ({label})"]
+        assert low < row.metrics[f"FD ({label})"] < high
+    assert "FD (even)" not in Evaluator(extractor, reference)("student", 2, coloured, ["a"] * 30, labels).metrics
+
+
+def test_distances_are_measured_in_further_features_too(coloured):
+    class Means(Pixels):
+        frechet_name, kernel_name, num_features = "FD of means", "KD of means", 3
+
+        def forward(self, images):
+            return super().forward(images)[:, :3]
+
+    labels = ["even", "odd"] * 15
+    real, extractors = coloured[::-1], (Pixels(), Means())
+    references = [
+        FeatureReference.fit(extractor.extract(real) + 0.02, ["even", "even", "odd", "odd"] * 15, None)
+        for extractor in extractors
+    ]
+    others = [(extractors[1], references[1])]
+    both = Evaluator(extractors[0], references[0], resamples=20, by_label=True, others=others)
+    row = both("student", 2, coloured, ["a"] * 30, labels)
+    each = [
+        Evaluator(extractor, reference, resamples=20, by_label=True)("student", 2, coloured, ["a"] * 30, labels)
+        for extractor, reference in zip(extractors, references, strict=True)
+    ]
+    names = ["FD of means", "KD of means", "FD of means (even)", "FD of means (odd)"]
+    assert row.metrics == {**each[0].metrics, **{name: each[1].metrics[name] for name in names}}
+    assert row.intervals == {**each[0].intervals, **{name: each[1].intervals[name] for name in names}}
+
+
+def test_labels_of_too_few_pictures_are_named_before_anything_is_drawn():
+    numbers = {"labels": ["a"] * 8 + ["b"] * 3, "drawn": 22, "real": 40, "real_labels": ["a"] * 30 + ["b"] * 10}
+    check_numbers(Pixels(), **numbers)
+    with pytest.raises(ValueError, match="6 drawn pictures of label 'b' are too few: the covariance of FD takes 7"):
+        check_numbers(Pixels(), **numbers, by_label=True)
+    check_numbers(Pixels(), **numbers | {"drawn": 33}, by_label=True)
+    with pytest.raises(ValueError, match="6 real pictures of label 'b' are too few"):
+        check_numbers(Pixels(), **numbers | {"drawn": 33, "real_labels": ["a"] * 34 + ["b"] * 6}, by_label=True)
+    with pytest.raises(ValueError, match="takes labels of both the prompts and the real pictures"):
+        check_numbers(Pixels(), **numbers | {"drawn": 33, "real_labels": []}, by_label=True)
+
+
+def test_features_and_scores_of_drawn_pictures_are_kept(tmp_path, coloured):
+    class Counting(LengthScorer):
+        asked = 0
+
+        def __call__(self, pictures, prompts):
+            Counting.asked += len(prompts)
+            return super().__call__(pictures, prompts)
+
+    prompts = ["a" * length for length in range(1, 31)]
+    folder = PictureFolder(tmp_path, prompts, 2, {"seed": 0})
+    for index, picture in enumerate(coloured):
+        picture.save(folder.path(index))
+    in_memory = Evaluator(Pixels(), scorers=[LengthScorer()], resamples=20)("student", 1, coloured, prompts)
+    for _ in range(2):
+        evaluator = Evaluator(Pixels(), scorers=[Counting()], resamples=20)
+        assert evaluator("student", 1, folder, prompts) == in_memory
+    assert Counting.asked == 60
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"length.safetensors", "pixels.safetensors"}
+
+
+def test_dinov2_features_are_the_class_token_of_normalised_pictures(tmp_path, pictures):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14, initializer_range=0.3)).save_pretrained(tmp_path)
+    extractor = Dinov2Features(tmp_path)
+    assert (extractor.frechet_name, extractor.num_features, extractor.num_components) == ("FD-DINOv2", 12, None)
+    features = extractor.extract(pictures)
+    processor = BitImageProcessor(
+        size={"height": 224, "width": 224}, do_center_crop=False, resample=Image.Resampling.BICUBIC,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    )  # fmt: skip
+    network = Dinov2Model.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = network(**processor(pictures, return_tensors="pt")).last_hidden_state[:, 0]
+    assert features.std(dim=0).min() > 1e-3
+    torch.testing.assert_close(features, expected, rtol=0.02, atol=0.02)  # the processor rounds to 8 bits
+    with pytest.raises(ValueError, match=r"DINOv2 model .* is neither a folder nor a model on the Hub"):
+        Dinov2Features(tmp_path / "none")
 
 
 def test_pictures_of_unequal_sizes_keep_their_order(coloured):

@@ -1,9 +1,11 @@
+import csv
 import math
 
 import pytest
+import torch
 from PIL import Image
 
-from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
+from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements, save_prompt_values
 from diffusers_tbcm.export.record import Measurement
 
 
@@ -28,3 +30,21 @@ def test_the_plot_has_a_panel_a_metric(measurements, tmp_path):
         with Image.open(tmp_path / "metrics.png") as picture:
             widths.append(picture.width)
     assert widths[0] == 2 * widths[1] > 0
+
+
+def test_values_of_prompts_are_a_row_each(tmp_path):
+    prompts = ["a dog", 'a "cat",\non a mat']
+    runs = [
+        ("teacher", 20, {"score": torch.tensor([1.0, 2.5])}),
+        ("student", 1, {"diversity": torch.tensor([0, 0.1])}),
+    ]
+    save_prompt_values(tmp_path / "prompts.csv", prompts, runs)
+    with (tmp_path / "prompts.csv").open(newline="") as file:
+        rows = [*csv.reader(file)]
+    assert rows == [
+        ["model", "steps", "prompt", "score", "diversity"],
+        ["teacher", "20", prompts[0], "1", ""],
+        ["teacher", "20", prompts[1], "2.5", ""],
+        ["student", "1", prompts[0], "", "0"],
+        ["student", "1", prompts[1], "", "0.1"],
+    ]

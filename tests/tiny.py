@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,16 @@ import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizerFast,
+)
 
 
 TEXT_HIDDEN_SIZE = 16
@@ -195,6 +206,39 @@ def write_tiny_flow_lora(folder: str | Path, teacher: str | Path, *, timestep_sc
             torch.nn.init.normal_(weight, std=0.1, generator=generator)
     description = StudentDescription("a dog", {"steps": 1})
     return save_flow_lora(student, teacher, folder, description, scheduler=FlowStudentScheduler(3.0, TRAINED_WITH))
+
+
+def save_tiny_clip(
+    folder: Path,
+    *,
+    text: Mapping[str, int] | None = None,
+    vision: Mapping[str, int] | None = None,
+    projection_dim: int = 8,
+    hidden_act: str = "quick_gelu",
+) -> Path:
+    """Save a CLIP of random weights, for pictures of 32 x 32 pixels, as `save_pretrained` writes it.
+
+    Args:
+        folder: where to write.
+        text, vision: sizes of the two networks.
+        projection_dim: of their common space.
+        hidden_act: of both.
+    """
+    tokens = ["<|startoftext|>", *CHARACTERS, *(f"{character}</w>" for character in CHARACTERS), "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"vocab_size": len(tokens), "bos_token_id": 0, "eos_token_id": len(tokens) - 1}
+    torch.manual_seed(1)  # some prompts are like some pictures, and some are not
+    config = CLIPConfig(
+        text_config={**(text or sizes), **ends, "hidden_act": hidden_act},
+        vision_config={**(vision or sizes), "image_size": 32, "patch_size": 8, "hidden_act": hidden_act},
+        projection_dim=projection_dim,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), tokenizer).save_pretrained(folder)
+    return folder
 
 
 def student_weights(folder: str | Path) -> dict[str, torch.Tensor]:

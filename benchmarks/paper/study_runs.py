@@ -323,5 +323,5 @@ def evaluators(teacher: Path) -> tuple[Evaluator, Evaluator]:
     """For pictures against the teacher's training pictures and their prompts; for several pictures a prompt."""
     device = default_device()
     extractor = MobileNetFeatures().to(device)
-    scorer = HeadScorer(teacher, device) if (teacher / HEAD_FILE).exists() else None
-    return Evaluator(extractor, FeatureReference.load(teacher / REFERENCE_FILE), scorer), Evaluator(extractor)
+    scorers = [HeadScorer(teacher, device)] if (teacher / HEAD_FILE).exists() else []
+    return Evaluator(extractor, FeatureReference.load(teacher / REFERENCE_FILE), scorers), Evaluator(extractor)

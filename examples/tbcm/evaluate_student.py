@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 r"""Draw with a student, and with its teacher, and measure the pictures.
 
-1. prompts from a file or a data set; real pictures from a file of features, a folder, a data set or the teacher itself
+1. prompts from a file, a data set or a benchmark; real pictures from a file of features, a folder, a data set or the
+   teacher itself
 2. every prompt is drawn at every number of steps, as the student was distilled unless a flag says otherwise, by all
    processes; what is on disk already is not drawn again
-3. distances, precision, recall, retrieval, text-image score, diversity and time, with 95% confidence intervals
-4. metrics.json, which the model card takes, and metrics.png in --output_dir
+3. distances, precision, recall, retrieval, scores, diversity, decisiveness and time, with 95% confidence intervals
+4. metrics.json, which the model card takes, metrics.png and, prompt by prompt, prompts.csv in --output_dir
 
     python examples/tbcm/evaluate_student.py --model outputs/student --prompts_file prompts.txt --output_dir outputs/x
     accelerate launch examples/tbcm/evaluate_student.py --model outputs/student --teacher TEACHER \\
@@ -33,19 +34,23 @@ from diffusers_tbcm.data.columns import MJHQ_30K
 from diffusers_tbcm.data.pictures import DatasetPictures, FolderPictures
 from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_prompts
 from diffusers_tbcm.errors import loading, loading_by_name
+from diffusers_tbcm.evaluation.dpg_bench import DPGBench
 from diffusers_tbcm.evaluation.drawing import call_options, has_learned_guidance, load_pipeline
+from diffusers_tbcm.evaluation.elsewhere import Scores, read_scores, write_list
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
-    TextImageScorer,
     check_installed,
     check_numbers,
     compare_with_teacher,
 )
-from diffusers_tbcm.evaluation.features import FeatureExtractor, InceptionFeatures, MobileNetFeatures
+from diffusers_tbcm.evaluation.features import DINOV2, FEATURES, FeatureExtractor, load_extractor
+from diffusers_tbcm.evaluation.geneval import GenEval
+from diffusers_tbcm.evaluation.kept import features_of
+from diffusers_tbcm.evaluation.preference import HPSV2, IMAGE_REWARD, PICKSCORE, load_scorers
 from diffusers_tbcm.evaluation.reference import FeatureReference
-from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements
+from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements, save_prompt_values
 from diffusers_tbcm.evaluation.runs import Drawn, draw_runs
-from diffusers_tbcm.evaluation.text_image import CLIPScorer, HeadScorer
+from diffusers_tbcm.evaluation.text_image import HeadScorer, TextImageScorer
 from diffusers_tbcm.export.model_card import render_model_card, save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.files import read_json
@@ -59,19 +64,16 @@ from diffusers_tbcm.training.settings import SettingsParser
 from diffusers_tbcm.versions import dtype_argument
 
 
-FEATURES: dict[str, type[FeatureExtractor]] = {"mobilenet": MobileNetFeatures, "inception": InceptionFeatures}
 PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
 REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared with
 PLOT = "metrics.png"
+BY_PROMPT = "prompts.csv"
 DRAWN_WITH = ("guidance_scale", "height", "width", "max_sequence_length", "instruction")  # which the results record
 MAX_STEPS = 1000  # of the schedulers
 PATIENCE = timedelta(hours=6)  # of processes that wait while one checks the real pictures
-EXCLUSIVE = (  # flags that exclude each other; one of the first two has to be given
-    ("prompts_file", "dataset_name"),
-    ("reference_dir", "reference_file", "reference_teacher"),
-    ("clip_model", "text_image_head"),
-)
+PROMPTS = ("prompts_file", "dataset_name", "geneval", "dpg_bench")  # one has to be given
+EXCLUSIVE = (PROMPTS, ("reference_dir", "reference_file", "reference_teacher"))  # flags that exclude each other
 
 
 def flag(default: Any, says: str, **options: Any) -> Any:
@@ -99,6 +101,10 @@ class Settings:
     caption_column: str = "text"
     label_column: str | None = flag(None, "the concept that a prompt asks for and a picture shows, for retrieval")
     image_column: str | None = flag(None, "of --dataset_name: its pictures are the real ones")
+    geneval: str | None = flag(
+        None, "GenEval's evaluation_metadata.jsonl: its prompts; pictures for its scorer, whose results are read back"
+    )
+    dpg_bench: str | None = flag(None, "DPG-Bench's folder of prompts: the same")
     max_prompts: int | None = flag(None, "the first so many")
 
     reference_dir: str | None = flag(None, "folder of real pictures; names of folders in it are their labels")
@@ -106,10 +112,29 @@ class Settings:
         default=None, metadata={"help": f"features of real pictures: an earlier run's {REFERENCE}"}
     )
     reference_teacher: bool = flag(False, "the teacher's pictures, from other noise")
-    features: Literal["mobilenet", "inception"] = flag("mobilenet", "inception needs torch-fidelity")
+    features: list[str] = field(
+        default_factory=lambda: ["mobilenet"],
+        metadata={"help": "several give the distances in each; inception needs torch-fidelity", "choices": FEATURES},
+    )
+    dinov2_model: str = flag(DINOV2, "folder or Hub id of --features dinov2")
+    distance_by_label: bool = flag(False, "the Frechet distance of every label apart, too: for few labels")
 
     clip_model: str | None = flag(None, "folder or Hub id of a CLIP model that scores pictures against prompts")
     text_image_head: str | None = flag(None, "pipeline folder with a text-image head, which does so offline")
+    pickscore_model: str | None = flag(
+        None, f"folder or Hub id for PickScore; {PICKSCORE} where none is given", nargs="?", const=PICKSCORE
+    )
+    hpsv2_model: str | None = flag(
+        None, f"folder or Hub id for HPSv2; {HPSV2} where none is given", nargs="?", const=HPSV2
+    )
+    hpsv2_version: Literal["2.1", "2.0"] = "2.1"
+    image_reward_model: str | None = flag(
+        None, f"folder or Hub id for ImageReward; {IMAGE_REWARD} where none is given", nargs="?", const=IMAGE_REWARD
+    )
+    read_scores: list[str] = field(
+        default_factory=list,
+        metadata={"help": "such as HPSv3: scores of other programs, in NAME.jsonl beside each model's pictures"},
+    )
 
     num_images_per_prompt: int = flag(1, "2 or more measure diversity too")
     bootstrap_resamples: int = 200
@@ -148,11 +173,15 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         given = [name for name in names if getattr(settings, name)]
         if len(given) > 1:
             parser.error(f"argument --{given[1]}: not allowed with argument --{given[0]}")
-    if settings.prompts_file is None and settings.dataset_name is None:
-        parser.error("one of the arguments --prompts_file --dataset_name is required")
+    if not any(getattr(settings, name) for name in PROMPTS):
+        parser.error(f"one of the arguments {' '.join(f'--{name}' for name in PROMPTS)} is required")
     numbers = ("max_prompts", "num_images_per_prompt", "batch_size", "resolution", "max_sequence_length")
     parser.check_at_least(1, **{name: getattr(settings, name) for name in numbers})
     parser.check_at_least(0, seed=settings.seed)
+    if len({*settings.features}) < len(settings.features):
+        parser.error(f"--features is {settings.features}: it takes different ones")
+    if settings.reference_file is not None and len(settings.features) > 1:
+        parser.error("--reference_file holds one kind of features: give one of --features, or real pictures")
     parser.check_at_least(2, bootstrap_resamples=settings.bootstrap_resamples)
     if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
         parser.error(f"--guidance_scale is {settings.guidance_scale}: it takes a finite number")
@@ -162,6 +191,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
             parser.error(f"--{name} is {values}: it takes different numbers from 1 to {MAX_STEPS}")
     if settings.reference_teacher and settings.teacher is None:
         parser.error("--reference_teacher needs --teacher")
+    if settings.distance_by_label and settings.label_column is None and settings.dataset_name != MJHQ_30K:
+        parser.error("--distance_by_label needs --label_column")
+    if not all(name.replace("-", "").replace("_", "").isalnum() for name in settings.read_scores):
+        parser.error(f"--read_scores is {settings.read_scores}: it takes names of letters, digits, - and _")
     if settings.image_column is not None and settings.dataset_name is None:
         parser.error("--image_column is of --dataset_name, which is not given")
     if settings.reference_file is not None and not settings.reference_file.is_file():
@@ -179,7 +212,7 @@ def check_folders(settings: Settings) -> None:
     """Refuse to write where something is that is not ours."""
     output = OwnedFolder(settings.output_dir)
     output.check()
-    output.check_free([METRICS, REFERENCE, PLOT])
+    output.check_free([METRICS, *reference_files(settings), PLOT, BY_PROMPT])
     if settings.update_card:
         OwnedFolder(settings.model, "model").check_free([METRICS])
 
@@ -195,15 +228,17 @@ class Task:
         prompts: with the concepts that they ask for.
         real: pictures to make a reference of; None where there is no reference, or it is a file or the teacher's.
         reference: from a file; None where there is none.
-        extractor: makes the features.
-        scorer: scores pictures against prompts; None for no score.
+        extractors: make features, each of another kind; the first are those of all measures.
+        scorers: each scores pictures against prompts.
+        benchmark: whose prompts they are; None where they are nobody's.
     """
 
     prompts: EvaluationPrompts
     real: FolderPictures | DatasetPictures | None
     reference: FeatureReference | None
-    extractor: FeatureExtractor
-    scorer: TextImageScorer | None
+    extractors: list[FeatureExtractor]
+    scorers: list[TextImageScorer]
+    benchmark: GenEval | DPGBench | None
 
 
 def prepare(settings: Settings, source: str, device: torch.device) -> Task:
@@ -221,28 +256,40 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
             )
     if settings.update_card:
         render_model_card(settings.model)
-    prompts = load_evaluation_prompts(
-        source,
-        config=settings.dataset_config_name,
-        split=settings.dataset_split,
-        prompt_column=settings.caption_column,
-        label_column=settings.label_column,
-        max_prompts=settings.max_prompts,
-    )
+    benchmark: GenEval | DPGBench | None = None
+    if settings.geneval is not None:
+        benchmark = GenEval(settings.geneval, settings.max_prompts)
+    elif settings.dpg_bench is not None:
+        benchmark = DPGBench(settings.dpg_bench, settings.max_prompts)
+    if benchmark is not None:
+        prompts = EvaluationPrompts(benchmark.prompts, [])
+    else:
+        prompts = load_evaluation_prompts(
+            source,
+            config=settings.dataset_config_name,
+            split=settings.dataset_split,
+            prompt_column=settings.caption_column,
+            label_column=settings.label_column,
+            max_prompts=settings.max_prompts,
+        )
     real = real_pictures(settings)
     reference = None if settings.reference_file is None else FeatureReference.load(settings.reference_file)
-    extractor = FEATURES[settings.features]().to(device)
-    if reference is not None and reference.features.shape[1] != extractor.num_features:
+    extractors = [load_extractor(name, dinov2_model=settings.dinov2_model).to(device) for name in settings.features]
+    if reference is not None and reference.features.shape[1] != extractors[0].num_features:
         raise ValueError(
             f"--reference_file holds features of {reference.features.shape[1]} dimensions, --features"
-            f" {settings.features} makes {extractor.num_features}"
+            f" {settings.features[0]} makes {extractors[0].num_features}"
         )
-    scorer: TextImageScorer | None = None
-    if settings.clip_model is not None:
-        scorer = CLIPScorer(settings.clip_model, device)
-    elif settings.text_image_head is not None:
-        scorer = HeadScorer(settings.text_image_head, device)
-    task = Task(prompts, real, reference, extractor, scorer)
+    scorers = load_scorers(
+        clip_model=settings.clip_model,
+        text_image_head=settings.text_image_head,
+        pickscore_model=settings.pickscore_model,
+        hpsv2_model=settings.hpsv2_model,
+        hpsv2_version=settings.hpsv2_version,
+        image_reward_model=settings.image_reward_model,
+        device=device,
+    )
+    task = Task(prompts, real, reference, extractors, scorers, benchmark)
     check_task(settings, task)
     return task
 
@@ -273,12 +320,20 @@ def check_task(settings: Settings, task: Task) -> None:
     if task.reference is not None:
         real = len(task.reference.features), task.reference.labels
     elif settings.reference_teacher:
-        real = drawn, labels
+        real = drawn, labels * settings.num_images_per_prompt
     elif task.real is not None:
         real = len(task.real), task.real.labels
     else:
         return
-    check_numbers(task.extractor, labels=labels, drawn=drawn, real=real[0], real_labels=real[1])
+    for extractor in task.extractors:
+        check_numbers(
+            extractor,
+            labels=labels,
+            drawn=drawn,
+            real=real[0],
+            real_labels=real[1],
+            by_label=settings.distance_by_label,
+        )
 
 
 # 2. Pictures ---------------------------------------------------------------------------------------------------------
@@ -343,7 +398,12 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
 # 3. Measurements -----------------------------------------------------------------------------------------------------
 
 
-def make_reference(settings: Settings, task: Task, drawn: Sequence[Drawn]) -> FeatureReference | None:
+def reference_files(settings: Settings) -> list[str]:
+    """The files that features of real pictures are kept in, one for each kind."""
+    return [REFERENCE, *(f"reference-{name}.safetensors" for name in settings.features[1:])]
+
+
+def make_references(settings: Settings, task: Task, drawn: Sequence[Drawn]) -> list[FeatureReference]:
     """The features of the real pictures, kept in the output folder where they do not come from a file."""
     real: Sequence[Image.Image] | None = task.real
     labels: Sequence[str] = () if task.real is None else task.real.labels
@@ -351,22 +411,58 @@ def make_reference(settings: Settings, task: Task, drawn: Sequence[Drawn]) -> Fe
         real = next(run.pictures for run in drawn if run.model == REFERENCE_RUN)
         labels = [label for label in task.prompts.labels for _ in range(settings.num_images_per_prompt)]
     if real is None:
-        return task.reference
-    reference = FeatureReference.fit(task.extractor.extract(real), labels, task.extractor.num_components)
-    reference.save(settings.output_dir / REFERENCE)
-    return reference
+        return [] if task.reference is None else [task.reference]
+    references = []
+    for extractor, name in zip(task.extractors, reference_files(settings), strict=True):
+        reference = FeatureReference.fit(features_of(extractor, real), labels, extractor.num_components)
+        reference.save(settings.output_dir / name)
+        references.append(reference)
+    return references
 
 
 def measure(
-    settings: Settings, task: Task, drawn: Sequence[Drawn], reference: FeatureReference | None
+    settings: Settings, task: Task, drawn: Sequence[Drawn], references: Sequence[FeatureReference]
 ) -> list[Measurement]:
-    evaluator = Evaluator(task.extractor, reference, task.scorer, settings.bootstrap_resamples)
-    measurements = []
+    evaluator = Evaluator(
+        task.extractors[0],
+        references[0] if references else None,
+        task.scorers,
+        settings.bootstrap_resamples,
+        settings.distance_by_label,
+        [*zip(task.extractors[1:], references[1:], strict=False)],
+    )
+    teachers = [run.pictures for run in drawn if run.model == "teacher"]
+    teacher = teachers[-1] if teachers else None
+    measurements, by_prompt = [], []
     for run in drawn:
         if run.model != REFERENCE_RUN:
-            row = evaluator(run.model, run.steps, run.pictures, task.prompts.prompts, task.prompts.labels)
-            measurements.append(replace(row, metrics={**row.metrics, "s / image": run.seconds}))
+            row = evaluator(run.model, run.steps, run.pictures, task.prompts.prompts, task.prompts.labels, teacher)
+            scores = scores_of_others(settings, task, run)
+            metrics = {**row.metrics, **scores.metrics, "s / image": run.seconds}
+            measurements.append(replace(row, metrics=metrics, intervals={**row.intervals, **scores.intervals}))
+            by_prompt.append((run.model, run.steps, evaluator.by_prompt(run.pictures, task.prompts.prompts)))
+    save_prompt_values(settings.output_dir / BY_PROMPT, task.prompts.prompts, by_prompt)
     return compare_with_teacher(measurements)
+
+
+def scores_of_others(settings: Settings, task: Task, run: Drawn) -> Scores:
+    """What other programs say of a model's pictures; where they have not been asked, how to ask them is printed."""
+    found, resamples, of_run = Scores({}, {}), settings.bootstrap_resamples, f"{run.model} at {run.steps} steps"
+    if task.benchmark is not None:
+        folder = settings.output_dir / task.benchmark.folder / run.pictures.folder.name
+        command = task.benchmark.export(run.pictures, folder)
+        scores = task.benchmark.scores(run.pictures, folder, resamples)
+        if scores is None:
+            print(f"{task.benchmark.name} of {of_run}: run this, then the evaluation again:\n  {command}")
+        else:
+            found.update(scores)
+    for name in settings.read_scores:
+        scores = read_scores(run.pictures, name, resamples)
+        if scores is None:
+            print(f"{name} of {of_run}: write {name}.jsonl beside {write_list(run.pictures)}, then evaluate again")
+        else:
+            found.update(scores)
+    return found
 
 
 def evaluate(settings: Settings, words: Sequence[str]) -> None:
@@ -375,7 +471,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     check_processes(accelerator)
 
     # 1. Prompts and real pictures
-    source = settings.prompts_file or settings.dataset_name or ""
+    source = settings.prompts_file or settings.dataset_name or settings.geneval or settings.dpg_bench or ""
     check_folders(settings)
     task = prepare(settings, source, accelerator.device)
 
@@ -385,22 +481,24 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         return
 
     # 3. Measurements
-    OwnedFolder(settings.output_dir).own(REFERENCE, PLOT)
-    reference = make_reference(settings, task, drawn)
-    measurements = measure(settings, task, drawn, reference)
+    OwnedFolder(settings.output_dir).own(*reference_files(settings), PLOT, BY_PROMPT)
+    references = make_references(settings, task, drawn)
+    measurements = measure(settings, task, drawn, references)
 
     # 4. Results; no path of this machine
+    heads = [scorer for scorer in task.scorers if isinstance(scorer, HeadScorer)]
     details = {
         "seed": settings.seed,
+        "features": settings.features,
         **{name: drawn[0].pictures.settings[name] for name in DRAWN_WITH},
         "student_guidance_scale": drawn[-1].pictures.settings["guidance_scale"],
         "pictures": len(drawn[0].pictures),
-        "real_pictures": None if reference is None else len(reference.features),
+        "real_pictures": len(references[0].features) if references else None,
         "intervals": f"95%, bootstrap of {settings.bootstrap_resamples} over prompts",
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
         "processes": accelerator.num_processes,
         "torch": str(torch.__version__),
-        **({"text_image_head": task.scorer.accuracy} if isinstance(task.scorer, HeadScorer) else {}),
+        **({"text_image_head": heads[0].accuracy} if heads else {}),
     }
     for folder in [settings.output_dir, *([Path(settings.model)] if settings.update_card else [])]:
         save_metrics(

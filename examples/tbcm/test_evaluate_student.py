@@ -1,6 +1,7 @@
 """The evaluation script on tiny pipelines: what it writes, how it resumes, and one process against two."""
 
 import ast
+import csv
 import dataclasses
 import json
 import os
@@ -13,12 +14,15 @@ import pytest
 import torch
 from diffusers import SanaPipeline
 from PIL import Image
-from tiny import tiny_tbcm_pipeline, tiny_transformer, write_tiny_flow_lora
+from tiny import save_tiny_clip, tiny_tbcm_pipeline, tiny_transformer, write_tiny_flow_lora
+from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.draws import draw_generator
-from diffusers_tbcm.evaluation.features import MobileNetFeatures
+from diffusers_tbcm.evaluation.features import Dinov2Features, MobileNetFeatures
+from diffusers_tbcm.evaluation.preference import PickScorer
 from diffusers_tbcm.evaluation.reference import FeatureReference
+from diffusers_tbcm.evaluation.text_image import CLIPScorer
 from diffusers_tbcm.export.folders import save_flow_student, save_student_pipeline
 from diffusers_tbcm.export.record import StudentDescription, load_metrics
 from diffusers_tbcm.owned import OwnedFolder
@@ -89,7 +93,7 @@ def test_an_evaluation_against_the_teacher_writes_metrics_and_a_plot(
     assert list(rows) == [("teacher", 1), ("teacher", 2), ("student", 2), ("student", 1)]
     names = [
         "MobileNet-FD", "MobileNet-KD", "precision", "recall", "top-1 retrieval", "top-5 retrieval",
-        "text-image head score", "diversity", "s / image", "diversity / teacher's",
+        "text-image head score", "diversity", "decisiveness", "s / image", "diversity / teacher's",
     ]  # fmt: skip
     for row in rows.values():
         assert list(row.metrics) == names and {*row.intervals} == {*names} - {"s / image", "diversity / teacher's"}
@@ -98,6 +102,8 @@ def test_an_evaluation_against_the_teacher_writes_metrics_and_a_plot(
     distances = {key: row.metrics["MobileNet-FD"] for key, row in rows.items()}
     assert min(distances, key=distances.get)[0] == "teacher" and distances["teacher", 2] > 0
     assert rows["teacher", 2].metrics["diversity / teacher's"] == 1
+    assert rows["teacher", 2].metrics["decisiveness"] == pytest.approx(1, abs=1e-12)
+    assert rows["student", 1].intervals["decisiveness"][0] > 0.1  # untrained, but from the same noise
     reference = FeatureReference.load(tmp_path / "out" / "reference.safetensors")
     assert len(reference.features) == 42 and reference.labels[:4] == ("red", "red", "green", "green")
     assert found.dataset == "21 prompts of prompts.jsonl"
@@ -107,6 +113,12 @@ def test_an_evaluation_against_the_teacher_writes_metrics_and_a_plot(
     with Image.open(tmp_path / "out" / "metrics.png") as picture:
         assert picture.width > 1000
     assert "MobileNet-FD" in capsys.readouterr().out
+    with (tmp_path / "out" / "prompts.csv").open(newline="") as file:
+        table = [*csv.DictReader(file)]
+    assert [row["prompt"] for row in table] == 4 * PROMPTS
+    assert [*table[0]] == ["model", "steps", "prompt", "text-image head score", "diversity"]
+    of_student = [float(row["diversity"]) for row in table if (row["model"], row["steps"]) == ("student", "2")]
+    assert sum(of_student) / 21 == pytest.approx(rows["student", 2].metrics["diversity"], rel=1e-5)
 
     # The same command again draws nothing; without one picture it draws that one, the same.
     folder = tmp_path / "out" / "pictures" / "student-2-steps"
@@ -121,6 +133,106 @@ def test_an_evaluation_against_the_teacher_writes_metrics_and_a_plot(
     assert {path.name for path in times.keys() - unchanged} == {"000003-01.png"}
     again = {(row.model, row.num_inference_steps): row for row in load_metrics(tmp_path / "out").measurements}
     assert again["teacher", 1].metrics["MobileNet-FD"] == rows["teacher", 1].metrics["MobileNet-FD"]
+
+
+def test_scores_and_features_are_measured_once_for_every_picture(arguments, tmp_path, monkeypatch):
+    clip = save_tiny_clip(make(tmp_path / "clip"))
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(tmp_path / "dinov2")
+    flags = arguments(
+        clip_model=clip, pickscore_model=clip, features="dinov2", dinov2_model=tmp_path / "dinov2",
+        num_images_per_prompt=2,
+    )  # fmt: skip
+    main(flags)
+    metrics = load_metrics(tmp_path / "out").measurements[0].metrics
+    assert list(metrics) == ["CLIP score", "PickScore", "diversity", "s / image"]
+    assert load_metrics(tmp_path / "out").details["features"] == ["dinov2"]
+    kept = {path.name for path in (tmp_path / "out" / "pictures" / "student-1-steps").glob("*.safetensors")}
+    assert kept == {"clip_score.safetensors", "pickscore.safetensors", "dinov2features.safetensors"}
+
+    def refuse(self, *arguments):
+        raise AssertionError("measured again")
+
+    for scorer in (CLIPScorer, PickScorer):
+        monkeypatch.setattr(scorer, "__call__", refuse)
+    monkeypatch.setattr(Dinov2Features, "extract", refuse)
+    main(flags)
+    again = load_metrics(tmp_path / "out").measurements[0].metrics
+    assert {**again, "s / image": 0} == {**metrics, "s / image": 0}
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_distances_in_several_features_stand_beside_each_other(arguments, teacher, few_components, tmp_path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(tmp_path / "dinov2")
+    main(arguments(
+        teacher=teacher, teacher_steps=1, reference_teacher=True, features="mobilenet dinov2",
+        dinov2_model=tmp_path / "dinov2",
+    ))  # fmt: skip
+    metrics = load_metrics(tmp_path / "out")
+    names = ["MobileNet-FD", "MobileNet-KD", "precision", "recall", "FD-DINOv2", "KD-DINOv2"]
+    assert all(list(row.metrics)[:6] == names for row in metrics.measurements)
+    assert metrics.details["features"] == ["mobilenet", "dinov2"]
+    reference = FeatureReference.load(tmp_path / "out" / "reference-dinov2.safetensors")
+    assert reference.features.shape == (21, 12)
+
+
+def test_distances_by_label_are_those_of_few_labels(arguments, teacher, few_components, tmp_path):
+    flags = arguments(
+        teacher=teacher, teacher_steps=1, reference_teacher=True, label_column="colour", distance_by_label=True,
+        num_images_per_prompt=2,
+    )  # fmt: skip
+    main(flags)
+    for row in load_metrics(tmp_path / "out").measurements:
+        names = {f"MobileNet-FD ({colour})" for colour in ("red", "green", "blue")}
+        assert names <= {*row.metrics} and names <= {*row.intervals}
+
+
+def test_geneval_is_exported_and_its_results_are_read_back(arguments, tmp_path, capsys):
+    lines = [{"tag": tag, "include": [], "prompt": f"a photo of {tag}"} for tag in ("colors", "counting", "colors")]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = arguments(
+        prompts_file=None, geneval=tmp_path / "evaluation_metadata.jsonl", num_images_per_prompt=2, read_scores="HPSv3"
+    )
+    main(flags)
+    folder, drawn = (tmp_path / "out" / name / "student-1-steps" for name in ("geneval", "pictures"))
+    said = capsys.readouterr().out
+    assert f"python evaluation/evaluate_images.py {folder} --outfile {folder}/results.jsonl" in said
+    assert f"write HPSv3.jsonl beside {drawn}/metadata.jsonl" in said
+    assert len([*folder.rglob("*.png")]) == 6
+    correct = [
+        {"filename": str(path), "correct": path.parent.parent.name == "00000"} for path in folder.rglob("*.png")
+    ]
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in correct))
+    scores = [json.dumps({"file_name": path.name, "score": 2.5}) for path in drawn.glob("*.png")]
+    (drawn / "HPSv3.jsonl").write_text("\n".join(scores))
+    main(flags)
+    metrics = load_metrics(tmp_path / "out")
+    found = metrics.measurements[0].metrics
+    assert {name: found[name] for name in found if "GenEval" in name or "HPS" in name} == {
+        "GenEval": 0.25, "GenEval colors": 0.5, "GenEval counting": 0, "HPSv3": 2.5,
+    }  # fmt: skip
+    assert metrics.dataset == "3 prompts of evaluation_metadata.jsonl"
+
+
+def test_dpg_bench_is_exported_and_its_results_are_read_back(arguments, tmp_path, capsys):
+    prompts = make(tmp_path / "prompts")
+    for name in ("0", "7"):
+        (prompts / f"{name}.txt").write_text(f"a picture of {name}")
+    flags = arguments(prompts_file=None, dpg_bench=prompts, num_images_per_prompt=4)
+    main(flags)
+    folder = tmp_path / "out" / "dpg_bench" / "student-1-steps"
+    assert f"PIC_NUM=4 bash dpg_bench/dist_eval.sh {folder} 32" in capsys.readouterr().out
+    with Image.open(folder / "7.png") as sheet:
+        assert sheet.size == (64, 64)
+    results = f"{folder}/7.png, 0.5, 0.5, 0.5, 0.5, 0.5\n{folder}/0.png, 1.0, 1.0, 1.0, 1.0, 1.0\n"
+    (folder / "dpg-bench_20250101-000000_results.txt").write_text(results)
+    main(flags)
+    assert load_metrics(tmp_path / "out").measurements[0].metrics["DPG-Bench"] == 75
 
 
 def test_a_changed_seed_or_model_is_refused(arguments, student, tmp_path):
@@ -301,6 +413,12 @@ def test_guidance_for_a_flow_student_alone_and_one_as_teacher_are_refused(argume
         ({"reference_file": "{reference}"}, "21 drawn pictures are too few: the covariance of .* takes 129"),
         ({"text_image_head": "{tmp}"}, "has no text_image_head"),
         ({"clip_model": "{tmp}/none"}, "CLIP model .* is neither a folder"),
+        ({"pickscore_model": "{tmp}/none"}, "PickScore model .* is neither a folder"),
+        ({"hpsv2_model": "{tmp}"}, "HPSv2 model .* has no HPS_v2.1_compressed.pt"),
+        ({"image_reward_model": "{tmp}"}, "ImageReward model .* has no ImageReward.pt"),
+        ({"features": "dinov2", "dinov2_model": "{tmp}/none"}, "DINOv2 model .* is neither a folder"),
+        ({"prompts_file": None, "geneval": "{tmp}/none"}, "GenEval file .* does not exist"),
+        ({"prompts_file": None, "dpg_bench": "{tmp}/none"}, "DPG-Bench folder .* holds no .txt file"),
         ({"max_prompts": 1}, "there is 1 prompt"),
         ({"model": "{tmp}/none"}, "is neither a pipeline folder nor a model on the Hub"),
         ({"teacher": "{tmp}/none"}, "teacher .* is neither a folder nor a model on the Hub"),
@@ -324,7 +442,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(name, arguments, tmp_path):
     assert theirs.read_text() == "mine" and len([*(tmp_path / "out").rglob("*.*")]) == 1
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "metrics.png", "reference.safetensors"])
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.png", "prompts.csv", "reference.safetensors"])
 def test_what_is_in_the_way_is_named_before_anything_is_drawn(name, arguments, tmp_path):
     OwnedFolder(tmp_path / "out").claim()
     (tmp_path / "out" / name).write_text("mine")
@@ -356,7 +474,19 @@ def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, 
         ({"reference_file": "none.safetensors"}, "--reference_file 'none.safetensors' does not exist"),
         ({"update_card": True}, "--update_card needs --model to be a folder that training wrote"),
         ({"reference_dir": ".", "reference_file": "."}, "not allowed with"),
-        ({"prompts_file": None}, "one of the arguments --prompts_file --dataset_name is required"),
+        (
+            {"prompts_file": None},
+            "one of the arguments --prompts_file --dataset_name --geneval --dpg_bench is required",
+        ),
+        ({"features": "resnet"}, "argument --features: invalid choice: 'resnet'"),
+        ({"features": "dinov2 dinov2"}, "--features is ['dinov2', 'dinov2']: it takes different ones"),
+        (
+            {"features": "mobilenet dinov2", "reference_file": "none.safetensors"},
+            "--reference_file holds one kind of features: give one of --features",
+        ),
+        ({"geneval": "x"}, "argument --geneval: not allowed with argument --prompts_file"),
+        ({"distance_by_label": True}, "--distance_by_label needs --label_column"),
+        ({"read_scores": "a/b"}, "--read_scores is ['a/b']: it takes names of letters, digits, - and _"),
         ({"stepss": 1}, "unrecognized arguments: --stepss 1"),
     ],
 )

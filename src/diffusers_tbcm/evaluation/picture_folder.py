@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from os import PathLike
@@ -106,6 +108,32 @@ class PictureFolder(Sequence[Image.Image]):
         prompt, picture = divmod(index, self.pictures_per_prompt)
         return self.folder / f"{prompt:06}-{picture:02}.png"
 
+    def drawn_at(self, index: int) -> int:
+        """Say when a picture was drawn.
+
+        Args:
+            index: of the picture.
+
+        Returns:
+            Nanoseconds, as file systems have them.
+        """
+        return self.path(index).stat().st_mtime_ns
+
+    def place(self, index: int, target: Path) -> None:
+        """Put a picture's file at another path, too: as a link where the disk has such, else as a copy.
+
+        Args:
+            index: of the picture.
+            target: the path, in a folder that is there; a file there is replaced.
+        """
+        if target.exists() and target.samefile(self.path(index)):
+            return
+        with written_beside(target) as partial:
+            try:
+                os.link(self.path(index), partial)
+            except OSError:
+                shutil.copyfile(self.path(index), partial)
+
     def missing(self) -> list[int]:
         """Say which pictures are yet to be drawn; files that are not whole are named and count among them.
 
@@ -173,13 +201,26 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
     digests = {"scheduler": digest_text(json.dumps(config, sort_keys=True, default=str))}
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
-            digest = blake2b(digest_size=8)
-            for key, value in component.state_dict().items():
-                sample = value.flatten()[:WEIGHT_SAMPLE].float().cpu().numpy()
-                digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode() + sample.tobytes())
-            digests[name] = digest.hexdigest()
+            digests[name] = digest_weights(component)
     digests["tokenizer"] = digest_text(_tokenizer_content(pipeline.tokenizer))
     return digests
+
+
+def digest_weights(*networks: nn.Module) -> str:
+    """Say which weights these are, by some values of every tensor.
+
+    Args:
+        networks: any.
+
+    Returns:
+        16 hexadecimal digits, which a training step changes.
+    """
+    digest = blake2b(digest_size=8)
+    for network in networks:
+        for key, value in network.state_dict().items():
+            sample = value.flatten()[:WEIGHT_SAMPLE].float().cpu().numpy()
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode() + sample.tobytes())
+    return digest.hexdigest()
 
 
 def _tokenizer_content(tokenizer: Any) -> str:

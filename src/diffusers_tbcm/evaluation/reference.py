@@ -128,6 +128,19 @@ class FeatureReference:
         mean, covariance = fit_gaussian(self.project(self.features))
         return mean, symmetric_root(covariance)
 
+    def gaussian_of(self, label: str) -> tuple[Tensor, Tensor]:
+        """Mean (K,) and root of the covariance (K, K) of the projected images that show a concept.
+
+        Args:
+            label: the concept, of at least two images.
+
+        Returns:
+            Both, float64.
+        """
+        chosen = [name == label for name in self.labels]
+        mean, covariance = fit_gaussian(self.project(self.features[chosen]))
+        return mean, symmetric_root(covariance)
+
     def frechet_distance(self, features: Tensor) -> float:
         """Measure how far generated images are from the real ones, as distributions: MobileNet-FD, or FID.
 

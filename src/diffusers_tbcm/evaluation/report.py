@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ..export.record import Measurement
 from ..files import written_beside
@@ -37,6 +40,26 @@ def measurement_table(measurements: Sequence[Measurement]) -> DataFrame:
                 cells[name] += f" ({low:.4g} to {high:.4g})"
         rows.append(cells)
     return DataFrame(rows)
+
+
+def save_prompt_values(
+    path: str | PathLike[str], prompts: Sequence[str], runs: Sequence[tuple[str, int, Mapping[str, Tensor]]]
+) -> None:
+    """Write what every prompt has a value of as a csv file, a row for each prompt of each run.
+
+    Args:
+        path: of the file.
+        prompts: P texts.
+        runs: name and steps of a model, and values (P,) by name.
+    """
+    names = list(dict.fromkeys(name for _, _, values in runs for name in values))
+    with written_beside(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["model", "steps", "prompt", *names])
+        for model, steps, values in runs:
+            columns = [values[name].tolist() if name in values else [""] * len(prompts) for name in names]
+            for prompt, *row in zip(prompts, *columns, strict=True):
+                table.writerow([model, steps, prompt, *(f"{value:.6g}" if value != "" else "" for value in row)])
 
 
 def plot_measurements(measurements: Sequence[Measurement], path: str | PathLike[str]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,26 @@ from ..files import written_beside
 from ..images import to_rgb
 from ..text import check_tokenizer
 from .features import FeatureExtractor, MobileNetFeatures
+from .picture_folder import digest_weights
 
 
 HEAD_FILE = "text_image_head.safetensors"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 MAX_CLIP_TOKENS = 77
+
+
+class TextImageScorer(Protocol):
+    """Scores pictures against their prompts, as `CLIPScorer` does.
+
+    Attributes: `name` of the score; `digest`, 16 digits that tell its weights from others.
+    """
+
+    name: str
+    digest: str
+
+    def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Give (N,) scores of N pictures."""
+        ...
 
 
 class CLIPScorer:
@@ -44,14 +59,8 @@ class CLIPScorer:
     name = "CLIP score"
 
     def __init__(self, model: str | PathLike[str] = DEFAULT_CLIP, device: torch.device | str = "cpu") -> None:
-        try:
-            self.model = CLIPModel.from_pretrained(str(model)).eval().to(device)
-            self.processor = CLIPProcessor.from_pretrained(str(model))
-        except (OSError, HFValidationError) as error:
-            raise ValueError(
-                f"CLIP model {str(model)!r} is neither a folder nor a model on the Hub that can be reached"
-            ) from error
-        check_tokenizer(self.processor.tokenizer, self.model.text_model)
+        self.model, self.processor = load_clip("CLIP model", model, device)
+        self.digest = digest_weights(self.model)
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int = 32) -> Tensor:
@@ -65,21 +74,78 @@ class CLIPScorer:
         Returns:
             (N,), 0 to 100, on the CPU.
         """
-        pictures, scores = iter(pictures), []
-        for start in range(0, len(prompts), batch_size):
-            texts = list(prompts[start : start + batch_size])
-            inputs = self.processor(
-                text=texts,
-                images=[to_rgb(picture) for picture in islice(pictures, len(texts))],
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=MAX_CLIP_TOKENS,
-            )
-            outputs = self.model(**inputs.to(self.model.device))
+        scores = []
+        for batch in pairs(pictures, prompts, batch_size):
+            outputs = look_and_read(self.model, self.processor, *batch)
             similarity = F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
             scores.append(100 * similarity.clamp(min=0).cpu())
         return torch.cat(scores)
+
+
+def load_clip(what: str, model: str | PathLike[str], device: torch.device | str) -> tuple[CLIPModel, CLIPProcessor]:
+    """Load a CLIP and what makes its inputs.
+
+    Args:
+        what: it is to be, for messages.
+        model: folder or Hub id.
+        device: where it runs.
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: where the model is not found, or its tokenizer reads no prompt.
+    """
+    try:
+        network = CLIPModel.from_pretrained(str(model)).eval().to(device)
+        processor = CLIPProcessor.from_pretrained(str(model))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"{what} {str(model)!r} is neither a folder nor a model on the Hub that can be reached"
+        ) from error
+    check_tokenizer(processor.tokenizer, network.text_model)
+    return network, processor
+
+
+def look_and_read(model: CLIPModel, processor: CLIPProcessor, pictures: list[Image.Image], texts: list[str]) -> Any:
+    """Give pictures and texts to a CLIP, each cut to what it takes.
+
+    Args:
+        model, processor: as `load_clip` gives them.
+        pictures: B pictures, RGB.
+        texts: B texts.
+
+    Returns:
+        The model's outputs.
+    """
+    inputs = processor(
+        text=texts,
+        images=pictures,
+        return_tensors="pt",
+        padding=True,
+        truncation=True,
+        max_length=MAX_CLIP_TOKENS,
+    )
+    return model(**inputs.to(model.device))
+
+
+def pairs(
+    pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[Image.Image], list[str]]]:
+    """Take pictures and their prompts in batches.
+
+    Args:
+        pictures: N pictures, which need not be in memory.
+        prompts: theirs, N texts.
+        batch_size: at a time.
+
+    Yields:
+        Pictures in RGB, and their prompts.
+    """
+    pictures = iter(pictures)
+    for start in range(0, len(prompts), batch_size):
+        texts = list(prompts[start : start + batch_size])
+        yield [to_rgb(picture) for picture in islice(pictures, len(texts))], texts
 
 
 class TextImageHead(nn.Module):
@@ -156,6 +222,7 @@ class HeadScorer:
             self.tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
             self.text_encoder = AutoModel.from_pretrained(Path(folder) / "text_encoder").eval().to(device)
         check_tokenizer(self.tokenizer, self.text_encoder)
+        self.digest = digest_weights(self.head, self.extractor, self.text_encoder)
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[Image.Image], prompts: Sequence[str], batch_size: int = 64) -> Tensor:
