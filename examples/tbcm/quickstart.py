@@ -71,19 +71,25 @@ SEEN_PICTURES = 96
 MIN_NOISES = 3  # a distance in 48 components takes more pictures than that
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
-STEPS = 600
-RECIPE: dict[str, object] = {
-    "train_batch_size": 3,
-    "learning_rate": 5e-4,
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 30,
-    "replay_buffer_size": 480,
-    "replay_steps": 4,
-    "teacher_batch_size": 15,
-    "tangent_warmup_steps": 0,
-    "tangent_cooldown_start_step": -1,
-}
+STEPS = 360
 FULL_STEPS = 1000
+
+
+def recipe(steps: int) -> dict[str, object]:
+    """Of few prompts: many trajectories of each, first to their ends, then by the consistency loss at all times."""
+    return {
+        "train_batch_size": 6,
+        "learning_rate": 5e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 20,
+        "replay_buffer_size": 960,
+        "replay_steps": 2,
+        "teacher_batch_size": 12,
+        "endpoint_warmup_steps": 3 * steps // 4,
+        "loss_weighting": "uniform",
+        "tangent_warmup_steps": 0,
+        "tangent_cooldown_start_step": -1,
+    }
 
 
 def full_recipe(steps: int) -> dict[str, object]:
@@ -128,11 +134,11 @@ def training_command(output_dir: Path, steps: int, prompts_file: Path, **flags: 
 
 
 def train(
-    output_dir: Path, steps: int, prompts_file: Path, recipe: Mapping[str, object], shown: Sequence[str]
+    output_dir: Path, steps: int, prompts_file: Path, flags: Mapping[str, object], shown: Sequence[str]
 ) -> float:
     """Distil, or go on where a run was interrupted; gives the seconds."""
     start = time.perf_counter()
-    command = [*training_command(output_dir, steps, prompts_file, **recipe), "--validation_prompts", *shown]
+    command = [*training_command(output_dir, steps, prompts_file, **flags), "--validation_prompts", *shown]
     if list_checkpoints(output_dir):
         command += ["--resume_from_checkpoint", "latest"]
     if code := subprocess.run(command).returncode:
@@ -213,13 +219,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     steps = args.max_train_steps or (FULL_STEPS if args.full else STEPS)
     if args.full:
-        task, prompts_file, recipe = many(args.prompts), TEACHER_DIR / DISTILLATION_PROMPTS_FILE, full_recipe(steps)
+        task, prompts_file, flags = many(args.prompts), TEACHER_DIR / DISTILLATION_PROMPTS_FILE, full_recipe(steps)
     else:
-        task, prompts_file, recipe = few(args.noises), FEW_PROMPTS_FILE, RECIPE
+        task, prompts_file, flags = few(args.noises), FEW_PROMPTS_FILE, recipe(steps)
     shown = GRID_PROMPTS if args.full else task.training[:SHOWN]
 
     # 1. Distil; the same command continues an interrupted run
-    training_seconds = train(args.output_dir, steps, prompts_file, recipe, shown)
+    training_seconds = train(args.output_dir, steps, prompts_file, flags, shown)
 
     # 2. Measure
     device = "cuda" if torch.cuda.is_available() else "cpu"
