@@ -113,8 +113,8 @@ def test_a_learned_teacher_takes_the_empty_prompt():
 def test_the_difference_is_the_paired_t_interval():
     first, second = pandas.Series({0: 0.1, 1: 0.3, 2: 0.2}), pandas.Series({0: 0.2, 1: 0.31, 2: 0.25})
     low, high = stats.ttest_rel(first, second).confidence_interval()
-    assert report.difference(first, second) == f"{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}"
-    assert report.difference(first[:1], second) == "-0.100"
+    assert report.difference(first, second, 3) == f"{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}"
+    assert report.difference(first[:1], second, 3) == "-0.100"
 
 
 @cache

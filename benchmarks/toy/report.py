@@ -20,15 +20,18 @@ from matplotlib import pyplot
 
 
 FIGURES = {"RMSE": 3, "energy distance": 4, "right mode": 3}
+DIVERGED = 10  # the modes lie at 0.75
 CELL = ["guidance", "num_steps", "dim", "teacher"]
 
 
 def over_seeds(values: pandas.Series, digits: int) -> str:
-    """Mean, lowest and highest."""
+    """Mean, lowest and highest of seeds; lengths beyond all samples are no figures."""
+    if values.max() > DIVERGED:
+        return "diverges"
     return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
 
-def difference(first: pandas.Series, second: pandas.Series, digits: int = 3) -> str:
+def difference(first: pandas.Series, second: pandas.Series, digits: int) -> str:
     """The mean difference of runs with the same seed, with Student's 95% interval."""
     paired = (first - second).dropna()
     if len(paired) < 2:
@@ -50,9 +53,9 @@ def methods_table(runs: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def rows_table(
-    runs: pandas.DataFrame, methods: Sequence[str], drifts: Mapping[tuple[float, ...], float]
+    runs: pandas.DataFrame, methods: tuple[str, str], drifts: Mapping[tuple[float, ...], float]
 ) -> pandas.DataFrame:
-    """A row a setting: RMSE of each method, and the first's less the second's by seed.
+    """A row a setting: two methods, and the first less the second by seed.
 
     Args:
         runs: of the study.
@@ -65,7 +68,6 @@ def rows_table(
     lines = []
     for values, part in runs.groupby(CELL, sort=False):
         cell = dict(zip(CELL, values, strict=True))
-        rmse = {method: of_method.set_index("seed")["RMSE"] for method, of_method in part.groupby("method")}
         line = {
             "teacher": f"{cell['teacher']} updates" if cell["teacher"] else "exact",
             **{name: cell[name] for name in ("guidance", "dim")},
@@ -73,9 +75,15 @@ def rows_table(
             "seeds": part["seed"].nunique(),
             "drift": f"{drifts[tuple(cell[name] for name in ('guidance', 'dim', 'teacher'))]:.3f}",
         }
-        line |= {method: over_seeds(rmse[method], 3) if method in rmse else "" for method in methods}
-        first, second = (rmse.get(method) for method in methods[:2])
-        line["difference"] = "" if first is None or second is None else difference(first, second)
+        for name in ("RMSE", "energy distance"):
+            digits = FIGURES[name]
+            of_seed = {method: of_method.set_index("seed")[name] for method, of_method in part.groupby("method")}
+            line |= {
+                f"{name}, {method}": over_seeds(of_seed[method], digits) if method in of_seed else ""
+                for method in methods
+            }
+            if len(of_seed) == len(methods):
+                line[f"{name}, difference"] = difference(of_seed[methods[0]], of_seed[methods[1]], digits)
         lines.append(line)
     return pandas.DataFrame(lines)
 
@@ -111,28 +119,30 @@ def plot_samples(samples: Mapping[float, Mapping[str, torch.Tensor]], classes: t
 
 
 def plot_rows(runs: pandas.DataFrame, methods: Sequence[str]) -> pyplot.Figure:
-    """RMSE of each method against guidance, teacher, dimension and route length; dots are seeds."""
-    plane, exact = runs["dim"] == 2, runs["teacher"] == 0
-    usual = runs["num_steps"] == 16
+    """Both figures of each method against guidance, teacher, dimension and route length; dots are seeds."""
     at_three = runs["guidance"] == 3
+    plane, exact, usual = runs["dim"] == 2, runs["teacher"] == 0, runs["num_steps"] == 16
     panels = {
         "guidance scale, exact teacher": (runs[plane & exact & usual], "guidance"),
         "updates of a learned teacher, guidance 3": (runs[plane & ~exact & at_three], "teacher"),
         "dimension, guidance 3": (runs[exact & usual & at_three], "dim"),
         "steps of a trajectory, guidance 3": (runs[plane & exact & at_three], "num_steps"),
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3), layout="constrained")
-    for axis, (label, (part, name)) in zip(axes, panels.items(), strict=True):
-        for index, method in enumerate(methods):
-            if name == "num_steps" and index:
-                continue  # noised rows have no route
-            of_method = part[part["method"] == method]
-            places = {value: place for place, value in enumerate(sorted(part[name].unique()))}
-            axis.scatter(of_method[name].map(places), of_method["RMSE"], s=12, color=f"C{index}")
-            means = of_method.groupby(name)["RMSE"].mean()
-            axis.plot([places[value] for value in means.index], means, color=f"C{index}", label=method)
+    figure, axes = pyplot.subplots(2, len(panels), figsize=(12, 5), sharex="col", layout="constrained")
+    for column, (label, (part, name)) in enumerate(panels.items()):
+        places = {value: place for place, value in enumerate(sorted(part[name].unique()))}
+        for axis, measure in zip(axes[:, column], ("RMSE", "energy distance"), strict=True):
+            for index, method in enumerate(methods):
+                of_method = part[part["method"] == method]
+                if of_method[name].nunique() < 2:
+                    continue  # noised rows have no route
+                axis.scatter(of_method[name].map(places), of_method[measure], s=12, color=f"C{index}")
+                means = of_method.groupby(name)[measure].mean()
+                axis.plot([places[value] for value in means.index], means, color=f"C{index}", label=method)
+            axis.set(ylim=(min(0, 1.1 * part[measure].min()), None))
         axis.set_xticks(range(len(places)), [f"{value:g}" for value in places])
-        axis.set(xlabel=label, ylim=(0, None))
-    axes[0].set_ylabel("RMSE to the ODE's end")
-    axes[0].legend(fontsize=8)
+        axis.set_xlabel(label)
+    axes[0, 0].set_ylabel("RMSE to the ODE's end")
+    axes[1, 0].set_ylabel("energy distance")
+    axes[0, 0].legend(fontsize=8)
     return figure
