@@ -4,6 +4,7 @@ All is on the unit scale of flow matching, x_s = (1 - s) x_0 + s e; TrigFlow's l
 """
 
 import math
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,7 @@ from diffusers_tbcm.text import Text
 RADIUS, STD, CLASSES = 1.5, 0.12, 4
 
 
+@cache
 def modes(dim: int = 2) -> torch.Tensor:
     """(8, dim): a class's two modes, opposite each other, stand side by side.
 
