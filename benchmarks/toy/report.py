@@ -28,6 +28,8 @@ def over_seeds(values: pandas.Series, digits: int) -> str:
     """Mean, lowest and highest of seeds; lengths beyond all samples are no figures."""
     if values.max() > DIVERGED:
         return "diverges"
+    if len(values) == 1:
+        return f"{values.iloc[0]:.{digits}f}"
     return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
 
@@ -104,17 +106,19 @@ def drift(teacher: TrigFlowTransformer, guidance: float, dim: int, points: int =
     return max(found)
 
 
-def plot_samples(samples: Mapping[float, Mapping[str, torch.Tensor]], classes: torch.Tensor) -> pyplot.Figure:
+def plot_samples(
+    samples: Mapping[float, Mapping[str, torch.Tensor]], names: Sequence[str], classes: torch.Tensor
+) -> pyplot.Figure:
     """One-step samples of students, a row a guidance scale, coloured by class; crosses are the modes."""
-    columns = len(next(iter(samples.values())))
-    figure, axes = pyplot.subplots(len(samples), columns, figsize=(1.55 * columns, 3.5), layout="constrained")
+    figure, axes = pyplot.subplots(len(samples), len(names), figsize=(1.55 * len(names), 3.5), layout="constrained")
     for row, (guidance, drawn) in zip(axes, samples.items(), strict=True):
         row[0].set_ylabel(f"guidance {guidance:g}")
-        for axis, (name, points) in zip(row, drawn.items(), strict=True):
-            axis.scatter(*points.T, c=classes, s=1.5, cmap="tab10", vmax=9, linewidths=0)
-            axis.scatter(*(SIGMA_DATA * modes()).T, c="black", marker="+", s=20, linewidths=0.7)
+        for axis, name in zip(row, names, strict=True):
             axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), xticks=[], yticks=[], aspect="equal")
-            axis.set_title(name, fontsize=8)
+            axis.set_title(name if name in drawn else f"{name}: not run", fontsize=8)
+            if name in drawn:
+                axis.scatter(*drawn[name].T, c=classes, s=1.5, cmap="tab10", vmax=9, linewidths=0)
+                axis.scatter(*(SIGMA_DATA * modes()).T, c="black", marker="+", s=20, linewidths=0.7)
     return figure
 
 
@@ -124,23 +128,29 @@ def plot_rows(runs: pandas.DataFrame, methods: Sequence[str]) -> pyplot.Figure:
     plane, exact, usual = runs["dim"] == 2, runs["teacher"] == 0, runs["num_steps"] == 16
     panels = {
         "guidance scale, exact teacher": (runs[plane & exact & usual], "guidance"),
-        "updates of a learned teacher, guidance 3": (runs[plane & ~exact & at_three], "teacher"),
+        "updates of the teacher, guidance 3": (runs[plane & usual & at_three], "teacher"),
         "dimension, guidance 3": (runs[exact & usual & at_three], "dim"),
         "steps of a trajectory, guidance 3": (runs[plane & exact & at_three], "num_steps"),
     }
-    figure, axes = pyplot.subplots(2, len(panels), figsize=(12, 5), sharex="col", layout="constrained")
+    panels = {label: (part, name) for label, (part, name) in panels.items() if part[name].nunique() > 1}
+    figure, axes = pyplot.subplots(
+        2, len(panels), figsize=(1 + 2.8 * len(panels), 5), sharex="col", squeeze=False, layout="constrained"
+    )
     for column, (label, (part, name)) in enumerate(panels.items()):
-        places = {value: place for place, value in enumerate(sorted(part[name].unique()))}
+        values = sorted(part[name].unique(), key=lambda value: (value != 0, -value if name == "teacher" else value))
+        places = {value: place for place, value in enumerate(values)}
         for axis, measure in zip(axes[:, column], ("RMSE", "energy distance"), strict=True):
             for index, method in enumerate(methods):
                 of_method = part[part["method"] == method]
                 if of_method[name].nunique() < 2:
                     continue  # noised rows have no route
                 axis.scatter(of_method[name].map(places), of_method[measure], s=12, color=f"C{index}")
-                means = of_method.groupby(name)[measure].mean()
+                means = of_method.groupby(name)[measure].mean()[
+                    [value for value in values if value in {*of_method[name]}]
+                ]
                 axis.plot([places[value] for value in means.index], means, color=f"C{index}", label=method)
             axis.set(ylim=(min(0, 1.1 * part[measure].min()), None))
-        axis.set_xticks(range(len(places)), [f"{value:g}" for value in places])
+        axis.set_xticks(range(len(places)), [f"{value:g}" if value else "exact" for value in values])
         axis.set_xlabel(label)
     axes[0, 0].set_ylabel("RMSE to the ODE's end")
     axes[1, 0].set_ylabel("energy distance")

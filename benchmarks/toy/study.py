@@ -73,7 +73,7 @@ PICTURED = (
     "CDM",
     "control: flipped tangent",
 )
-GUIDANCE, SHOWN = (1.0, 3.0), 1200
+GUIDANCE, SHOWN, ENDS = (1.0, 3.0), 1200, "the ODE's ends"
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ class Setting:
         method, *numbers = asdict(self).values()
         name = re.sub(r"[^\w ]", "", method).replace(" ", "_")
         return RUNS / ("-".join([name, *map(str, numbers)]) + ".safetensors")
+
+    @property
+    def finished(self) -> bool:
+        return self.file.with_suffix(".json").is_file()
 
 
 @cache
@@ -131,7 +135,7 @@ def train(setting: Setting) -> Network:
 def student_of(setting: Setting) -> tuple[Network, dict[str, Any]]:
     """The student and its figures, from the folder of runs where they are there."""
     network, figures_file = Network(WIDTH, setting.dim), setting.file.with_suffix(".json")
-    if figures_file.is_file():
+    if setting.finished:
         network.load_state_dict(load_file(setting.file))
         return network, json.loads(figures_file.read_text())
     begin = time.process_time()
@@ -168,10 +172,11 @@ def report_methods(runs: pandas.DataFrame) -> None:
     samples = {}
     for guidance in GUIDANCE:
         judge = judge_of(guidance, 2, 0)
-        samples[guidance] = {"the ODE's ends": judge.ends[:SHOWN]}
-        for method in PICTURED:
-            samples[guidance][method] = judge.draw(student_of(Setting(method, guidance))[0])[:SHOWN]
-    figure = report.plot_samples(samples, judge.classes[:SHOWN])
+        samples[guidance] = {ENDS: judge.ends[:SHOWN]}
+        for setting in (Setting(method, guidance) for method in PICTURED):
+            if setting.finished:
+                samples[guidance][setting.method] = judge.draw(student_of(setting)[0])[:SHOWN]
+    figure = report.plot_samples(samples, [ENDS, *PICTURED], judge.classes[:SHOWN])
     figure.savefig(RESULTS / "toy_methods.png", dpi=100)
     details = {"rows": ROWS, "batch size": BATCH_SIZE, "CDM updates": CDM_UPDATES, **machine(torch.device("cpu"))}
     write_results("toy_methods", report.methods_table(runs), details, runs=json.loads(runs.to_json(orient="records")))
@@ -206,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 student_of(setting)
     for study in studies:
         settings = [setting for seed in range(args.seeds) for setting in settings_of(study, seed)]
-        runs = [student_of(setting)[1] for setting in settings if setting.file.with_suffix(".json").is_file()]
+        runs = [student_of(setting)[1] for setting in settings if setting.finished]
         REPORTS[study](pandas.DataFrame(runs))
 
 
