@@ -9,7 +9,6 @@ never learns, and CA alone. Writes benchmarks/results/cdm_mixture.json, .md and 
 
 import argparse
 import copy
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,92 +24,19 @@ from diffusers_tbcm.flow import add_flow_noise, flow_prediction, flow_step
 from diffusers_tbcm.matching import augmentation_loss, critic_loss, distribution_loss, draw_tau, merge_critic
 from diffusers_tbcm.rollout import draw_anchors, draw_sigmas, record_rollout
 from diffusers_tbcm.rows import TrainingRows
-from diffusers_tbcm.text import Text
 
 from .common import RESULTS, machine, write_results
+from .toy.mixture import CLASSES, energy_distance, exact_velocity, modes, real_samples, text_of
+from .toy.network import Network, pretrain
 
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-RADIUS, STD, CLASSES = 1.5, 0.12, 4
 BATCH_SIZE, LEARNING_RATE, MAX_STEPS, ANCHOR_RANGE = 256, 2e-4, 8, (0.02, 0.98)
-PRETRAINING_STEPS, UPDATES, POINTS = 3000, 2000, 4096
+UPDATES, POINTS = 2000, 4096
 VARIANTS = ("CDM", "flipped sign", "critic never trained", "CA alone")
-
-
-def modes() -> torch.Tensor:
-    """(8, 2): a class's two modes, opposite each other, stand side by side."""
-    angles = torch.tensor([math.pi * (number / CLASSES + side) for number in range(CLASSES) for side in range(2)])
-    return RADIUS * torch.stack([angles.cos(), angles.sin()], dim=1)
-
-
-def text_of(classes: torch.Tensor) -> Text:
-    """A class as a prompt: one token, one-hot."""
-    return Text.unmasked(nn.functional.one_hot(classes, CLASSES).float()[:, None])
-
-
-def real_samples(classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw from the mixture, (batch, 2)."""
-    side = torch.randint(2, classes.shape, generator=generator)
-    return modes()[2 * classes + side] + STD * torch.randn(len(classes), 2, generator=generator)
-
-
-def exact_velocity(
-    sample: torch.Tensor, s: torch.Tensor, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor
-) -> torch.Tensor:
-    """E[e - x_0 | x_s] of a class's modes; of all modes for a token of zeros, the empty prompt."""
-    s = s[:, None, None]
-    offset = sample[:, None] - (1 - s) * modes()
-    variance = ((1 - s) * STD) ** 2 + s**2
-    member = encoder_hidden_states[:, 0].repeat_interleave(2, dim=1)
-    member = torch.where(member.sum(1, keepdim=True) == 0, torch.ones_like(member), member)
-    logits = -offset.square().sum(-1) / (2 * variance[..., 0])
-    share = logits.masked_fill(member == 0, -torch.inf).softmax(1)[..., None]
-    clean = modes() + (1 - s) * STD**2 / variance * offset
-    return (share * (s / variance * offset - clean)).sum(1)
-
-
-class Network(nn.Module):
-    """Three hidden layers; called as the teacher is."""
-
-    def __init__(self, width: int = 256) -> None:
-        super().__init__()
-        sizes = [2 + 2 * 6 + CLASSES, width, width, width]
-        layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.SiLU())]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        s: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        encoder_attention_mask: torch.Tensor,
-    ) -> torch.Tensor:
-        angles = s[:, None] * torch.arange(1, 7)
-        return self.layers(torch.cat([sample, angles.sin(), angles.cos(), encoder_hidden_states[:, 0]], dim=1))
-
-
-def pretrain(steps: int = PRETRAINING_STEPS, seed: int = 0) -> Network:
-    """Fit a network to the exact velocity."""
-    torch.manual_seed(seed)
-    network = Network()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        classes = torch.randint(CLASSES, (BATCH_SIZE,), generator=generator)
-        s = torch.rand(BATCH_SIZE, generator=generator)
-        noise = torch.randn(BATCH_SIZE, 2, generator=generator)
-        sample = add_flow_noise(real_samples(classes, generator), noise, s)
-        words = text_of(classes).arguments()
-        loss = (network(sample, s, **words) - exact_velocity(sample, s, **words)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network
 
 
 @dataclass
@@ -167,7 +93,9 @@ def student_loss(
     return loss
 
 
-def distil(start: Network, variant: str, updates: int = UPDATES, seed: int = 0) -> Network:
+def distil(
+    start: Network, variant: str, updates: int = UPDATES, seed: int = 0, *, guidance_scale: float = 1.0
+) -> Network:
     """Train a student of the exact teacher; gives its averaged weights."""
     roles = Roles(*(copy.deepcopy(start) for _ in range(3)))
     critic_optimizer, student_optimizer = (
@@ -197,7 +125,7 @@ def distil(start: Network, variant: str, updates: int = UPDATES, seed: int = 0) 
             roles,
             rows,
             generator,
-            alpha=7.0 if variant == "CA alone" else 0.0,
+            alpha=7.0 if variant == "CA alone" else guidance_scale - 1,
             sign=-1.0 if variant == "flipped sign" else 1.0,
             matching=variant != "CA alone",
         ).backward()
@@ -218,15 +146,6 @@ def draw(network: nn.Module, num_inference_steps: int, noise: torch.Tensor, clas
         at = s.expand(len(noise))
         sample = flow_step(sample, network(sample, at, **text_of(classes).arguments()), at, next_s.expand(len(noise)))
     return sample
-
-
-def energy_distance(samples: torch.Tensor, others: torch.Tensor) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'|, of pairs of different points."""
-
-    def within(points: torch.Tensor) -> torch.Tensor:
-        return torch.cdist(points, points).sum() / (len(points) * (len(points) - 1))
-
-    return float(2 * torch.cdist(samples, others).mean() - within(samples) - within(others))
 
 
 def distance_per_class(network: nn.Module, num_inference_steps: int, points: int = POINTS, seed: int = 1) -> float:
