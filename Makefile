@@ -9,10 +9,10 @@ SOURCES := src tests examples benchmarks setup.py
 .PHONY: quickstart quickstart-full test test-compat quality style bench
 
 quickstart: $(STAMP)  ## distil the embedded teacher on 24 prompts and write outputs/quickstart
-	$(BIN)/python -m examples.tbcm.quickstart
+	$(BIN)/python examples/tbcm/quickstart.py
 
 quickstart-full: $(STAMP)  ## the same of all 5,179 prompts
-	$(BIN)/python -m examples.tbcm.quickstart --full --output_dir outputs/quickstart-full
+	$(BIN)/python examples/tbcm/quickstart.py --full --output_dir outputs/quickstart-full
 
 test: $(STAMP)  ## the whole suite, offline, on a CPU
 	$(BIN)/python -m pytest -q

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_tbcm.evaluation.evaluator import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
+from diffusers_tbcm.evaluation.judge import TeacherJudge
 from diffusers_tbcm.files import read_json, write_json
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.pipeline_folder import LORA, MODEL_INDEX, list_checkpoints
@@ -38,7 +39,6 @@ from examples.tbcm.mini_teacher.emoji_metrics import (
     REFERENCE_SEED,
     SEED,
     TEACHER_STEPS,
-    Judge,
     Task,
     draw,
     few,
@@ -188,7 +188,7 @@ def measured(
     return load_file(file)
 
 
-def describe(judge: Judge, model: str, steps: int, drawn: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def describe(judge: TeacherJudge, model: str, steps: int, drawn: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What a table says of a model's pictures."""
     features = drawn["features"]
     distance = judge.distance(features)
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     at_teacher = args.work_dir / task.name / TEACHER
     reference = measured(task, None, TEACHER_STEPS, GUIDANCE_SCALE, at_teacher, REFERENCE_SEED)
-    judge = Judge(task, reference["features"])
+    judge = task.judge(reference["features"])
     drawn = {(TEACHER, steps): measured(task, None, steps, GUIDANCE_SCALE, at_teacher) for steps in (4, TEACHER_STEPS)}
     drawn |= {(UNTRAINED, steps): measured(task, None, steps, 1.0, at_teacher) for steps in STEPS}
     for name in names:

@@ -8,49 +8,50 @@
 3. grid.png, metrics.json and the finished model card
 """
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
+from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.command_line import CommandParser
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
+from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
+from diffusers_tbcm.evaluation.judge import TeacherJudge
 from diffusers_tbcm.evaluation.metrics import Estimate, decisiveness, mirror_products
+from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.pipeline_folder import list_checkpoints
-from examples.tbcm.mini_teacher.emoji_metrics import (
-    DISTILLATION_PROMPTS_FILE,
-    FEW_PROMPTS_FILE,
-    MAX_SEQUENCE_LENGTH,
-    REFERENCE_SEED,
-    SEED,
-    TEACHER_STEPS,
-    Judge,
-    Task,
-    draw,
-    few,
-    many,
-)
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
 TEACHER_DIR = Path(__file__).with_name("sana_emoji_mini")
+PROMPTS_FILE = Path(__file__).with_name("quickstart_prompts.txt")
+MAX_SEQUENCE_LENGTH = 48  # the prompts have at most some 30 tokens: padding to 300 changes nothing but the time
+GUIDANCE_SCALE = 4.5
+SEED = 1234
+REFERENCE_SEED = 4321  # of the teacher's pictures that all are compared with
+BATCH_SIZE = 50
+TEACHER_STEPS = 20
 STUDENT_STEPS = (1, 2, 4)
 MEASURED_STEPS = {"teacher": (4, TEACHER_STEPS), "untrained student": STUDENT_STEPS, "student": STUDENT_STEPS}
 GRID_COLUMNS = (
@@ -66,9 +67,9 @@ GRID_PROMPTS = (
     "a fluent 3d emoji of an owl",
     "a noto emoji of a hamburger",
 )
-SHOWN = 12  # of the few prompts: the concepts by name
+SHOWN = 12  # of the 24 prompts: the concepts by name
 SEEN_PICTURES = 96
-MIN_NOISES = 3  # a distance in 48 components takes more pictures than that
+MIN_NOISES, MIN_PROMPTS = 3, 60  # a distance in 48 components takes more pictures than that
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
 STEPS = 360
@@ -106,6 +107,62 @@ def full_recipe(steps: int) -> dict[str, object]:
         "tangent_cooldown_start_step": 4 * steps // 5,
         "tangent_cooldown_steps": steps // 10,
     }
+
+
+@dataclass(frozen=True)
+class Task:
+    """The prompts that are trained on, and those that are drawn, in rounds of `round_size` different ones."""
+
+    prompts_file: Path
+    training: list[str]
+    prompts: list[str]
+    concepts: list[str]
+    round_size: int
+
+
+def few(noises: int) -> Task:
+    """Twelve concepts, by name and in one of two styles, each drawn from some noises."""
+    prompts = PROMPTS_FILE.read_text(encoding="utf-8").splitlines()
+    concepts = [prompt.split()[-1] for prompt in prompts]
+    return Task(PROMPTS_FILE, prompts, prompts * noises, concepts * noises, len(prompts))
+
+
+def many(count: int) -> Task:
+    """All prompts of the teacher, and evaluation prompts, each drawn once."""
+    file = TEACHER_DIR / "prompts.txt"
+    lines = [json.loads(line) for line in (TEACHER_DIR / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = [line for line in lines if not line["held_out"]][:count]
+    prompts, concepts = [line["prompt"] for line in asked], [line["concept"] for line in asked]
+    return Task(file, file.read_text(encoding="utf-8").splitlines(), prompts, concepts, 1)
+
+
+def draw(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    steps: int,
+    *,
+    seed: int = SEED,
+    batch_size: int = BATCH_SIZE,
+    **options: Any,
+) -> list[Image.Image]:
+    """One picture a prompt, from noise of the seed and the prompt's place only: the same for teacher and student."""
+    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = draw_pictures(
+        pipeline,
+        prompts,
+        numbered_generators(seed),
+        num_inference_steps=steps,
+        batch_size=batch_size,
+        guidance_scale=GUIDANCE_SCALE,
+        height=size,
+        width=size,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        complex_human_instruction=None,
+        use_resolution_binning=False,
+        **options,
+    )
+    return list(tqdm(pictures, total=len(prompts), desc=f"{type(pipeline).__name__}, {steps} steps", unit="picture"))
 
 
 def training_command(output_dir: Path, steps: int, prompts_file: Path, **flags: object) -> list[str]:
@@ -159,7 +216,9 @@ def load_models(output_dir: Path, device: str) -> dict[str, DiffusionPipeline]:
 def measure(models: Mapping[str, DiffusionPipeline], task: Task, device: str) -> list[Measurement]:
     """All models on the same unseen noises, against what the teacher draws from others."""
     extractor = MobileNetFeatures().to(device)
-    judge = Judge(task, extractor.extract(draw(models["teacher"], task.prompts, TEACHER_STEPS, seed=REFERENCE_SEED)))
+    reference = draw(models["teacher"], task.prompts, TEACHER_STEPS, seed=REFERENCE_SEED)
+    real = FeatureReference.load(TEACHER_DIR / "reference_features.safetensors")
+    judge = TeacherJudge(extractor.extract(reference), task.round_size, real=real, labels=task.concepts)
     drawn = {
         (model, steps): draw(models[model], task.prompts, steps)
         for model, all_steps in MEASURED_STEPS.items()
@@ -177,7 +236,7 @@ def measure(models: Mapping[str, DiffusionPipeline], task: Task, device: str) ->
         metrics = {name: estimate.value for name, estimate in rounded.items()}
         metrics["decisiveness"] = round(decisiveness(mirror_products(pictures_to_tensor(pictures), teachers)), 3)
         metrics["top-5 retrieval"] = round(judge.retrieval(features), 3)
-        metrics["FD to real pictures"] = round(judge.real.frechet_distance(features), 1)
+        metrics["FD to real pictures"] = round(real.frechet_distance(features), 1)
         one = seconds_per_image(partial(draw, models[model], task.prompts[:1], steps), repeats=3)
         metrics["s / image"] = round(one, 3)
         intervals = {name: (estimate.low, estimate.high) for name, estimate in rounded.items()}
@@ -215,17 +274,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts with --full, a picture of each")
     args = parser.parse_args(argv)
     parser.check_at_least(MIN_NOISES, noises=args.noises)
-    parser.check_at_least(MIN_NOISES * len(few().training), prompts=args.prompts)
+    parser.check_at_least(MIN_PROMPTS, prompts=args.prompts)
     start = time.perf_counter()
     steps = args.max_train_steps or (FULL_STEPS if args.full else STEPS)
     if args.full:
-        task, prompts_file, flags = many(args.prompts), TEACHER_DIR / DISTILLATION_PROMPTS_FILE, full_recipe(steps)
+        task, flags = many(args.prompts), full_recipe(steps)
     else:
-        task, prompts_file, flags = few(args.noises), FEW_PROMPTS_FILE, recipe(steps)
+        task, flags = few(args.noises), recipe(steps)
     shown = GRID_PROMPTS if args.full else task.training[:SHOWN]
 
     # 1. Distil; the same command continues an interrupted run
-    training_seconds = train(args.output_dir, steps, prompts_file, flags, shown)
+    training_seconds = train(args.output_dir, steps, task.prompts_file, flags, shown)
 
     # 2. Measure
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -241,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output_dir,
         measurements,
         dataset=f"{len(task.prompts)} pictures of {len({*task.prompts})} prompts of the embedded emoji teacher",
-        command=f"python -m examples.tbcm.quickstart --max_train_steps {steps} {measured}",
+        command=f"python examples/tbcm/quickstart.py --max_train_steps {steps} {measured}",
         details={
             "seed": SEED,
             "decisiveness at 1 step from noises of the training": seen,

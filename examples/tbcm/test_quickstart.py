@@ -1,6 +1,7 @@
 """The quickstart's command: it starts anew where there is nothing to go on from, and measures by the teacher."""
 
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from diffusers import SanaPipeline
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise
+from diffusers_tbcm.evaluation.judge import TeacherJudge
 from examples.tbcm import quickstart
-from examples.tbcm.mini_teacher import emoji_metrics
 
 
 @pytest.mark.parametrize("left", [None, "", "checkpoint-5"])
@@ -47,8 +48,8 @@ def models():
 def test_the_teacher_is_the_measure(models, monkeypatch):
     monkeypatch.setattr(quickstart, "TEACHER_STEPS", 2)
     monkeypatch.setattr(quickstart, "MEASURED_STEPS", {"teacher": (1, 2), "student": (1,)})
-    monkeypatch.setattr(emoji_metrics, "COMPONENTS", 4)
-    one, teacher, student = quickstart.measure(models, emoji_metrics.few(2), "cpu")
+    monkeypatch.setattr(quickstart, "TeacherJudge", partial(TeacherJudge, num_components=4))
+    one, teacher, student = quickstart.measure(models, quickstart.few(2), "cpu")
     assert (teacher.model, teacher.num_inference_steps, student.model) == ("teacher", 2, "student")
     assert teacher.metrics["decisiveness"] == 1 != one.metrics["decisiveness"]
     assert all(teacher.metrics[name] < student.metrics[name] for name in ("FD to the teacher", "KD to the teacher"))
@@ -66,11 +67,11 @@ def test_seen_noises_are_those_of_the_training(models, monkeypatch):
     monkeypatch.setattr(quickstart, "draw", draw)
     monkeypatch.setattr(quickstart, "SEEN_PICTURES", 5)
     monkeypatch.setattr(quickstart, "pictures_to_tensor", lambda made: torch.ones(5, 3, 2, 2).cumsum(3))
-    assert quickstart.seen_decisiveness(models, emoji_metrics.few(), [4.0, 5.0]) == 1
+    assert quickstart.seen_decisiveness(models, quickstart.few(1), [4.0, 5.0]) == 1
     generators = [draw_generator(number, 0) for number in range(5)]  # as the training script draws
     draw_guidance_scale([4.0, 5.0], generators)
     noise = draw_noise((16, 8, 8), generators)
     for prompts, latents in drawn.values():
-        assert len(prompts) == len(set(prompts)) == 5 and {*prompts} <= {*emoji_metrics.few().training}
+        assert len(prompts) == len(set(prompts)) == 5 and {*prompts} <= {*quickstart.few(1).training}
         assert torch.equal(latents, noise)
     assert len(drawn) == 2

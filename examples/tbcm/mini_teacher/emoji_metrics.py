@@ -1,9 +1,7 @@
 """Draw the evaluation prompts of the embedded teacher and measure what comes out: one code for teacher and student."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,7 @@ from tqdm.auto import tqdm
 
 from diffusers_tbcm.evaluation.drawing import draw_pictures, has_learned_guidance, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import FeatureReference, MobileNetFeatures
-from diffusers_tbcm.evaluation.metrics import (
-    KERNEL_SUBSETS,
-    Estimate,
-    bootstrap,
-    diversity,
-    frechet_distance,
-    kernel_distance,
-)
+from diffusers_tbcm.evaluation.judge import TeacherJudge
 
 
 TEACHER_DIR = Path(__file__).parents[1] / "sana_emoji_mini"
@@ -35,8 +26,6 @@ MAX_SEQUENCE_LENGTH = 48  # the prompts have at most some 30 tokens: padding to 
 SEED = 1234
 TEACHER_STEPS = 20
 REFERENCE_SEED = 4321  # of the teacher's pictures that all are compared with: other noises than SEED's
-COMPONENTS = 48  # of the features: the covariance of some hundred pictures has full rank
-
 NOISES = 20  # pictures of each of the few prompts
 
 
@@ -105,9 +94,10 @@ class Task:
     concepts: list[str]
     round_size: int
 
-    @property
-    def rounds(self) -> int:
-        return len(self.prompts) // self.round_size
+    def judge(self, teacher: torch.Tensor) -> TeacherJudge:
+        """What compares with the teacher's pictures, by their features."""
+        real = FeatureReference.load(TEACHER_DIR / REFERENCE_FILE)
+        return TeacherJudge(teacher, self.round_size, real=real, labels=self.concepts)
 
 
 def few(noises: int = NOISES) -> Task:
@@ -122,65 +112,6 @@ def many(count: int = 500) -> Task:
     training = (TEACHER_DIR / DISTILLATION_PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
     items = [item for item in load_evaluation() if not item.held_out][:count]
     return Task("many", training, [item.prompt for item in items], [item.concept for item in items], 1)
-
-
-class Judge:
-    """Compares features with those of the teacher's own pictures of a task's prompts, from other noises.
-
-    Args:
-        task: whose pictures all features are of, in its order.
-        teacher: features of the teacher's pictures.
-
-    Attributes:
-        real: the pictures that the teacher was trained on, which show the concepts.
-    """
-
-    def __init__(self, task: Task, teacher: torch.Tensor):
-        self.task = task
-        self.reference = FeatureReference.fit(teacher, num_components=COMPONENTS)
-        self.real = FeatureReference.load(TEACHER_DIR / REFERENCE_FILE)
-        self._teachers_diversity = self._diversity(teacher)
-
-    def distance(self, features: torch.Tensor, other: torch.Tensor | None = None) -> Estimate:
-        """The Frechet distance, or how much larger it is than that of others from the same noises; 95% intervals."""
-        sets = [
-            self.reference.project(each).unflatten(0, (self.task.rounds, self.task.round_size))
-            for each in (features, other)
-            if each is not None
-        ]
-        distance = partial(frechet_distance, *self.reference.gaussian)
-
-        def statistic(index: torch.Tensor) -> float:
-            first, *rest = (distance(each[index].flatten(0, 1)) for each in sets)
-            return first - sum(rest)
-
-        return bootstrap(statistic, self.task.rounds)
-
-    def kernel_distance(self, features: torch.Tensor) -> Estimate:
-        """The kernel distance; 95% interval."""
-        if self.task.round_size == 1:
-            return kernel_distance(self.reference.features, features)
-        rounds = features.unflatten(0, (self.task.rounds, self.task.round_size))
-        return kernel_distance(
-            self.reference.features,
-            rounds.transpose(0, 1).flatten(0, 1),  # those of a prompt together
-            pictures_per_prompt=self.task.rounds,
-            subsets=min(KERNEL_SUBSETS, self.task.round_size),
-        )
-
-    def diversity(self, features: torch.Tensor) -> float:
-        """How much the pictures of a prompt differ, over the teacher's; NaN where each prompt has one picture."""
-        return self._diversity(features) / self._teachers_diversity
-
-    def retrieval(self, features: torch.Tensor) -> float:
-        """How often one of the 5 nearest real pictures shows the concept."""
-        return self.real.retrieval_at_k(features, self.task.concepts, k=5)
-
-    def _diversity(self, features: torch.Tensor) -> float:
-        if self.task.round_size == 1:
-            return math.nan
-        rounds = features.unflatten(0, (self.task.rounds, self.task.round_size))
-        return diversity(rounds.transpose(0, 1)).mean().item()
 
 
 class Meter:
