@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
         parser.error(
-            f"{DEFAULT_MODEL} is not there yet: `make quickstart` distils it, in about 9 minutes on 2 CPU cores."
+            f"{DEFAULT_MODEL} is not there yet: `make quickstart` distils it, in about 8 minutes on 2 CPU cores."
             " Or give --model, or MODEL_ID, another student's folder or Hub id."
         )
     with ending_in_words({}, debug=args.debug):

@@ -261,7 +261,7 @@ def seen_decisiveness(models: Mapping[str, DiffusionPipeline], task: Task, guida
 
 def grid(models: Mapping[str, DiffusionPipeline], prompts: Sequence[str]) -> Image.Image:
     columns = [draw(models[model], [*prompts], steps) for model, steps in GRID_COLUMNS]
-    labels = [f"{model}, {steps} step{'s' * (steps > 1)}" for model, steps in GRID_COLUMNS]
+    labels = [f"{model.partition(' ')[0]}, {steps}" for model, steps in GRID_COLUMNS]
     return image_grid(list(zip(*columns, strict=True)), labels, prompts)
 
 
