@@ -50,7 +50,7 @@ from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, default_device, machine
 
 STEPS = (1, 2, 4)
 GRID_ROWS = 8
-COLOURS = 128  # of the sheet of pictures
+COLOURS = 64  # of the sheet of pictures
 UNTRAINED, TEACHER = "untrained", "teacher"
 FLAGS_FILE = "cdm_emoji_flags.json"
 
@@ -75,7 +75,7 @@ FLAGS: Mapping[str, Any] = {
 }
 # A smaller alpha, as CA acts twice and at all times
 EVERYWHERE = {"augment_everywhere": True, "augmentation_scale": 1.5}
-ADAPTERS = {"rank": 16, "learning_rate": 1e-3, "critic_learning_rate": 3e-3}
+ADAPTERS = {"rank": 16, "learning_rate": 2e-3, "critic_learning_rate": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = {name: {**FLAGS, **TABLES[args.table][name].flags} for name in names}
     table = pandas.DataFrame(rows).dropna(axis="columns", how="all")
     write_results(f"cdm_emoji_{args.table}", table, details, args.output_dir, flags=flags)
-    columns = {f"{model.removeprefix('CDM, ')}, {steps}": drawn[model, steps] for model, steps in drawn}
+    shown = STEPS if len(names) < 3 else STEPS[-1:]
+    columns = {
+        f"{model.removeprefix('CDM, ')}, {steps}": drawn[model, steps]
+        for model, steps in drawn
+        if model == TEACHER or steps in shown
+    }
     sheet = grid(columns, task.prompts).quantize(COLOURS)  # a third of the size
     sheet.save(args.output_dir / f"cdm_emoji_{args.table}.png", optimize=True)
 
