@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_results(f"cdm_emoji_{args.table}", table, details, args.output_dir, flags=flags)
     shown = STEPS if len(names) < 3 else STEPS[-1:]
     columns = {
-        f"{model.removeprefix('CDM, ')}, {steps}": drawn[model, steps]
+        f"{model.rpartition(', ')[2]}, {steps}": drawn[model, steps]
         for model, steps in drawn
         if model == TEACHER or steps in shown
     }
