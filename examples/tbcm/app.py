@@ -30,12 +30,12 @@ STEPS = (1, 2, 4)
 MAX_PICTURES = 8
 MAX_GUIDANCE = 8
 MAX_SEED = 2**31 - 1
-EXAMPLES = (  # of the embedded teacher's world; another student draws what its own teacher does
-    "an owl",
-    "a fluent 3d emoji of a strawberry",
-    "fluent 3d rocket",
-    "a noto emoji of a hamburger",
-    "a dolphin",
+EXAMPLES = (  # of what the quickstart's student has learned; another student draws what its own teacher does
+    "owl",
+    "fluent 3d bicycle",
+    "rocket",
+    "noto mushroom",
+    "dolphin",
 )
 FONTS = ("system-ui", "sans-serif")  # the reader's own: nothing is fetched from elsewhere
 CSS = ".gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }"
