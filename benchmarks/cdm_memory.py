@@ -101,7 +101,7 @@ def step(networks: Networks, args: argparse.Namespace, setting: Setting, meter: 
             log=lambda **_: None,
             generators=lambda count, stream: [torch.Generator() for _ in range(count)],
         )
-        settings: Any = SimpleNamespace(augmentation_scale=3.5, timed_critic=False)
+        settings: Any = SimpleNamespace(augmentation_scale=3.5, timed_critic=False, augment_everywhere=False)
         distillation: Any = SimpleNamespace(teacher=networks.teacher, negative_text=text[:1])
 
         def update(name: str, loss: torch.Tensor) -> None:
