@@ -144,7 +144,9 @@ def test_a_study_goes_on_where_it_was_ended_and_writes_its_tables_and_figures(tm
     trained = []
     monkeypatch.setattr(study, "train", lambda setting, made=study.train: trained.append(setting) or made(setting))
     made, _ = study.student_of(last)
+    threads = torch.get_num_threads()
     study.main(["--seeds", "2"])
+    assert torch.get_num_threads() == threads  # which other tests' sums depend on
     assert len(trained) == len(set(trained)) and trained[0] == last
     for name in ("toy_methods", "toy_rows"):
         assert all((tmp_path / f"{name}{suffix}").stat().st_size for suffix in (".json", ".md", ".png"))

@@ -203,7 +203,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--finished", action="store_true", help="train nothing, report the runs that are there")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     studies = [args.study] if args.study else list(REPORTS)
     if not args.finished:
         for seed in range(args.seeds):  # every seed of both studies, before the next
@@ -216,4 +215,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # of this process alone
     main()
