@@ -7,7 +7,7 @@ from torch import nn
 
 from diffusers_tbcm.diffusion import diffusion_rows, sample_diffusion_timesteps
 from diffusers_tbcm.discrete import discrete_loss, discrete_target, neighbouring_timesteps
-from diffusers_tbcm.loss import LogvarHead, consistency_error, consistency_loss, endpoint_loss
+from diffusers_tbcm.loss import LogvarHead, consistency_loss, endpoint_loss
 from diffusers_tbcm.rows import Recording, TrainingRows
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, sample_timesteps
@@ -17,7 +17,6 @@ from .mixture import CLASSES, empty_text, real_samples, text_of
 from .network import FREQUENCIES
 
 
-WEIGHTINGS = ("learned", "prior", "uniform")
 LCM_GRID = reference_route(50)
 
 
@@ -100,11 +99,6 @@ class LCM(nn.Module):
     """A point of the grid is to lead where the next one leads, the teacher's step on."""
 
     def forward(self, student: TrigFlowTransformer, rows: TrainingRows) -> torch.Tensor:
-        def target(
-            sample: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor, **words: torch.Tensor
-        ) -> torch.Tensor:
-            return student(sample, t, **words)  # it has learned one guidance scale
-
         place = (LCM_GRID[:, None] - rows.timesteps).abs().argmin(0)
         next_timesteps = torch.cat([LCM_GRID[1:], torch.zeros(1)])[place]
         led_to = discrete_target(without_guidance(student), rows, next_timesteps)
@@ -115,13 +109,12 @@ class Consistency(nn.Module):
     """Where a point leads is not to change along the teacher's ODE: TBCM and sCM.
 
     Args:
-        weighting: a row's weight: "learned", w(t) / exp(logvar); "prior", w(t); "uniform", 1.
+        weighting: a row's weight, as in `loss.loss_weight`.
         sign: -1 flips the tangent, which is a control.
     """
 
     def __init__(self, weighting: str = "uniform", sign: int = 1) -> None:
         super().__init__()
-        assert weighting in WEIGHTINGS, weighting
         self.weighting, self.sign = weighting, sign
         self.head = LogvarHead(2 * FREQUENCIES)
 
@@ -129,7 +122,5 @@ class Consistency(nn.Module):
         output = student(*dual_inputs(rows.latents, rows.velocity, rows.timesteps), **rows.text.arguments())
         found = normalized_tangent(output, rows.latents, rows.velocity, rows.timesteps, ratio=1.0)
         parts = output.primal, found.trig_output, self.sign * found.tangent
-        if self.weighting == "uniform":
-            return consistency_error(*parts).mean()
         logvar = self.head(student.embed_timestep(rows.timesteps))
-        return consistency_loss(*parts, logvar if self.weighting == "learned" else 0 * logvar, rows.timesteps)
+        return consistency_loss(*parts, logvar, rows.timesteps, weighting=self.weighting)

@@ -1,5 +1,6 @@
 """The networks: a small one and the exact velocity, with as much of a family's face as the library's functions ask."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, cast
@@ -79,45 +80,53 @@ def trig(network: nn.Module) -> TrigFlowTransformer:
 
 def pretrain(steps: int = 3000, seed: int = 0, *, width: int = 256, dim: int = 2, batch_size: int = 256) -> Network:
     """Fit a network to the exact velocity."""
-    torch.manual_seed(seed)
-    network = Network(width, dim)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+
+    def loss(network: Network, generator: torch.Generator) -> torch.Tensor:
         classes = torch.randint(CLASSES, (batch_size,), generator=generator)
         s = torch.rand(batch_size, generator=generator)
         noise = torch.randn(batch_size, dim, generator=generator)
         sample = add_flow_noise(real_samples(classes, generator, dim), noise, s)
         words = text_of(classes).arguments()
-        loss = (network(sample, s, **words) - exact_velocity(sample, s, **words)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network
+        return (network(sample, s, **words) - exact_velocity(sample, s, **words)).square().mean()
+
+    return _fit(loss, steps, seed, width=width, dim=dim, learning_rate=1e-3)
 
 
 def learn(steps: int, seed: int = 0, *, width: int = 256, dim: int = 2, batch_size: int = 512) -> Network:
     """Teach a network from samples, as a real teacher is: flow matching, every tenth prompt empty."""
-    torch.manual_seed(seed)
-    network = Network(width, dim)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+
+    def loss(network: Network, generator: torch.Generator) -> torch.Tensor:
         classes = torch.randint(CLASSES, (batch_size,), generator=generator)
         kept = torch.rand(batch_size, generator=generator) >= EMPTY_SHARE
         s = torch.rand(batch_size, generator=generator)
-        original, noise = (
-            real_samples(classes, generator, dim),
-            torch.randn(batch_size, dim, generator=generator),
-        )
+        original = real_samples(classes, generator, dim)
+        noise = torch.randn(batch_size, dim, generator=generator)
         words = text_of(classes).arguments()
         words["encoder_hidden_states"] = words["encoder_hidden_states"] * kept[:, None, None]
         velocity = network(add_flow_noise(original, noise, s), s, **words)
+        return (velocity - (noise - original)).square().mean()
+
+    return _fit(loss, steps, seed, width=width, dim=dim, learning_rate=2e-3)
+
+
+def _fit(
+    loss: Callable[[Network, torch.Generator], torch.Tensor],
+    steps: int,
+    seed: int,
+    *,
+    width: int,
+    dim: int,
+    learning_rate: float,
+) -> Network:
+    """Train a new network on a loss of random batches, the rate falling to 0 by a cosine."""
+    torch.manual_seed(seed)
+    network = Network(width, dim)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
         optimizer.zero_grad()
-        (velocity - (noise - original)).square().mean().backward()
+        loss(network, generator).backward()
         optimizer.step()
         schedule.step()
     return network
