@@ -33,7 +33,7 @@ from diffusers_tbcm.files import read_json, write_json
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.pipeline_folder import LORA, MODEL_INDEX, list_checkpoints
 from diffusers_tbcm.scheduling_flow import even_sigmas
-from examples.tbcm.mini_teacher.emoji_metrics import (
+from examples.tbcm.quickstart import (
     GUIDANCE_SCALE,
     MAX_SEQUENCE_LENGTH,
     REFERENCE_SEED,
@@ -127,11 +127,9 @@ def train(setting: Setting, task: Task, steps: int, seed: int, work_dir: Path) -
         raise ValueError(f"work_dir {str(work_dir)!r} holds a {folder.name} with other flags: choose another folder")
     if (folder / MODEL_INDEX).exists() or (folder / LORA).exists():
         return folder
-    prompts_file = work_dir / task.name / "prompts.txt"
-    prompts_file.write_text("\n".join(task.training) + "\n", encoding="utf-8")
     named = {
         "pretrained_model_name_or_path": EMBEDDED_TEACHER,
-        "prompts_file": prompts_file,
+        "prompts_file": task.prompts_file,
         "output_dir": folder,
         "resume_from_checkpoint": "latest" if list_checkpoints(folder) else False,
         **flags,

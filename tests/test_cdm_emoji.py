@@ -13,9 +13,9 @@ from diffusers_tbcm.evaluation.judge import TeacherJudge
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.flow import shift_sigmas
 from diffusers_tbcm.training.settings import parse_settings
-from examples.tbcm import train_cdm
-from examples.tbcm.mini_teacher import emoji_metrics
-from examples.tbcm.mini_teacher.emoji_metrics import REFERENCE_FILE, TEACHER_DIR, Task, few, many
+from examples.tbcm import quickstart, train_cdm
+from examples.tbcm.mini_teacher.emoji_metrics import REFERENCE_FILE
+from examples.tbcm.quickstart import PROMPTS_FILE, TEACHER_DIR, Task, few, many
 from examples.tbcm.train_cdm import CDMSettings
 
 
@@ -23,7 +23,7 @@ SETTINGS = {name: setting for settings in TABLES.values() for name, setting in s
 
 
 def little(rounds: int) -> Task:
-    return Task("little", ["dolphin", "noto owl"], ["dolphin", "noto owl"] * rounds, ["dolphin", "owl"] * rounds, 2)
+    return Task("little", PROMPTS_FILE, ["dolphin", "noto owl"] * rounds, ["dolphin", "owl"] * rounds, 2)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_the_variants_change_what_they_say():
 
 def test_a_table_in_little(monkeypatch, tmp_path):
     """Two settings are trained, drawn by the stock pipeline and measured; the second time nothing is done again."""
-    monkeypatch.setattr(emoji_metrics, "TeacherJudge", partial(TeacherJudge, num_components=2))
+    monkeypatch.setattr(quickstart, "TeacherJudge", partial(TeacherJudge, num_components=2))
     for name, value in {"TEACHER_STEPS": 2, "GRID_ROWS": 2, "few": lambda: little(2)}.items():
         monkeypatch.setattr(cdm_emoji, name, value)
     monkeypatch.setattr(

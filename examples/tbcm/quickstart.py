@@ -30,7 +30,7 @@ from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.command_line import CommandParser
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
-from diffusers_tbcm.evaluation.drawing import draw_pictures, numbered_generators
+from diffusers_tbcm.evaluation.drawing import draw_pictures, has_learned_guidance, numbered_generators
 from diffusers_tbcm.evaluation.evaluator import seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
@@ -67,6 +67,8 @@ GRID_PROMPTS = (
     "a fluent 3d emoji of an owl",
     "a noto emoji of a hamburger",
 )
+NOISES = 20  # pictures of each of the 24 prompts
+EVALUATION_PROMPTS = 500
 SHOWN = 12  # of the 24 prompts: the concepts by name
 SEEN_PICTURES = 96
 MIN_NOISES, MIN_PROMPTS = 3, 60  # a distance in 48 components takes more pictures than that
@@ -111,38 +113,53 @@ def full_recipe(steps: int) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Task:
-    """The prompts that are trained on, and those that are drawn, in rounds of `round_size` different ones."""
+    """What students are trained on and what is drawn with them.
 
+    Args:
+        name: of the task.
+        prompts_file: of the prompts to train on.
+        prompts, concepts: of the pictures, in rounds of `round_size`: a round is what intervals are resampled by.
+        round_size: pictures in a round.
+    """
+
+    name: str
     prompts_file: Path
-    training: list[str]
     prompts: list[str]
     concepts: list[str]
     round_size: int
 
+    @property
+    def training(self) -> list[str]:
+        return self.prompts_file.read_text(encoding="utf-8").splitlines()
 
-def few(noises: int) -> Task:
+    def judge(self, teacher: torch.Tensor) -> TeacherJudge:
+        """What compares with the teacher's pictures, by their features."""
+        real = FeatureReference.load(TEACHER_DIR / "reference_features.safetensors")
+        return TeacherJudge(teacher, self.round_size, real=real, labels=self.concepts)
+
+
+def few(noises: int = NOISES) -> Task:
     """Twelve concepts, by name and in one of two styles, each drawn from some noises."""
     prompts = PROMPTS_FILE.read_text(encoding="utf-8").splitlines()
     concepts = [prompt.split()[-1] for prompt in prompts]
-    return Task(PROMPTS_FILE, prompts, prompts * noises, concepts * noises, len(prompts))
+    return Task("few", PROMPTS_FILE, prompts * noises, concepts * noises, len(prompts))
 
 
-def many(count: int) -> Task:
+def many(count: int = EVALUATION_PROMPTS) -> Task:
     """All prompts of the teacher, and evaluation prompts, each drawn once."""
-    file = TEACHER_DIR / "prompts.txt"
     lines = [json.loads(line) for line in (TEACHER_DIR / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     asked = [line for line in lines if not line["held_out"]][:count]
     prompts, concepts = [line["prompt"] for line in asked], [line["concept"] for line in asked]
-    return Task(file, file.read_text(encoding="utf-8").splitlines(), prompts, concepts, 1)
+    return Task("many", TEACHER_DIR / "prompts.txt", prompts, concepts, 1)
 
 
 def draw(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     steps: int,
-    *,
-    seed: int = SEED,
     batch_size: int = BATCH_SIZE,
+    guidance_scale: float = GUIDANCE_SCALE,
+    seed: int = SEED,
     **options: Any,
 ) -> list[Image.Image]:
     """One picture a prompt, from noise of the seed and the prompt's place only: the same for teacher and student."""
@@ -154,7 +171,7 @@ def draw(
         numbered_generators(seed),
         num_inference_steps=steps,
         batch_size=batch_size,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=1.0 if has_learned_guidance(pipeline) else guidance_scale,
         height=size,
         width=size,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
@@ -217,8 +234,8 @@ def measure(models: Mapping[str, DiffusionPipeline], task: Task, device: str) ->
     """All models on the same unseen noises, against what the teacher draws from others."""
     extractor = MobileNetFeatures().to(device)
     reference = draw(models["teacher"], task.prompts, TEACHER_STEPS, seed=REFERENCE_SEED)
-    real = FeatureReference.load(TEACHER_DIR / "reference_features.safetensors")
-    judge = TeacherJudge(extractor.extract(reference), task.round_size, real=real, labels=task.concepts)
+    judge = task.judge(extractor.extract(reference))
+    assert judge.real is not None  # which the task has given it
     drawn = {
         (model, steps): draw(models[model], task.prompts, steps)
         for model, all_steps in MEASURED_STEPS.items()
@@ -236,7 +253,7 @@ def measure(models: Mapping[str, DiffusionPipeline], task: Task, device: str) ->
         metrics = {name: estimate.value for name, estimate in rounded.items()}
         metrics["decisiveness"] = round(decisiveness(mirror_products(pictures_to_tensor(pictures), teachers)), 3)
         metrics["top-5 retrieval"] = round(judge.retrieval(features), 3)
-        metrics["FD to real pictures"] = round(real.frechet_distance(features), 1)
+        metrics["FD to real pictures"] = round(judge.real.frechet_distance(features), 1)
         one = seconds_per_image(partial(draw, models[model], task.prompts[:1], steps), repeats=3)
         metrics["s / image"] = round(one, 3)
         intervals = {name: (estimate.low, estimate.high) for name, estimate in rounded.items()}
@@ -251,7 +268,8 @@ def seen_decisiveness(models: Mapping[str, DiffusionPipeline], task: Task, guida
     size = models["teacher"].transformer.config.sample_size
     channels = models["teacher"].transformer.config.in_channels
     noise = draw_noise((channels, size, size), generators)
-    prompts = [task.training[prompt_at(number, len(task.training), 0)] for number in range(SEEN_PICTURES)]
+    training = task.training
+    prompts = [training[prompt_at(number, len(training), 0)] for number in range(SEEN_PICTURES)]
     student, teacher = (
         pictures_to_tensor(draw(models[model], prompts, steps, batch_size=SEEN_PICTURES, latents=noise))
         for model, steps in (("student", 1), ("teacher", TEACHER_STEPS))
@@ -270,8 +288,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--full", action="store_true", help="train on all 5,179 prompts")
     parser.add_argument("--max_train_steps", type=int, help=f"default: {STEPS}, with --full {FULL_STEPS}")
-    parser.add_argument("--noises", type=int, default=20, help="pictures of each of the 24 prompts that are measured")
-    parser.add_argument("--prompts", type=int, default=500, help="evaluation prompts with --full, a picture of each")
+    parser.add_argument("--noises", type=int, default=NOISES, help="pictures of each of the 24 prompts")
+    parser.add_argument("--prompts", type=int, default=EVALUATION_PROMPTS, help="with --full: a picture of each")
     args = parser.parse_args(argv)
     parser.check_at_least(MIN_NOISES, noises=args.noises)
     parser.check_at_least(MIN_PROMPTS, prompts=args.prompts)
