@@ -220,14 +220,13 @@ def train(
     return time.perf_counter() - start
 
 
-def load_models(output_dir: Path, device: str) -> dict[str, DiffusionPipeline]:
-    """Teacher, student, and the control: the student before its training."""
+def load_controls(device: str) -> dict[str, DiffusionPipeline]:
+    """The teacher, and the student before any training."""
     teacher = SanaPipeline.from_pretrained(TEACHER_DIR).to(device)
     untrained = SanaTBCMPipeline(
         teacher.tokenizer, teacher.text_encoder, teacher.vae, make_student(teacher.transformer), TBCMScheduler()
     )
-    student = SanaTBCMPipeline.from_pretrained(output_dir).to(device)
-    return {"teacher": teacher, "untrained student": untrained, "student": student}
+    return {"teacher": teacher, "untrained student": untrained}
 
 
 def measure(models: Mapping[str, DiffusionPipeline], task: Task, device: str) -> list[Measurement]:
@@ -306,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 2. Measure
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = load_models(args.output_dir, device)
+    models = load_controls(device) | {"student": SanaTBCMPipeline.from_pretrained(args.output_dir).to(device)}
     measurements = measure(models, task, device)
     seen = seen_decisiveness(models, task, models["student"].scheduler.config.guidance_scales)
 

@@ -1,0 +1,230 @@
+"""The student of the embedded teacher that this repository holds, and how it learns: distance over trained rows.
+
+    python -m benchmarks.emoji_student            # trains, measures, goes on where it stopped; hours on a CPU
+    python -m benchmarks.emoji_student --save     # and writes examples/tbcm/sana_emoji_mini_tbcm
+
+One run of `train_tbcm_distill.py` on all 5,179 prompts, at a constant learning rate: first every row to its
+trajectory's end, last the consistency loss at a falling rate. The averaged student at the end of each stage draws the
+quickstart's 500 evaluation prompts. Distances are to what the teacher draws of them in 20 steps from other noises.
+Writes benchmarks/results/emoji_student.json, .md and .png.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy
+import pandas
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from scipy.stats import linregress
+
+from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
+from diffusers_tbcm.evaluation.judge import TeacherJudge
+from diffusers_tbcm.evaluation.metrics import decisiveness, mirror_products
+from diffusers_tbcm.export.model_card import save_model_card
+from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.export.selection import select_files
+from diffusers_tbcm.pipeline_folder import TRANSFORMER, list_checkpoints
+from examples.tbcm.quickstart import (
+    EVALUATION_PROMPTS,
+    MAX_SEQUENCE_LENGTH,
+    REFERENCE_SEED,
+    SEED,
+    STUDENT_STEPS,
+    TEACHER_STEPS,
+    Task,
+    draw,
+    load_controls,
+    many,
+)
+
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, default_device, machine, write_results
+
+
+Tensors = dict[str, torch.Tensor]
+
+SHIPPED = EXAMPLES / "sana_emoji_mini_tbcm"
+STAGES = (100, 200, 400, 800, 1600)  # steps at the end of each, by the endpoint loss
+FINAL_STEPS = 200  # then by the consistency loss
+FLAGS: Mapping[str, Any] = {
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    "no-complex_human_instruction": True,
+    "train_batch_size": 8,
+    "route_steps": 16,
+    "learning_rate": 5e-4,
+    "lr_warmup_steps": 20,
+    "max_grad_norm": 1.0,
+    "replay_buffer_size": 480,
+    "teacher_batch_size": 48,
+    "loss_weighting": "uniform",
+    "tangent_warmup_steps": 0,
+    "tangent_cooldown_start_step": -1,
+    "use_ema": True,
+    "ema_decay": 0.998,
+    "checkpointing_steps": 100,
+    "checkpoints_total_limit": 1,
+    "logging_steps": 20,
+    "report_to": "none",
+}
+DISTANCE = "FD to the teacher"
+ROWS_A_STEP = FLAGS["train_batch_size"] * (FLAGS["route_steps"] - 1)
+
+
+def train(folder: Path, steps: int, endpoint_steps: int) -> SanaTBCMPipeline:
+    """Train to a number of steps, from where the run stands; gives the averaged student."""
+    flags = {
+        "pretrained_model_name_or_path": EMBEDDED_TEACHER,
+        "prompts_file": many().prompts_file,
+        "output_dir": folder,
+        "max_train_steps": steps,
+        "endpoint_warmup_steps": endpoint_steps,
+        "lr_scheduler": "constant_with_warmup",
+        **FLAGS,
+    }
+    if list_checkpoints(folder):
+        flags["resume_from_checkpoint"] = "latest"
+    if steps > endpoint_steps:
+        flags |= {"lr_scheduler": "linear", "resume_with_changed": "lr_scheduler"}
+    command = [sys.executable, str(EXAMPLES / "train_tbcm_distill.py")]
+    for name, value in flags.items():
+        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    subprocess.run(command, check=True)
+    return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
+
+
+def draw_all(
+    kept: Path, load: Callable[[], DiffusionPipeline], task: Task, all_steps: Sequence[int], seed: int = SEED
+) -> dict[int, Tensors]:
+    """Features and pixels of a picture of every prompt by number of steps, drawn once and kept."""
+    files = {steps: kept.with_name(f"{kept.name}_{steps}_steps_seed_{seed}.safetensors") for steps in all_steps}
+    if not all(file.exists() for file in files.values()):
+        pipeline, extractor = load(), MobileNetFeatures().to(default_device())
+        for steps, file in files.items():
+            pictures = draw(pipeline, task.prompts, steps, seed=seed)
+            pixels = (pictures_to_tensor(pictures) * 255).round().to(torch.uint8).contiguous().cpu()
+            save_file({"features": extractor.extract(pictures).cpu(), "pixels": pixels}, file)
+    return {steps: load_file(file) for steps, file in files.items()}
+
+
+def describe(model: str, steps: int, judge: TeacherJudge, teachers: Tensors, drawn: Tensors) -> Measurement:
+    """What is said of a model's pictures."""
+    distance = judge.distance(drawn["features"])
+    products = mirror_products(drawn["pixels"] / 255, teachers["pixels"] / 255)
+    metrics = {
+        DISTANCE: round(distance.value, 2),
+        "decisiveness": round(decisiveness(products), 3),
+        "top-5 retrieval": round(judge.retrieval(drawn["features"]), 3),
+    }
+    return Measurement(model, steps, metrics, {DISTANCE: (round(distance.low, 2), round(distance.high, 2))})
+
+
+def power_law(rows: Sequence[float], excess: Sequence[float]) -> tuple[float, float]:
+    """Fit excess = scale rows^exponent by least squares of the logarithms; gives scale and exponent."""
+    line = linregress(numpy.log(rows), numpy.log(excess))
+    return float(numpy.exp(line.intercept)), float(line.slope)
+
+
+def extrapolate(table: pandas.DataFrame, floor: float) -> dict[int, dict[str, float]]:
+    """By number of steps: the power law of the distance above the floor over the endpoint stages, and the rows that it
+    says bring the distance to 1.1 times the floor."""
+    laws = {}
+    for steps, points in table[table["loss"] == "endpoint"].groupby("steps"):
+        scale, exponent = power_law(points["rows"], (points[DISTANCE] - floor).clip(lower=0.01))
+        needed = (0.1 * floor / scale) ** (1 / exponent)
+        rows = float(f"{needed:.2g}")
+        laws[int(steps)] = {"scale": scale, "exponent": round(exponent, 3), "rows to 1.1 floor": rows}
+    return laws
+
+
+def plot(table: pandas.DataFrame, others: Mapping[int, float], floor: float, file: Path) -> None:
+    """Distance over trained rows, the untrained student's dotted."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (steps, points), colour in zip(table.groupby("steps"), ("C0", "C1", "C2"), strict=True):
+        label = "1 step" if steps == 1 else f"{steps} steps"
+        axes.plot(points["rows"], points[DISTANCE], "-", color=colour, label=label)
+        for loss, marker in (("endpoint", "o"), ("consistency", "*")):
+            of_loss = points[points["loss"] == loss]
+            axes.plot(of_loss["rows"], of_loss[DISTANCE], marker, color=colour)
+        axes.axhline(others[steps], color=colour, linestyle=":", linewidth=1)
+    axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="the teacher, other noises")
+    axes.set(xscale="log", yscale="log", xlabel="trained rows (star: consistency loss)", ylabel=DISTANCE)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def save(folder: Path, target: Path) -> None:
+    """Copy what a push would publish of a student's folder, its transformer's weights in float16."""
+    for name, content in select_files(folder).files.items():
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    student = SanaTBCMPipeline.from_pretrained(folder)
+    student.transformer.half().save_pretrained(target / TRANSFORMER)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=STAGES, help="steps at the end of each")
+    parser.add_argument("--final_steps", type=int, default=FINAL_STEPS, help="of the consistency loss")
+    parser.add_argument("--prompts", type=int, default=EVALUATION_PROMPTS)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/emoji_student"))
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--save", action="store_true", help="write examples/tbcm/sana_emoji_mini_tbcm")
+    args = parser.parse_args(argv)
+    kept, run = args.work_dir / "drawn", args.work_dir / "run"
+    kept.mkdir(parents=True, exist_ok=True)
+
+    task = many(args.prompts)
+    models = load_controls(str(default_device()))
+    teacher = partial(draw_all, kept / "teacher", lambda: models["teacher"], task, [TEACHER_STEPS])
+    judge = task.judge(teacher(seed=REFERENCE_SEED)[TEACHER_STEPS]["features"])
+    teachers = teacher()[TEACHER_STEPS]
+    row = partial(describe, judge=judge, teachers=teachers)
+    first = [row("teacher", TEACHER_STEPS, drawn=teachers)]
+    untrained = draw_all(kept / "untrained", lambda: models["untrained student"], task, STUDENT_STEPS)
+    first += [row("untrained student", steps, drawn=drawn) for steps, drawn in untrained.items()]
+
+    rows = []
+    for stage in (*args.stages, args.stages[-1] + args.final_steps):
+        load = partial(train, run, stage, args.stages[-1])
+        drawn = draw_all(kept / f"stage_{stage}", load, task, STUDENT_STEPS)
+        last = [row("student", steps, drawn=of_steps) for steps, of_steps in drawn.items()]
+        loss = "endpoint" if stage <= args.stages[-1] else "consistency"
+        rows += [{"rows": ROWS_A_STEP * stage, "loss": loss, **flat(each)} for each in last]
+
+    table = pandas.DataFrame(rows)
+    floor = first[0].metrics[DISTANCE]
+    details = {"prompts": len(task.prompts), "batch": ROWS_A_STEP, **machine(default_device())}
+    more = {"controls": [flat(each) for each in first], "laws": extrapolate(table, floor), "flags": FLAGS}
+    write_results("emoji_student", table, details, args.output_dir, **more)
+    others = {each.num_inference_steps: each.metrics[DISTANCE] for each in first[1:]}
+    plot(table, others, floor, args.output_dir / "emoji_student.png")
+    if args.save:
+        save_metrics(
+            run,
+            [*first, *last],
+            dataset=f"{len(task.prompts)} evaluation prompts of the embedded emoji teacher",
+            command="python -m benchmarks.emoji_student",
+            details={"seed": SEED, "rows": int(table["rows"].max()), **machine(default_device())},
+        )
+        save_model_card(run)
+        save(run, SHIPPED)
+
+
+def flat(row: Measurement) -> dict[str, Any]:
+    """A row of the table."""
+    interval = "{:.1f} to {:.1f}".format(*row.intervals[DISTANCE])
+    return {"model": row.model, "steps": row.num_inference_steps, **row.metrics, "interval": interval}
+
+
+if __name__ == "__main__":
+    main()

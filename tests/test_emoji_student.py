@@ -1,0 +1,66 @@
+"""The shipped student: its learning curve's law, and the whole way once, in little."""
+
+import json
+from functools import partial
+
+import numpy
+import pytest
+import torch
+from safetensors import safe_open
+
+from benchmarks import emoji_student
+from benchmarks.emoji_student import power_law
+from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.evaluation.judge import TeacherJudge
+from examples.tbcm import quickstart
+
+
+LITTLE = {
+    "train_batch_size": 2,
+    "route_steps": 3,
+    "replay_buffer_size": 4,
+    "teacher_batch_size": 4,
+    "lr_warmup_steps": 0,
+}
+    "train_batch_size": 2,
+    "route_steps": 3,
+    "replay_buffer_size": 4,
+    "teacher_batch_size": 4,
+    "lr_warmup_steps": 0,
+}
+
+
+def test_a_power_law_is_found():
+    rows = numpy.array([1e3, 1e4, 1e5])
+    scale, exponent = power_law(rows, 7 * rows**-0.5)
+    assert scale == pytest.approx(7) and exponent == pytest.approx(-0.5)
+
+
+def test_the_whole_way_in_little(monkeypatch, tmp_path):
+    """Stages go on from each other; the second time nothing is trained or drawn; the saved student is the run's."""
+    monkeypatch.setattr(quickstart, "TeacherJudge", partial(TeacherJudge, num_components=2))
+    monkeypatch.setattr(emoji_student, "TEACHER_STEPS", 2)
+    monkeypatch.setattr(emoji_student, "FLAGS", {**emoji_student.FLAGS, **LITTLE})
+    monkeypatch.setattr(emoji_student, "SHIPPED", tmp_path / "shipped")
+    command = ["--stages", "1", "2", "--final_steps", "1", "--prompts", "6"]
+    command += ["--work_dir", f"{tmp_path / 'work'}", "--output_dir", f"{tmp_path}", "--save"]
+    emoji_student.main(command)
+    result = json.loads((tmp_path / "emoji_student.json").read_text())
+    assert [(row["loss"], row["steps"]) for row in result["rows"]] == [
+        (loss, steps) for loss in ("endpoint", "endpoint", "consistency") for steps in (1, 2, 4)
+    ]
+    assert len({row["FD to the teacher"] for row in result["rows"]}) == 9  # each stage has other weights
+
+    with safe_open(tmp_path / "shipped" / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+    shipped, trained = (
+        SanaTBCMPipeline.from_pretrained(folder) for folder in (tmp_path / "shipped", tmp_path / "work" / "run")
+    )
+    for (name, ours), theirs in zip(
+        shipped.transformer.state_dict().items(), trained.transformer.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs.half().float(), rtol=0, atol=0, msg=name)
+
+    monkeypatch.setattr(emoji_student.subprocess, "run", lambda *_, **__: pytest.fail("was trained again"))
+    emoji_student.main(command[:-1])
+    assert json.loads((tmp_path / "emoji_student.json").read_text())["rows"] == result["rows"]
