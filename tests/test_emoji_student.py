@@ -22,12 +22,6 @@ LITTLE = {
     "teacher_batch_size": 4,
     "lr_warmup_steps": 0,
 }
-    "train_batch_size": 2,
-    "route_steps": 3,
-    "replay_buffer_size": 4,
-    "teacher_batch_size": 4,
-    "lr_warmup_steps": 0,
-}
 
 
 def test_a_power_law_is_found():
