@@ -45,7 +45,7 @@ from examples.tbcm.quickstart import (
     many,
 )
 
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, default_device, machine, write_results
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, write_results
 
 
 STEPS = (1, 2, 4)
@@ -137,12 +137,7 @@ def train(setting: Setting, task: Task, steps: int, seed: int, work_dir: Path) -
     script = (
         ["-m", "benchmarks.cdm_variants", setting.variant] if setting.variant else [str(EXAMPLES / "train_cdm.py")]
     )
-    command = [sys.executable, *script]
-    for name, value in named.items():
-        if value is not False:
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            command += [f"--{name}", *map(str, values)]
-    subprocess.run(command, check=True)
+    subprocess.run([sys.executable, *script, *arguments(named)], check=True)
     return folder
 
 

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,6 +73,16 @@ def machine(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Flags by name as a command has them: True stands alone, a list has several values, False is left out."""
+    found = []
+    for name, value in flags.items():
+        if value is not False:
+            values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+            found += [f"--{name}", *map(str, values)]
+    return found
 
 
 def medians(records: Sequence[dict[str, float]]) -> dict[str, float]:

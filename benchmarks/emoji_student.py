@@ -12,7 +12,7 @@ Writes benchmarks/results/emoji_student.json, .md and .png.
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,36 +20,24 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy
 import pandas
-import torch
-from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
 from scipy.stats import linregress
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
-from diffusers_tbcm.evaluation.judge import TeacherJudge
-from diffusers_tbcm.evaluation.metrics import decisiveness, mirror_products
 from diffusers_tbcm.export.model_card import save_model_card
-from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.export.record import save_metrics
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.pipeline_folder import TRANSFORMER, list_checkpoints
 from examples.tbcm.quickstart import (
     EVALUATION_PROMPTS,
+    GRID_PROMPTS,
     MAX_SEQUENCE_LENGTH,
-    REFERENCE_SEED,
     SEED,
-    STUDENT_STEPS,
-    TEACHER_STEPS,
-    Task,
-    draw,
-    load_controls,
     many,
 )
 
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, default_device, machine, write_results
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, ROOT, arguments, default_device, machine, write_results
+from .emoji_judge import DISTANCE, EmojiJudge, flat
 
-
-Tensors = dict[str, torch.Tensor]
 
 SHIPPED = EXAMPLES / "sana_emoji_mini_tbcm"
 STAGES = (100, 200, 400, 800, 1600)  # steps at the end of each, by the endpoint loss
@@ -74,7 +62,6 @@ FLAGS: Mapping[str, Any] = {
     "logging_steps": 20,
     "report_to": "none",
 }
-DISTANCE = "FD to the teacher"
 ROWS_A_STEP = FLAGS["train_batch_size"] * (FLAGS["route_steps"] - 1)
 
 
@@ -87,43 +74,16 @@ def train(folder: Path, steps: int, endpoint_steps: int) -> SanaTBCMPipeline:
         "max_train_steps": steps,
         "endpoint_warmup_steps": endpoint_steps,
         "lr_scheduler": "constant_with_warmup",
+        "validation_prompts": GRID_PROMPTS,  # drawn for the card
+        "validation_steps": steps,
         **FLAGS,
     }
     if list_checkpoints(folder):
         flags["resume_from_checkpoint"] = "latest"
     if steps > endpoint_steps:
         flags |= {"lr_scheduler": "linear", "resume_with_changed": "lr_scheduler"}
-    command = [sys.executable, str(EXAMPLES / "train_tbcm_distill.py")]
-    for name, value in flags.items():
-        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    subprocess.run(command, check=True)
+    subprocess.run([sys.executable, str(EXAMPLES / "train_tbcm_distill.py"), *arguments(flags)], check=True)
     return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
-
-
-def draw_all(
-    kept: Path, load: Callable[[], DiffusionPipeline], task: Task, all_steps: Sequence[int], seed: int = SEED
-) -> dict[int, Tensors]:
-    """Features and pixels of a picture of every prompt by number of steps, drawn once and kept."""
-    files = {steps: kept.with_name(f"{kept.name}_{steps}_steps_seed_{seed}.safetensors") for steps in all_steps}
-    if not all(file.exists() for file in files.values()):
-        pipeline, extractor = load(), MobileNetFeatures().to(default_device())
-        for steps, file in files.items():
-            pictures = draw(pipeline, task.prompts, steps, seed=seed)
-            pixels = (pictures_to_tensor(pictures) * 255).round().to(torch.uint8).contiguous().cpu()
-            save_file({"features": extractor.extract(pictures).cpu(), "pixels": pixels}, file)
-    return {steps: load_file(file) for steps, file in files.items()}
-
-
-def describe(model: str, steps: int, judge: TeacherJudge, teachers: Tensors, drawn: Tensors) -> Measurement:
-    """What is said of a model's pictures."""
-    distance = judge.distance(drawn["features"])
-    products = mirror_products(drawn["pixels"] / 255, teachers["pixels"] / 255)
-    metrics = {
-        DISTANCE: round(distance.value, 2),
-        "decisiveness": round(decisiveness(products), 3),
-        "top-5 retrieval": round(judge.retrieval(drawn["features"]), 3),
-    }
-    return Measurement(model, steps, metrics, {DISTANCE: (round(distance.low, 2), round(distance.high, 2))})
 
 
 def power_law(rows: Sequence[float], excess: Sequence[float]) -> tuple[float, float]:
@@ -180,50 +140,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     parser.add_argument("--save", action="store_true", help="write examples/tbcm/sana_emoji_mini_tbcm")
     args = parser.parse_args(argv)
-    kept, run = args.work_dir / "drawn", args.work_dir / "run"
-    kept.mkdir(parents=True, exist_ok=True)
-
-    task = many(args.prompts)
-    models = load_controls(str(default_device()))
-    teacher = partial(draw_all, kept / "teacher", lambda: models["teacher"], task, [TEACHER_STEPS])
-    judge = task.judge(teacher(seed=REFERENCE_SEED)[TEACHER_STEPS]["features"])
-    teachers = teacher()[TEACHER_STEPS]
-    row = partial(describe, judge=judge, teachers=teachers)
-    first = [row("teacher", TEACHER_STEPS, drawn=teachers)]
-    untrained = draw_all(kept / "untrained", lambda: models["untrained student"], task, STUDENT_STEPS)
-    first += [row("untrained student", steps, drawn=drawn) for steps, drawn in untrained.items()]
+    judge, run = EmojiJudge(many(args.prompts), args.work_dir / "drawn"), args.work_dir / "run"
 
     rows = []
     for stage in (*args.stages, args.stages[-1] + args.final_steps):
-        load = partial(train, run, stage, args.stages[-1])
-        drawn = draw_all(kept / f"stage_{stage}", load, task, STUDENT_STEPS)
-        last = [row("student", steps, drawn=of_steps) for steps, of_steps in drawn.items()]
+        drawn = judge.draw(f"stage_{stage}", partial(train, run, stage, args.stages[-1]))
+        last = [judge.describe("student", *of_steps) for of_steps in drawn.items()]
         loss = "endpoint" if stage <= args.stages[-1] else "consistency"
         rows += [{"rows": ROWS_A_STEP * stage, "loss": loss, **flat(each)} for each in last]
 
     table = pandas.DataFrame(rows)
-    floor = first[0].metrics[DISTANCE]
-    details = {"prompts": len(task.prompts), "batch": ROWS_A_STEP, **machine(default_device())}
-    more = {"controls": [flat(each) for each in first], "laws": extrapolate(table, floor), "flags": FLAGS}
+    details = {"prompts": args.prompts, "batch": ROWS_A_STEP, **machine(default_device())}
+    more = {
+        "controls": [flat(each) for each in judge.controls],
+        "laws": extrapolate(table, judge.floor),
+        "flags": FLAGS,
+    }
     write_results("emoji_student", table, details, args.output_dir, **more)
-    others = {each.num_inference_steps: each.metrics[DISTANCE] for each in first[1:]}
-    plot(table, others, floor, args.output_dir / "emoji_student.png")
+    others = {each.num_inference_steps: each.metrics[DISTANCE] for each in judge.controls[1:]}
+    plot(table, others, judge.floor, args.output_dir / "emoji_student.png")
     if args.save:
         save_metrics(
             run,
-            [*first, *last],
-            dataset=f"{len(task.prompts)} evaluation prompts of the embedded emoji teacher",
+            [*judge.controls, *last],
+            dataset=f"{args.prompts} evaluation prompts of the embedded emoji teacher",
             command="python -m benchmarks.emoji_student",
             details={"seed": SEED, "rows": int(table["rows"].max()), **machine(default_device())},
         )
-        save_model_card(run)
+        save_model_card(run, model_id=SHIPPED.relative_to(ROOT).as_posix())
         save(run, SHIPPED)
-
-
-def flat(row: Measurement) -> dict[str, Any]:
-    """A row of the table."""
-    interval = "{:.1f} to {:.1f}".format(*row.intervals[DISTANCE])
-    return {"model": row.model, "steps": row.num_inference_steps, **row.metrics, "interval": interval}
 
 
 if __name__ == "__main__":

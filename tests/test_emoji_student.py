@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import emoji_student
+from benchmarks import emoji_judge, emoji_student
 from benchmarks.emoji_student import power_law
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.evaluation.judge import TeacherJudge
@@ -33,9 +33,11 @@ def test_a_power_law_is_found():
 def test_the_whole_way_in_little(monkeypatch, tmp_path):
     """Stages go on from each other; the second time nothing is trained or drawn; the saved student is the run's."""
     monkeypatch.setattr(quickstart, "TeacherJudge", partial(TeacherJudge, num_components=2))
-    monkeypatch.setattr(emoji_student, "TEACHER_STEPS", 2)
+    monkeypatch.setattr(emoji_judge, "TEACHER_STEPS", 2)
     monkeypatch.setattr(emoji_student, "FLAGS", {**emoji_student.FLAGS, **LITTLE})
+    monkeypatch.setattr(emoji_student, "GRID_PROMPTS", ("noto owl",))
     monkeypatch.setattr(emoji_student, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(emoji_student, "ROOT", tmp_path)
     command = ["--stages", "1", "2", "--final_steps", "1", "--prompts", "6"]
     command += ["--work_dir", f"{tmp_path / 'work'}", "--output_dir", f"{tmp_path}", "--save"]
     emoji_student.main(command)
@@ -45,6 +47,8 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     ]
     assert len({row["FD to the teacher"] for row in result["rows"]}) == 9  # each stage has other weights
 
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert 'from_pretrained("shipped")' in card and "FD to the teacher" in card and "noto owl" in card
     with safe_open(tmp_path / "shipped" / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
     shipped, trained = (

@@ -26,7 +26,7 @@ BY_CONTENT = frozenset({
 # What somebody may want to change on the way, and has to say so.
 CHANGEABLE = (
     "learning_rate", "discriminator_learning_rate", "critic_learning_rate", "lr_scheduler", "lr_warmup_steps",
-    "weight_decay", "max_grad_norm", "ema_decay", "mixed_precision", "allow_tf32",
+    "weight_decay", "max_grad_norm", "ema_decay", "mixed_precision", "allow_tf32", "endpoint_warmup_steps",
 )  # fmt: skip
 LENGTH = "max_train_steps"
 PROCESSES = "num_processes"

@@ -1,0 +1,107 @@
+"""Students of the embedded teacher, judged by its own pictures: what the benchmarks on it draw, keep and say."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
+from diffusers_tbcm.evaluation.metrics import decisiveness, mirror_products
+from diffusers_tbcm.export.record import Measurement
+from examples.tbcm.quickstart import (
+    REFERENCE_SEED,
+    SEED,
+    STUDENT_STEPS,
+    TEACHER_STEPS,
+    Task,
+    draw,
+    load_controls,
+)
+
+from .common import default_device
+
+
+Tensors = dict[str, torch.Tensor]
+
+DISTANCE = "FD to the teacher"
+
+
+class EmojiJudge:
+    """Draws a task's pictures, keeps them, and compares them with the teacher's.
+
+    Args:
+        task: what is drawn.
+        kept: folder of what has been drawn.
+
+    Attributes:
+        controls: rows of the teacher and of the untrained student.
+        floor: the distance that another noise alone makes.
+    """
+
+    def __init__(self, task: Task, kept: Path) -> None:
+        self._task, self._kept = task, kept
+        kept.mkdir(parents=True, exist_ok=True)
+        models = load_controls(str(default_device()))
+        reference = self.draw("teacher", lambda: models["teacher"], [TEACHER_STEPS], REFERENCE_SEED)
+        self.judge = task.judge(reference[TEACHER_STEPS]["features"])
+        self._teachers = self.draw("teacher", lambda: models["teacher"], [TEACHER_STEPS])[TEACHER_STEPS]
+        untrained = self.draw("untrained", lambda: models["untrained student"])
+        teacher = self.describe("teacher", TEACHER_STEPS, self._teachers)
+        self.controls = [teacher, *(self.describe("untrained student", *drawn) for drawn in untrained.items())]
+        self.floor = teacher.metrics[DISTANCE]
+
+    def draw(
+        self,
+        name: str,
+        load: Callable[[], DiffusionPipeline],
+        all_steps: Sequence[int] = STUDENT_STEPS,
+        seed: int = SEED,
+    ) -> dict[int, Tensors]:
+        """Draw every prompt once in each number of steps, unless that has been done.
+
+        Args:
+            name: of what draws.
+            load: gives its pipeline.
+            all_steps: the numbers.
+            seed: of the noises.
+
+        Returns:
+            Features, and pixels in 0..255, (pictures, ...), by number of steps.
+        """
+        files = {steps: self._kept / f"{name}_{steps}_steps_seed_{seed}.safetensors" for steps in all_steps}
+        if not all(file.exists() for file in files.values()):
+            pipeline, extractor = load(), MobileNetFeatures().to(default_device())
+            for steps, file in files.items():
+                pictures = draw(pipeline, self._task.prompts, steps, seed=seed)
+                pixels = (pictures_to_tensor(pictures) * 255).round().to(torch.uint8).contiguous().cpu()
+                save_file({"features": extractor.extract(pictures).cpu(), "pixels": pixels}, file)
+        return {steps: load_file(file) for steps, file in files.items()}
+
+    def describe(self, model: str, steps: int, drawn: Tensors) -> Measurement:
+        """Say how near a model's pictures are to the teacher's.
+
+        Args:
+            model: its name.
+            steps: that it took.
+            drawn: its features and pixels.
+
+        Returns:
+            A row.
+        """
+        distance = self.judge.distance(drawn["features"])
+        products = mirror_products(drawn["pixels"] / 255, self._teachers["pixels"] / 255)
+        metrics = {
+            DISTANCE: round(distance.value, 2),
+            "decisiveness": round(decisiveness(products), 3),
+            "top-5 retrieval": round(self.judge.retrieval(drawn["features"]), 3),
+        }
+        return Measurement(model, steps, metrics, {DISTANCE: (round(distance.low, 2), round(distance.high, 2))})
+
+
+def flat(row: Measurement) -> dict[str, Any]:
+    """A row as a table has it."""
+    interval = "{:.1f} to {:.1f}".format(*row.intervals[DISTANCE])
+    return {"model": row.model, "steps": row.num_inference_steps, **row.metrics, "interval": interval}
