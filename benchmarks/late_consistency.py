@@ -98,7 +98,7 @@ def students_of(task: Task, work_dir: Path, seed: int, ways: Sequence[str]) -> d
 def differences(table: pandas.DataFrame, ways: Sequence[str]) -> pandas.DataFrame:
     """Every way less the endpoint student, and less the control, in pairs of one seed, with intervals over seeds."""
     rows = []
-    by_model = table.set_index(["model", "steps", "seed"])
+    by_model = table.set_index(["model", "steps", "seed"]).sort_index()
     for way in ways:
         for other in (START, CONTROL) if way != CONTROL else (START,):
             for steps in sorted(set(table["steps"])):
