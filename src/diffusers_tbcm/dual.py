@@ -366,30 +366,29 @@ def checkpoint_dual(function: Callable[..., Any], *args: Any) -> Any:
     For `enable_gradient_checkpointing` of a diffusers model.
 
     Args:
-        function: what to checkpoint; it returns one tensor, or dual number where an argument is one.
+        function: what to checkpoint; it returns a tensor or a tuple of tensors, dual where an argument is.
         args: its arguments, dual or not.
 
     Returns:
         What `function` returns.
     """
     duals: tuple[Any, ...] | None = args
-    tangent = None
+    outputs: list[Any] = []
 
     def primal_of(*primals: Any) -> Any:
-        nonlocal duals, tangent
+        nonlocal duals
         if duals is None:  # in backward
             return function(*primals)
         output, duals = function(*map(_with_primal, duals, primals)), None
-        if not isinstance(output, Dual):
-            return output
-        tangent = output.tangent
-        return output.primal
+        outputs.extend(output if isinstance(output, tuple) else [output])
+        primal = tuple(map(_primal, outputs))
+        return primal if isinstance(output, tuple) else primal[0]
 
-    output = checkpoint(primal_of, *map(_primal, args), use_reentrant=False)
-    if tangent is None:
-        return output
-    dual, tangent = Dual(output, tangent), None  # what the graph holds must not hold the tangent
-    return dual
+    primal = checkpoint(primal_of, *map(_primal, args), use_reentrant=False)
+    primals = primal if isinstance(primal, tuple) else (primal,)
+    output = tuple(map(_with_primal, outputs, primals))
+    outputs.clear()  # what the graph holds must not hold the tangents
+    return output if isinstance(primal, tuple) else output[0]
 
 
 def _with_primal(value: Any, primal: Any) -> Any:
