@@ -24,11 +24,15 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2TokenizerFast,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
 
+from diffusers_tbcm import backbones
 from diffusers_tbcm.backbones import Backbone, sana, sd3
 
 
@@ -121,6 +125,54 @@ def tiny_sd3(**overrides: Any) -> StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
+def tiny_qwen() -> tuple[Qwen2TokenizerFast, Qwen2_5_VLForConditionalGeneration]:
+    """Qwen2.5-VL, and a tokenizer that knows bytes."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **sizes,
+            "num_key_value_heads": 2,
+            "vocab_size": 304,
+            "bos_token_id": 256,
+            "eos_token_id": 258,
+            "rope_scaling": rope,
+            "rope_theta": 1e6,
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        vocab_size=304,
+        hidden_size=16,
+        bos_token_id=256,
+        eos_token_id=258,
+    )
+    return Qwen2TokenizerFast(tokenizer_object=bpe), Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def tiny_longcat() -> DiffusionPipeline:
+    """A LongCat-Image of a double and two single blocks, whose shift is dynamic."""
+    from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 6, 6],
+    ).eval()  # fmt: skip
+    tokenizer, encoder = tiny_qwen()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return LongCatImagePipeline(scheduler, tiny_kl(), encoder, tokenizer, None, transformer)
+
+
+def unpacked(latents: torch.Tensor) -> torch.Tensor:
+    """Packed latents of 64 x 64 pixels as (batch, channels, height, width)."""
+    from diffusers import LongCatImagePipeline
+
+    return LongCatImagePipeline._unpack_latents(latents, 64, 64, 8)
+
+
 FAMILIES = {
     "sana": Family(
         sana,
@@ -130,3 +182,12 @@ FAMILIES = {
     ),
     "sd3": Family(sd3, tiny_sd3, tokens=16, unguided_call={"max_sequence_length": 16}),
 }
+if hasattr(backbones, "longcat_image"):  # diffusers is new enough
+    FAMILIES["longcat_image"] = Family(
+        backbones.longcat_image,
+        tiny_longcat,
+        tokens=512,
+        unguided_call={"enable_prompt_rewrite": False},
+        guided_call={"enable_cfg_renorm": False},
+        stock_latents=unpacked,
+    )

@@ -85,6 +85,15 @@ def test_a_family_is_found_by_network_pipeline_and_folder(family, pipeline, fold
     assert {"transformer", "scheduler", *copied_components(folder)} == {*pipeline.components} - absent
 
 
+def test_what_diffusers_is_too_old_for_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones, "FAMILIES", backbones.FAMILIES[:2])
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "LongCatImageTransformer2DModel"]}')
+    with pytest.raises(
+        ValueError, match=r"has a LongCat.*: that needs diffusers 0\.37 or newer, and 0\."
+    ):
+        find_backbone(tmp_path)
+
+
 def test_a_network_says_what_it_is_made_of(family, pipeline, folder, shape):
     backbone, transformer = family.backbone, pipeline.transformer
     ran = []

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -138,6 +139,12 @@ class Backbone(Protocol):
 
 
 FAMILIES: tuple[Backbone, ...] = (sana, sd3)
+NEWER = {"LongCatImageTransformer2DModel": "0.37"}  # networks that diffusers has from some version on
+
+if hasattr(diffusers, "LongCatImageTransformer2DModel"):
+    from . import longcat_image
+
+    FAMILIES += (longcat_image,)
 
 
 def backbone_of(model: nn.Module | DiffusionPipeline) -> Backbone:
@@ -168,12 +175,18 @@ def find_backbone(folder: Path) -> Backbone:
         The family's file.
 
     Raises:
-        ValueError: for a transformer of no family here.
+        ValueError: for a transformer of no family here, or of one that the installed diffusers has not.
     """
     found = read_json(folder / "model_index.json").get("transformer")
     for family in FAMILIES:
         if found == ["diffusers", family.TRANSFORMER_CLASS.__name__]:
             return family
+    for name, version in NEWER.items():
+        if found == ["diffusers", name]:
+            raise ValueError(
+                f"{str(folder)!r} has a {name}: that needs diffusers {version} or newer, and"
+                f" {diffusers.__version__} is installed"
+            )
     raise ValueError(f"{str(folder)!r} is of no known family: its transformer is {found}, known are {_known()}")
 
 
