@@ -17,7 +17,7 @@ from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encode
 from diffusers_tbcm.dual import Dual, checkpoint_dual
 from diffusers_tbcm.flow import FlowTransformer, flow_step
 from diffusers_tbcm.guidance import guidance_branches, guided_output
-from diffusers_tbcm.lora import adapt, merge_lora, save_adapters
+from diffusers_tbcm.lora import LORA_FILE, adapt, merge_lora, save_adapters
 from diffusers_tbcm.pipeline_folder import copied_components, flow_shift
 from diffusers_tbcm.rollout import record_rollout
 from diffusers_tbcm.scheduling_flow import even_sigmas
@@ -88,9 +88,7 @@ def test_a_family_is_found_by_network_pipeline_and_folder(family, pipeline, fold
 def test_what_diffusers_is_too_old_for_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "FAMILIES", backbones.FAMILIES[:2])
     (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "LongCatImageTransformer2DModel"]}')
-    with pytest.raises(
-        ValueError, match=r"has a LongCat.*: that needs diffusers 0\.37 or newer, and 0\."
-    ):
+    with pytest.raises(ValueError, match=r"has a LongCat.*: that needs diffusers 0\.37 or newer, and 0\."):
         find_backbone(tmp_path)
 
 
@@ -356,12 +354,12 @@ def test_saved_adapters_make_the_stock_pipeline_the_merged_network(family, pipel
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1, generator=generator)
     save_adapters(adapted, tmp_path)
-    stock = DiffusionPipeline.from_pretrained(folder)
+    stock = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(family.backbone.OPTIONAL_COMPONENTS))
     if hasattr(stock, "load_lora_weights"):
         stock.load_lora_weights(tmp_path)
     else:
         assert issubclass(type(stock.transformer), PeftAdapterMixin)
-        stock.transformer.load_lora_adapter(tmp_path)
+        stock.transformer.load_lora_adapter(tmp_path, weight_name=LORA_FILE)
     inputs, text = (noise_of(shape), torch.rand(2)), text_of(family)
     with torch.no_grad():
         found, merged, before = (

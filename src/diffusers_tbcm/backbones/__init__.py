@@ -40,7 +40,7 @@ class Backbone(Protocol):
             the family has flow students only.
         TAG: the family's name on the Hub.
         COPIED_COMPONENTS: what a student takes over from its teacher's folder.
-        OPTIONAL_COMPONENTS: what it takes over where the teacher has it.
+        OPTIONAL_COMPONENTS: what it takes over where the teacher has it, and what drawing does not take.
         INSTRUCTION: lines that the stock pipelines put before a prompt; None for none.
         READING_OPTIONS: arguments of the stock pipeline's call that say how prompts are read.
         CALL_OPTIONS: what the call is always given.
@@ -177,17 +177,33 @@ def find_backbone(folder: Path) -> Backbone:
     Raises:
         ValueError: for a transformer of no family here, or of one that the installed diffusers has not.
     """
-    found = read_json(folder / "model_index.json").get("transformer")
+    return backbone_of_index(read_json(folder / "model_index.json"), str(folder))
+
+
+def backbone_of_index(model_index: Mapping[str, Any], pipeline: str) -> Backbone:
+    """Say which family a pipeline's transformer belongs to.
+
+    Args:
+        model_index: what its model_index.json holds.
+        pipeline: what messages call it.
+
+    Returns:
+        The family's file.
+
+    Raises:
+        ValueError: as of `find_backbone`.
+    """
+    found = model_index.get("transformer")
     for family in FAMILIES:
         if found == ["diffusers", family.TRANSFORMER_CLASS.__name__]:
             return family
     for name, version in NEWER.items():
         if found == ["diffusers", name]:
             raise ValueError(
-                f"{str(folder)!r} has a {name}: that needs diffusers {version} or newer, and"
-                f" {diffusers.__version__} is installed"
+                f"{pipeline!r} has a {name}: that needs diffusers {version} or newer, and {diffusers.__version__} is"
+                " installed"
             )
-    raise ValueError(f"{str(folder)!r} is of no known family: its transformer is {found}, known are {_known()}")
+    raise ValueError(f"{pipeline!r} is of no known family: its transformer is {found}, known are {_known()}")
 
 
 def backbone_of_pipeline(name: str) -> Backbone:

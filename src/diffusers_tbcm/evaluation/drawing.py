@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, SCMScheduler
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from ..backbones import backbone_of
+from ..backbones import backbone_of, backbone_of_index
 from ..backbones.loading import check_prompt_pipeline
 from ..backbones.sana import INSTRUCTION
 from ..components import read_object
@@ -79,7 +79,8 @@ def load_pipeline(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else find_device(device)
     with loading_by_name("model", model, "a pipeline folder"):
-        is_tbcm = DiffusionPipeline.load_config(str(model)).get("scheduler") == ["diffusers", SCMScheduler.__name__]
+        model_index = DiffusionPipeline.load_config(str(model))
+    is_tbcm = model_index.get("scheduler") == ["diffusers", SCMScheduler.__name__]
     with loading("model", model):
         flow_scheduler = _flow_scheduler(model)
     record = {} if lora is None else _lora_record(lora)
@@ -100,7 +101,8 @@ def load_pipeline(
     options = {"variant": variant, **dtype_argument(dtype)}
     with loading("model", model):
         if flow_scheduler is not None:
-            pipeline = DiffusionPipeline.from_pretrained(str(model), scheduler=flow_scheduler, **options)
+            absent = dict.fromkeys(backbone_of_index(model_index, str(model)).OPTIONAL_COMPONENTS)
+            pipeline = DiffusionPipeline.from_pretrained(str(model), scheduler=flow_scheduler, **absent, **options)
             check_prompt_pipeline(pipeline)
             factor = pipeline.image_processor.config.vae_scale_factor  # pixels a token, where latents are packed
             pipeline.image_processor = FiniteImageProcessor(vae_scale_factor=factor)
@@ -114,7 +116,7 @@ def load_pipeline(
             if hasattr(pipeline, "load_lora_weights"):
                 pipeline.load_lora_weights(str(lora), **named)
             else:
-                pipeline.transformer.load_lora_adapter(str(lora), **named)
+                pipeline.transformer.load_lora_adapter(str(lora), **{"weight_name": LORA_FILE, **named})
             if flow_adapter is not None and flow_adapter["timestep_scale"] is not None:
                 # The teacher's config may not say in what time it was trained
                 pipeline.transformer.register_to_config(timestep_scale=flow_adapter["timestep_scale"])

@@ -176,7 +176,7 @@ def _save_pipeline(
             (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(source, encoding="utf-8")
         write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder, pipeline_class, type(scheduler)))
         for variant in variants:
-            _save_variant(folder, variant, pipeline_class)
+            _save_variant(folder, variant, pipeline_class, backbone_of(student).OPTIONAL_COMPONENTS)
         _describe(
             folder, teacher_folder, description, _record(description, student, teacher, teacher_folder, output_dir)
         )
@@ -371,9 +371,10 @@ def _model_index(
     return model_index
 
 
-def _save_variant(folder: Path, variant: str, pipeline_class: type[DiffusionPipeline]) -> None:
+def _save_variant(folder: Path, variant: str, pipeline_class: type[DiffusionPipeline], without: Sequence[str]) -> None:
     """Put half-precision copies of all weights beside the ordinary ones, under the names that diffusers looks for."""
-    pipeline = pipeline_class.from_pretrained(folder, **dtype_argument(VARIANTS[variant]))
+    absent = dict.fromkeys(without)
+    pipeline = pipeline_class.from_pretrained(folder, **absent, **dtype_argument(VARIANTS[variant]))
     with TemporaryDirectory(dir=folder) as written:
         pipeline.save_pretrained(written, variant=variant)
         for file in Path(written).glob(f"*/*.{variant}*"):  # and not the configs, which would name the lower dtype

@@ -99,6 +99,7 @@ def render_model_card(
         flow=flow,
         call_options=_beyond_stock(call_options),
         call=backbone.CALL_OPTIONS,
+        left_out=backbone.OPTIONAL_COMPONENTS,
         loads_adapters=hasattr(backbone.PIPELINE_CLASS, "load_lora_weights"),
         intermediate=_rounded(timesteps[2])[1],
         sigmas={
