@@ -79,7 +79,7 @@ def test_every_family_is_tested_and_has_the_names_that_a_backbone_has():
 
 def test_a_family_is_found_by_network_pipeline_and_folder(family, pipeline, folder):
     assert backbone_of(pipeline) is backbone_of(pipeline.transformer) is find_backbone(folder) is family.backbone
-    assert backbone_of(adapt(pipeline.transformer, rank=2)) is family.backbone
+    assert backbone_of(adapt(copy.deepcopy(pipeline.transformer), rank=2)) is family.backbone
     assert backbone_of_pipeline(type(pipeline).__name__) is family.backbone
     absent = {name for name, part in pipeline.components.items() if part is None}
     assert {"transformer", "scheduler", *copied_components(folder)} == {*pipeline.components} - absent
@@ -267,12 +267,13 @@ def test_a_rollout_ends_where_the_stock_pipeline_does(family, pipeline, folder, 
 
 def test_the_tangent_is_the_derivative(family, shape, monkeypatch, capsys):
     """Dual numbers against central differences, in float64 throughout: the networks' own float32 is taken out."""
+    text = text_of(family, dtype=torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch, "float32", torch.float64)
     transformer = family.make_pipeline().transformer.double()
     network = TrigFlowTransformer(transformer, timestep_scale=1.0)  # as a consistency teacher has it
-    sample, text = noise_of(shape, dtype=torch.float64), text_of(family, dtype=torch.float64)
-    t, step = torch.tensor([0.4, 1.3], dtype=torch.float64), 1e-5
+    sample = noise_of(shape, dtype=torch.float64)
+    t, step = torch.tensor([0.4, 1.3], dtype=torch.float64), 1e-7  # LongCat-Image has sin(1000 s)
     directions = noise_of(shape, dtype=torch.float64).flip(0), torch.tensor([1.0, -0.7], dtype=torch.float64)
     slow = []
     forward_mode = dual._by_forward_mode
@@ -290,7 +291,7 @@ def test_the_tangent_is_the_derivative(family, shape, monkeypatch, capsys):
     with capsys.disabled():
         print(f"\n{type(transformer).__name__}: tangent to {error:.0e}, slow: {', '.join(sorted({*slow})) or 'none'}")
     assert error < 1e-7
-    assert {*slow} <= {"atan2", "sqrt"}  # once a pass, on times alone
+    assert not slow
 
 
 def test_one_pass_gives_gradient_and_tangent_of_two_with_checkpoints_or_without(family, pipeline, shape):
@@ -333,22 +334,17 @@ def test_the_memory_plan_counts_checkpoints(family, pipeline, shape):
 
 
 def test_adapters_are_in_every_block_and_every_target_is_a_layer(family, pipeline):
-    adapted = adapt(pipeline.transformer, rank=2)
+    adapted = adapt(copy.deepcopy(pipeline.transformer), rank=2)
     names = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
     assert names and all(".lora_" in name for name in names)
     for target in family.backbone.LORA_TARGET_MODULES:
         assert any(f".{target}.lora_A" in f".{name}" for name in names), target
     for block in family.backbone.blocks(adapted):
         assert any(".lora_A" in name for name, _ in block.named_parameters())
-    in_blocks = {id(weight) for block in family.backbone.blocks(adapted) for weight in block.parameters()}
-    large = sum(weight.numel() for weight in pipeline.transformer.parameters() if id(weight) in in_blocks)
-    assert large == sum(
-        weight.numel() for b in family.backbone.blocks(pipeline.transformer) for weight in b.parameters()
-    )
 
 
 def test_saved_adapters_make_the_stock_pipeline_the_merged_network(family, pipeline, folder, shape, tmp_path):
-    adapted = adapt(pipeline.transformer, rank=2, alpha=4)
+    adapted = adapt(copy.deepcopy(pipeline.transformer), rank=2, alpha=4)
     generator = torch.Generator().manual_seed(0)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:

@@ -57,6 +57,7 @@ FUNCTIONS = {
     "einsum": lambda x: torch.einsum("nchw->nhwc", x) @ OTHER,
     "einsum of three": lambda x: torch.einsum("nchw,hk,nckw->nk", x, OTHER, x * x),
     "sine and cosine": lambda x: torch.sin(3 * x) * torch.cos(x) + x.sin().cos(),
+    "square root": lambda x: torch.sqrt(x * x + 1),
     "gelu": F.gelu,
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "rms norm": lambda x: F.rms_norm(x, (4,), None, 1e-6),

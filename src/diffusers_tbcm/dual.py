@@ -283,6 +283,10 @@ def _rsqrt(func: Callable[..., Any], output: torch.Tensor, x: Any) -> torch.Tens
     return -0.5 * output**3 * x.tangent
 
 
+def _sqrt(func: Callable[..., Any], output: torch.Tensor, x: Any) -> torch.Tensor:
+    return 0.5 / output * x.tangent
+
+
 def _attention(
     func: Callable[..., Any],
     output: torch.Tensor,
@@ -357,6 +361,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "cos": _cos,
     "relu": _relu,
     "rsqrt": _rsqrt,
+    "sqrt": _sqrt,
 }  # fmt: skip
 
 
