@@ -50,10 +50,24 @@ FUNCTIONS = {
     "chunk": lambda x: x.chunk(2, dim=1)[1] * x.split(2, dim=1)[0],
     "pad": lambda x: F.pad(x, (0, 1), mode="constant", value=1.0),
     "cat": lambda x: torch.cat([x, OTHER.expand(2, 4, 4, 4), x * x]),
+    "cat along a tuple": lambda x: torch.cat((x[:, :2], x), dim=1) + torch.cat([OTHER.expand(2, 2, 4, 4), x], 1),
+    "stack": lambda x: torch.stack([-x[..., 1], OTHER[0].expand(2, 4, 4)], dim=-1),
+    "unbind": lambda x: x.unflatten(-1, (2, 2)).unbind(-1)[1] * x.unbind(1)[0].unsqueeze(1)[..., :2],
+    "splits": lambda x: x.split_with_sizes([1, 3], dim=1)[1] * x.split([3, 1], dim=1)[0],
+    "einsum": lambda x: torch.einsum("nchw->nhwc", x) @ OTHER,
+    "einsum of three": lambda x: torch.einsum("nchw,hk,nckw->nk", x, OTHER, x * x),
+    "sine and cosine": lambda x: torch.sin(3 * x) * torch.cos(x) + x.sin().cos(),
+    "square root": lambda x: torch.sqrt(x * x + 1),
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "rms norm": lambda x: F.rms_norm(x, (4,), None, 1e-6),
+    "rms norm of two axes with weights": lambda x: F.rms_norm(x, (4, 4), OTHER),
+    "squeeze": lambda x: x[:, :1].squeeze(1),
     "no rule of its own": lambda x: torch.erf(x).cumsum(-1).clip(-2, 2),
     "dropout that does nothing": lambda x: F.dropout(x, 0.0, True) + F.dropout(x, 0.5, False),
     "dtypes": lambda x: x.float().to(torch.float64) * x,
 }  # fmt: skip
+WITHOUT_RULE = {"product", "quotients", "power of a tensor", "sum of two", "no rule of its own"}
 ATTENTION_MASKS = {
     "none": None,
     "bias": torch.tensor([[0.0, 0, -10000, 0, -1]]).double(),
@@ -74,6 +88,33 @@ def test_rules_agree_with_forward_mode(name):
     assert torch.equal(actual.primal, expected)
     assert actual.tangent.shape == derivative.shape and actual.tangent.dtype == derivative.dtype
     torch.testing.assert_close(actual.tangent, derivative)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "dtypes"])  # whose float32 is too coarse
+def test_tangents_agree_with_central_differences(name):
+    x, tangent = directions(0.5 + randn(2, 4, 4, 4).abs())  # away from the kinks of relu and abs
+    step = 1e-5
+    difference = (FUNCTIONS[name](x + step * tangent) - FUNCTIONS[name](x - step * tangent)) / (2 * step)
+    actual = FUNCTIONS[name](Dual(x, tangent)).tangent
+    # Rounding is 1e-15 / 1e-5, the share of the third derivative 1e-10 of it
+    torch.testing.assert_close(actual, difference, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - WITHOUT_RULE))
+def test_what_networks_are_made_of_has_a_rule_of_its_own(name, monkeypatch):
+    def refuse(func, *_, **__):
+        raise AssertionError(f"{func} took the slow way")
+
+    monkeypatch.setattr(dual, "_by_forward_mode", refuse)
+    FUNCTIONS[name](Dual(*directions(randn(2, 4, 4, 4))))
+
+
+def test_a_norm_of_half_precision_follows_its_input():
+    x, tangent = (part.bfloat16() for part in directions(randn(3, 8)))
+    exact = torch.func.jvp(lambda x: F.rms_norm(x, (8,), None, 1e-6), (x.double(),), (tangent.double(),))[1]
+    actual = F.rms_norm(Dual(x, tangent), (8,), None, 1e-6).tangent
+    assert actual.dtype == torch.bfloat16
+    assert (actual.double() - exact).norm() < 3e-3 * exact.norm()  # the result is rounded to 8 bits, nothing else
 
 
 @pytest.mark.parametrize("max_scores", [1, 2**26])

@@ -55,7 +55,9 @@ def test_each_prompt_is_encoded_alone_and_once_while_it_is_cached(monkeypatch):
     monkeypatch.setattr(
         pipeline, "encode_prompt", lambda prompt, **kw: encoded.append(prompt) or original(prompt, **kw)
     )
-    encoder = PromptEncoder(pipeline, max_sequence_length=40, cache_size=2)
+    room = sum(PromptEncoder(pipeline, **SETTINGS).encode(prompt).embeds.nbytes for prompt in ("a", "b"))
+    encoded.clear()
+    encoder = PromptEncoder(pipeline, max_sequence_length=40, cache_bytes=room)
     first = encoder(["a", "b", "a"])
     again = encoder(["a", "b", "a"])
     assert encoded == ["a", "b"] and all(map(torch.equal, tensors(first), tensors(again)))

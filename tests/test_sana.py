@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
-from tiny import LATENT_CHANNELS, SAMPLE_SIZE, tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
+from tiny import tiny_sana_pipeline, tiny_transformer, write_tiny_pipeline
 from toy_networks import network_inputs
 
-from diffusers_tbcm.backbones import FAMILIES, backbone_of, find_backbone, sana
+from diffusers_tbcm.backbones import backbone_of, find_backbone, sana
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.lora import make_lora_student
 from diffusers_tbcm.text import Text
@@ -27,19 +27,6 @@ def test_a_family_is_found_by_network_pipeline_and_folder(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "FluxTransformer2DModel"]}))
     with pytest.raises(ValueError, match=r"FluxTransformer2DModel.*known are SanaTransformer2DModel"):
         find_backbone(tmp_path)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_network_says_what_it_is_made_of(family, tmp_path):
-    transformer = tiny_transformer()
-    folder = write_tiny_pipeline(tmp_path)
-    assert len(family.blocks(transformer)) == 2 and family.inner_dim(transformer) == 16
-    assert family.after_blocks(transformer) is transformer.norm_out
-    assert family.latent_shape(folder, transformer, None) == (LATENT_CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE)
-    assert family.latent_shape(folder, transformer, 32) == (LATENT_CHANNELS, 4, 4)
-    assert family.vae_scale_factor(folder) == 8 and family.native_resolution(folder, transformer) == 64
-    with pytest.raises(ValueError, match="`resolution` is 20: it has to be a positive multiple of 8"):
-        family.latent_shape(folder, transformer, 20)
 
 
 @pytest.mark.parametrize(("config", "scale"), [(0.001, 1.0), (1.0, 1.0), (1000.0, 1000.0)])

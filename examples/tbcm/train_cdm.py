@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-r"""Distil a Sana text-to-image pipeline into a 1-4 step one, without images and with any time (CDM, arXiv 2605.06376).
+r"""Distil a text-to-image pipeline into a 1-4 step one, without images and with any time (CDM, arXiv 2605.06376).
 
     accelerate launch examples/tbcm/train_cdm.py \
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_600M_1024px_diffusers \
         --prompts_file prompts.txt --output_dir outputs/cdm-sana-0.6b \
         --mixed_precision bf16 --gradient_checkpointing --use_ema
 
-A plain Sana will do: the method asks for no tangent and no dense time. Three networks begin as copies of it: the
-frozen teacher, the student, and a critic that knows what the student draws. The steps, as they are numbered below:
+A plain Sana, Stable Diffusion 3 and LongCat-Image will do: the method asks for no tangent and no dense time. Three
+networks begin as copies of the teacher: itself, frozen, the student, and a critic that knows what the student draws.
+The steps, as they are numbered below:
 
     1. prompts -> frozen text encoder -> text: embeddings (B, L, D) and mask (B, L)
     2. one schedule for the whole step: N ~ U{1..28}, N - 1 times between, shifted as the teacher's
@@ -15,7 +16,7 @@ frozen teacher, the student, and a critic that knows what the student draws. The
     4. every step: the critic learns the student's predictions, then a little of the student flows into it
     5. every second step: CA, DM and CDM pull the student's predictions to where teacher and critic disagree
     6. backward, clipping, optimiser, EMA
-    7. the student, a plain SanaTransformer2DModel, inside the teacher's own pipeline class
+    7. the student, a plain transformer of the teacher's class, inside the teacher's own pipeline class
 
 The file needs nothing but installed packages: copy it and change what you like.
 """

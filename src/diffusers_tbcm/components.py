@@ -17,6 +17,9 @@ MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+PROCESSOR_CONFIGS = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json",
+)  # fmt: skip
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 VOCABULARIES = (  # one of these sets makes a tokenizer
     ("tokenizer.json",), ("tokenizer.model",), ("spiece.model",), ("vocab.json", "merges.txt"), ("vocab.txt",),
@@ -95,6 +98,16 @@ def tokenizer_files(folder: Path, home: Path | None = None) -> list[Path]:
         if path.suffix == ".json" and not read_object(path):
             raise ValueError(f"{folder.name}/{path.name} holds no vocabulary")
     return [folder / TOKENIZER_CONFIG, *vocabularies, *_optional(folder, TOKENIZER_EXTRAS, home)]
+
+
+def processor_files(folder: Path, home: Path | None = None) -> list[Path]:
+    """List the files of a processor, a tokenizer and what prepares pictures, as `model_files` does."""
+    found = [folder / name for name in PROCESSOR_CONFIGS if _is_there(folder / name)]
+    if not found:
+        raise ValueError(f"no {PROCESSOR_CONFIGS[0]} of its {folder.name}")
+    for path in found:
+        read_object(check_file(path, home))
+    return [*found, *tokenizer_files(folder, home)]
 
 
 def scheduler_files(folder: Path, home: Path | None = None) -> list[Path]:

@@ -37,6 +37,7 @@ class TimedCritic(FlowTransformer):
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
         *,
         drawn_at: torch.Tensor,
     ) -> torch.Tensor:
@@ -45,7 +46,7 @@ class TimedCritic(FlowTransformer):
         Args:
             sample: z, (batch, channels, height, width).
             timestep: tau in [0, 1], (batch,).
-            encoder_hidden_states, encoder_attention_mask: as `FlowTransformer` takes them.
+            encoder_hidden_states, encoder_attention_mask, pooled_projections: as `FlowTransformer` takes them.
             drawn_at: s of the predictions that z was made of, in [0, 1], (batch,).
 
         Returns:
@@ -54,5 +55,8 @@ class TimedCritic(FlowTransformer):
         rows = len(sample) // len(encoder_hidden_states)
         embedding = self.drawn_at_embedder(self.sinusoids(TIME_SCALE * drawn_at).to(encoder_hidden_states.dtype))
         text = encoder_hidden_states.repeat_interleave(rows, 0) + embedding[:, None]
-        mask = None if encoder_attention_mask is None else encoder_attention_mask.repeat_interleave(rows, 0)
-        return super().forward(sample, timestep, text, mask)
+        mask, pooled = (
+            None if part is None else part.repeat_interleave(rows, 0)
+            for part in (encoder_attention_mask, pooled_projections)
+        )
+        return super().forward(sample, timestep, text, mask, pooled_projections=pooled)

@@ -7,7 +7,7 @@ multiplies by derivatives of the weights that are zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,12 +141,38 @@ def _linear_in_first(func: Callable[..., Any], output: Any, x: Any, *args: Any, 
     return func(x.tangent, *args, **kwargs)
 
 
+def _join(func: Callable[..., Any], output: torch.Tensor, tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """cat and stack: what is no dual number among the parts has the tangent 0."""
+    parts = [part.tangent if isinstance(part, Dual) else torch.zeros_like(part) for part in tensors]
+    return func(parts, *args, **kwargs)
+
+
+def _einsum(func: Callable[..., Any], output: torch.Tensor, equation: str, *operands: Any) -> torch.Tensor:
+    terms = []
+    for place, operand in enumerate(operands):
+        if isinstance(operand, Dual):
+            before, after = operands[:place], operands[place + 1 :]
+            terms.append(func(equation, *map(_primal, before), operand.tangent, *map(_primal, after)))
+    return _sum(*terms)
+
+
 def _add(func: Callable[..., Any], output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
     if isinstance(a, Dual) and isinstance(b, Dual):
         return func(a.tangent, b.tangent)
     # The other term has no derivative but may have broadcast this one.
     tangent = a.tangent if isinstance(a, Dual) else b.tangent
     return tangent.to(output.dtype).expand_as(output)
+
+
+def _sub(func: Callable[..., Any], output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+    if isinstance(a, Dual) and isinstance(b, Dual):
+        return func(a.tangent, b.tangent)
+    tangent = a.tangent if isinstance(a, Dual) else -b.tangent
+    return tangent.to(output.dtype).expand_as(output)
+
+
+def _rsub(func: Callable[..., Any], output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+    return _sub(torch.sub, output, b, a)
 
 
 def _mul(func: Callable[..., Any], output: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
@@ -190,6 +216,24 @@ def _layer_norm(
     return tangent if weight is None else tangent * weight
 
 
+def _rms_norm(
+    func: Callable[..., Any],
+    output: torch.Tensor,
+    x: Any,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    """y = r x w with r = 1 / sqrt(mean x^2 + eps): y' = r (x' - r^2 x mean(x x')) w."""
+    wide = torch.promote_types(output.dtype, torch.float32)
+    primal, tangent = x.primal.to(wide), x.tangent.to(wide)
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    r = torch.rsqrt(primal.square().mean(dims, keepdim=True) + eps)
+    tangent = r * (tangent - r**2 * primal * (primal * tangent).mean(dims, keepdim=True))
+    return (tangent if weight is None else tangent * weight).to(output.dtype)
+
+
 def _pad(
     func: Callable[..., Any],
     output: torch.Tensor,
@@ -219,12 +263,28 @@ def _silu(func: Callable[..., Any], output: torch.Tensor, x: Any, inplace: bool 
     return aten.silu_backward(x.tangent, x.primal)
 
 
+def _gelu(func: Callable[..., Any], output: torch.Tensor, x: Any, approximate: str = "none") -> torch.Tensor:
+    return aten.gelu_backward(x.tangent, x.primal, approximate=approximate)
+
+
+def _sin(func: Callable[..., Any], output: torch.Tensor, x: Any) -> torch.Tensor:
+    return torch.cos(x.primal) * x.tangent
+
+
+def _cos(func: Callable[..., Any], output: torch.Tensor, x: Any) -> torch.Tensor:
+    return -torch.sin(x.primal) * x.tangent
+
+
 def _relu(func: Callable[..., Any], output: torch.Tensor, x: Any, inplace: bool = False) -> torch.Tensor:
     return aten.threshold_backward(x.tangent, x.primal, 0)
 
 
 def _rsqrt(func: Callable[..., Any], output: torch.Tensor, x: Any) -> torch.Tensor:
     return -0.5 * output**3 * x.tangent
+
+
+def _sqrt(func: Callable[..., Any], output: torch.Tensor, x: Any) -> torch.Tensor:
+    return 0.5 / output * x.tangent
 
 
 def _attention(
@@ -275,23 +335,33 @@ def _attention(
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
         (
-            "chunk", "contiguous", "expand", "flatten", "float", "getitem", "mean", "movedim", "neg", "permute",
-            "repeat", "reshape", "sum", "to", "transpose", "unflatten", "unsqueeze", "view",
+            "chunk", "contiguous", "expand", "flatten", "float", "getitem", "mean", "movedim", "mT", "neg",
+            "permute", "repeat", "reshape", "split", "split_with_sizes", "squeeze", "sum", "to", "transpose", "unbind",
+            "unflatten", "unsqueeze", "view",
         ),
         _linear_in_first,
     ),
+    **dict.fromkeys(("cat", "stack"), _join),
+    "einsum": _einsum,
     "add": _add,
+    "sub": _sub,
+    "rsub": _rsub,
     **dict.fromkeys(("mul", "matmul"), _mul),
     "div": _div,
     "pow": _pow,
     **dict.fromkeys(("linear", "conv2d"), _affine),
     "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
     "pad": _pad,
     "dropout": _dropout,
     "scaled_dot_product_attention": _attention,
     "silu": _silu,
+    "gelu": _gelu,
+    "sin": _sin,
+    "cos": _cos,
     "relu": _relu,
     "rsqrt": _rsqrt,
+    "sqrt": _sqrt,
 }  # fmt: skip
 
 
@@ -301,30 +371,29 @@ def checkpoint_dual(function: Callable[..., Any], *args: Any) -> Any:
     For `enable_gradient_checkpointing` of a diffusers model.
 
     Args:
-        function: what to checkpoint; it returns one tensor, or dual number where an argument is one.
+        function: what to checkpoint; it returns a tensor or a tuple of tensors, dual where an argument is.
         args: its arguments, dual or not.
 
     Returns:
         What `function` returns.
     """
     duals: tuple[Any, ...] | None = args
-    tangent = None
+    outputs: list[Any] = []
 
     def primal_of(*primals: Any) -> Any:
-        nonlocal duals, tangent
+        nonlocal duals
         if duals is None:  # in backward
             return function(*primals)
         output, duals = function(*map(_with_primal, duals, primals)), None
-        if not isinstance(output, Dual):
-            return output
-        tangent = output.tangent
-        return output.primal
+        outputs.extend(output if isinstance(output, tuple) else [output])
+        primal = tuple(map(_primal, outputs))
+        return primal if isinstance(output, tuple) else primal[0]
 
-    output = checkpoint(primal_of, *map(_primal, args), use_reentrant=False)
-    if tangent is None:
-        return output
-    dual, tangent = Dual(output, tangent), None  # what the graph holds must not hold the tangent
-    return dual
+    primal = checkpoint(primal_of, *map(_primal, args), use_reentrant=False)
+    primals = primal if isinstance(primal, tuple) else (primal,)
+    output = tuple(map(_with_primal, outputs, primals))
+    outputs.clear()  # what the graph holds must not hold the tangents
+    return output if isinstance(primal, tuple) else output[0]
 
 
 def _with_primal(value: Any, primal: Any) -> Any:

@@ -85,8 +85,8 @@ class FlowTransformer(nn.Module):
     Prompts may serve several consecutive rows each: what depends on the text only is then computed once per prompt.
 
     Args:
-        transformer: the network, of a family in `backbones`; it is held, not copied. Its cross-attention gets another
-            processor, which computes the same.
+        transformer: the network, of a family in `backbones`; it is held, not copied. Sana's cross-attention gets
+            another processor, which computes the same.
         timestep_scale: what s in [0, 1] is multiplied by before the network sees it; by default what its config says.
         backbone: the transformer's family, for one of a class of your own; by default found by its class.
     """
@@ -119,6 +119,7 @@ class FlowTransformer(nn.Module):
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Evaluate v(x_s, s).
 
@@ -129,6 +130,7 @@ class FlowTransformer(nn.Module):
                 first batch / prompts samples are of the first prompt.
             encoder_attention_mask: 1 for a token to attend to, 0 for padding, (prompts, length).
             guidance: unscaled classifier-free guidance weight, (batch,); only for a network with guidance embeddings.
+            pooled_projections: one embedding a prompt, (prompts, dim), for networks that read one.
 
         Returns:
             v, the shape of `sample`, in float32 or, for a float64 sample, float64.
@@ -141,7 +143,7 @@ class FlowTransformer(nn.Module):
         sample, timestep = sample.to(wide), timestep.to(wide)
         if encoder_attention_mask is None:
             encoder_attention_mask = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2])
-        text = Text(encoder_hidden_states, encoder_attention_mask)
+        text = Text(encoder_hidden_states, encoder_attention_mask, pooled_projections)
         return self.backbone.velocity(
             self.transformer, sample, timestep * self.timestep_scale, text, self._checked(guidance)
         ).to(wide)

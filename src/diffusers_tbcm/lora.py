@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import SanaPipeline, SanaTransformer2DModel
+from diffusers import SanaTransformer2DModel
+from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from .backbones.sana import GUIDANCE_EMBEDDER, LORA_TARGET_MODULES, TEACHER_TIME_LAYER, embed_guidance
+from .backbones import backbone_of
+from .backbones.sana import GUIDANCE_EMBEDDER, TEACHER_TIME_LAYER, embed_guidance
 from .student_adapters import GUIDANCE_EMBEDDER_FILE, STUDENT_CONFIG_ENTRIES
 
 
@@ -30,12 +32,12 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
 def adapt(
-    transformer: SanaTransformer2DModel,
+    transformer: N,
     *,
     rank: int,
     alpha: int | None = None,
-    target_modules: Sequence[str] = LORA_TARGET_MODULES,
-) -> SanaTransformer2DModel:
+    target_modules: Sequence[str] | None = None,
+) -> N:
     """Make a network of another's very parameters and of LoRA adapters, equal to it at first.
 
     Moving or casting either network moves or casts the parameters of both. Adapters are float32: over a base of lower
@@ -45,7 +47,8 @@ def adapt(
         transformer: the network to adapt; its parameters become frozen, otherwise it is left as it is.
         rank: of the adapters.
         alpha: the adapters' output is multiplied by alpha / rank; None for `rank`.
-        target_modules: linear and convolution layers to adapt, each by the end of its name, such as `"attn1.to_q"`.
+        target_modules: linear and convolution layers to adapt, each by the end of its name, such as `"attn1.to_q"`;
+            None for those that the network's family names.
 
     Returns:
         The adapted network; its parameters with `requires_grad` are all that trains.
@@ -76,7 +79,7 @@ def make_lora_student(
     *,
     rank: int,
     alpha: int | None = None,
-    target_modules: Sequence[str] = LORA_TARGET_MODULES,
+    target_modules: Sequence[str] | None = None,
 ) -> SanaTransformer2DModel:
     """Make a student of the teacher's very parameters, LoRA adapters and a guidance embedder, equal to it at first.
 
@@ -100,7 +103,7 @@ def make_lora_student(
     return student
 
 
-def merge_lora(student: SanaTransformer2DModel) -> SanaTransformer2DModel:
+def merge_lora(student: Any) -> Any:
     """Add the adapters into a copy of the weights: a plain student that needs neither peft nor its teacher.
 
     Args:
@@ -147,9 +150,7 @@ def save_lora(
     return save_adapters(student, folder, guidance_scale)
 
 
-def save_adapters(
-    network: SanaTransformer2DModel, folder: str | PathLike[str], guidance_scale: float | None = None
-) -> Path:
+def save_adapters(network: Any, folder: str | PathLike[str], guidance_scale: float | None = None) -> Path:
     """Save the adapters alone for `load_lora_weights` of a pipeline of the teacher, as diffusers does.
 
     Args:
@@ -172,7 +173,7 @@ def save_adapters(
     if guidance_scale is not None:
         layers |= _guidance_bias(network, layers, guidance_scale)
         metadata |= {"target_modules": [*metadata["target_modules"], TEACHER_TIME_LAYER], "lora_bias": True}
-    SanaPipeline.save_lora_weights(
+    SanaLoraLoaderMixin.save_lora_weights(  # diffusers writes every transformer's adapters alike
         folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata, weight_name=LORA_FILE
     )
     return Path(folder)
@@ -223,24 +224,19 @@ def _sharing(network: N, shared: Iterable[nn.Parameter]) -> N:
 
 
 def _add_adapters(
-    network: SanaTransformer2DModel,
-    teacher: SanaTransformer2DModel,
-    rank: int,
-    alpha: int | None,
-    target_modules: Sequence[str],
+    network: Any, teacher: nn.Module, rank: int, alpha: int | None, target_modules: Sequence[str] | None
 ) -> None:
     """Add adapters to a network of the teacher's parameters, and freeze all else."""
     alpha = rank if alpha is None else alpha
+    targets = backbone_of(teacher).LORA_TARGET_MODULES if target_modules is None else target_modules
     for name, value in (("rank", rank), ("alpha", alpha)):
         if not value > 0:
             raise ValueError(f"`{name}` is {value}, but it has to be positive.")
-    _check_targets(network, teacher, target_modules)
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules)))
+    _check_targets(network, teacher, targets)
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
 
 
-def _check_targets(
-    network: SanaTransformer2DModel, teacher: SanaTransformer2DModel, target_modules: Sequence[str]
-) -> None:
+def _check_targets(network: nn.Module, teacher: nn.Module, target_modules: Sequence[str]) -> None:
     """Refuse what peft passes over in silence: it minds only if none of the targets is found."""
     teachers = {name for name, _ in teacher.named_modules()}
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -22,6 +23,7 @@ from .components import (
     WEIGHT_NAMES,
     check_file,
     model_files,
+    processor_files,
     read_object,
     scheduler_files,
     stored_precision,
@@ -46,7 +48,8 @@ LEGAL_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")  # the teacher'
 
 TRANSFORMER = "transformer"
 SCHEDULER = "scheduler"
-TOKENIZER = "tokenizer"  # components of this name hold no weights
+TOKENIZER, PROCESSOR = "tokenizer", "text_processor"  # components of these names hold no weights
+ABSENT = [None, None]  # of a component that model_index.json has and the folder has not
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # second copies of weights, by diffusers' name
 PART_BYTES = 1 << 24  # of a file, digested by a thread
 SKIPPED_FILES = ("*.bin", *(f"*.{variant}*" for variant in VARIANTS))  # pickles are none of ours
@@ -75,7 +78,7 @@ def resolve_teacher(teacher: str | PathLike[str], variant: str | None = None) ->
         folder = _download(teacher, [MODEL_INDEX, CARD, *LEGAL_FILES])
     if not (folder / MODEL_INDEX).is_file():
         raise ValueError(f"teacher {str(teacher)!r} is no pipeline folder: it has no {MODEL_INDEX}")
-    components = [TRANSFORMER, *find_backbone(folder).COPIED_COMPONENTS]
+    components = [TRANSFORMER, *copied_components(folder)]
     if on_hub:
         folder = _download_components(teacher, folder, [*components, SCHEDULER], variant)
     classes = read_json(folder / MODEL_INDEX)
@@ -104,17 +107,42 @@ def _check_precision(
             )
 
 
-def flow_shift(teacher_folder: Path) -> float:
-    """Read the static shift of times that a pipeline's scheduler has.
+def copied_components(folder: Path) -> list[str]:
+    """Name what a student takes over of a teacher's components.
+
+    Args:
+        folder: the teacher's pipeline.
+
+    Returns:
+        Those that its family needs, and those of the optional ones that it has.
+    """
+    backbone, classes = find_backbone(folder), read_json(folder / MODEL_INDEX)
+    return [
+        *backbone.COPIED_COMPONENTS,
+        *(name for name in backbone.OPTIONAL_COMPONENTS if classes.get(name, ABSENT) != ABSENT),
+    ]
+
+
+def flow_shift(teacher_folder: Path, image_tokens: int) -> float:
+    """Read how far a pipeline's scheduler shifts times towards noise.
+
+    A dynamic shift, which the number of tokens sets, is a static one for pictures of one size: by exp(mu), or by mu
+    where its type is linear, with mu linear in the number of tokens.
 
     Args:
         teacher_folder: the pipeline's.
+        image_tokens: of a picture, as the family's `image_tokens` counts them.
 
     Returns:
         k of s -> k s / (1 + (k - 1) s); 1 where the scheduler has none.
     """
     config = read_json(teacher_folder / SCHEDULER / SCHEDULER_CONFIG)
-    return float(config.get("shift", config.get("flow_shift", 1.0)))
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
+    fewest, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (image_tokens - fewest) / (most - fewest)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def _check_copied(teacher: str | PathLike[str], folder: Path, classes: Mapping[str, Any], variant: str | None) -> None:
@@ -123,7 +151,7 @@ def _check_copied(teacher: str | PathLike[str], folder: Path, classes: Mapping[s
     try:
         anywhere = Path(folder.resolve().anchor)
         component_files(folder, TRANSFORMER, classes, home=anywhere, variant=variant)  # loaded, and not copied
-        for component in find_backbone(folder).COPIED_COMPONENTS:
+        for component in copied_components(folder):
             component_files(folder, component, classes, home=home, variant=variant)
         for name in LEGAL_FILES:
             if (folder / name).exists():
@@ -185,6 +213,8 @@ def component_files(
         raise ValueError(f"{MODEL_INDEX} has {name} {entry}: its code would be {entry[0]}, and not a library's")
     if not (folder / name).is_dir():
         raise ValueError(f"its {name} is missing")
+    if name == PROCESSOR:
+        return processor_files(folder / name, home)
     if name.startswith(TOKENIZER):
         return tokenizer_files(folder / name, home)
     if name == SCHEDULER:
@@ -249,7 +279,7 @@ def home_of(folder: Path) -> Path:
 
 def holding_weights(components: Iterable[str]) -> list[str]:
     """Say which of a pipeline's components have weights; tokenizers and schedulers have none."""
-    return [name for name in components if not name.startswith(TOKENIZER) and name != SCHEDULER]
+    return [name for name in components if not name.startswith((TOKENIZER, PROCESSOR)) and name != SCHEDULER]
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

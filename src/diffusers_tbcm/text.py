@@ -50,16 +50,17 @@ class Text:
     pooled: torch.Tensor | None = None
 
     @classmethod
-    def unmasked(cls, embeds: torch.Tensor) -> Text:
-        """Take embeddings without padding.
+    def unmasked(cls, embeds: torch.Tensor, pooled: torch.Tensor | None = None) -> Text:
+        """Take embeddings without padding, or with padding that a network attends to.
 
         Args:
             embeds: (B, L, D).
+            pooled: (B, P), where the network reads it.
 
         Returns:
             The text; its mask is all ones.
         """
-        return cls(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device))
+        return cls(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), pooled)
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -110,6 +111,25 @@ class Text:
             The text, (B * `times`, L, D).
         """
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def for_rows(self, rows: int) -> Text:
+        """Give every row a prompt of its own.
+
+        Args:
+            rows: number of samples, the consecutive ones of a prompt together.
+
+        Returns:
+            The text, (`rows`, L, D).
+
+        Raises:
+            ValueError: if `rows` is no multiple of the number of prompts.
+        """
+        if rows % len(self):
+            raise ValueError(
+                f"`encoder_hidden_states` has {len(self)} prompts for {rows} rows: every prompt has to serve"
+                " the same number of rows."
+            )
+        return self if rows == len(self) else self.repeat(rows // len(self))
 
     def roll(self, shift: int) -> Text:
         """Give every prompt's place to the prompt `shift` places before it, around the end."""

@@ -1,7 +1,6 @@
 """The teacher's generation trajectory: its times and what it records (arXiv 2511.20410, Sec. 5.2, Eq. 8-9)."""
 
 import math
-from dataclasses import replace
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -179,10 +178,10 @@ def record_trajectory(
     latents = []
     velocities = []
     next_timesteps = torch.cat([timesteps[:, 1:], torch.zeros_like(timesteps[:, :1])], dim=1)
-    with teacher.backbone.keep_text(teacher.transformer):
+    with teacher.backbone.keep_text(teacher.transformer) as kept:
         for t, next_t in zip(timesteps.unbind(1), next_timesteps.unbind(1), strict=True):
             velocity = sigma_data * guided_output(teacher, sample / sigma_data, t, branches, guidance_scale)
-            branches = replace(branches, embeds=branches.embeds[:, :1])  # what the text gives is kept
+            branches = kept(branches)
             latents.append(sample)
             velocities.append(velocity)
             sample = rotate(sample, velocity, t - next_t)

@@ -153,6 +153,7 @@ class TrigFlowTransformer(FlowTransformer):
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Evaluate F(x_t / sigma_data, t) (Eq. 7).
 
@@ -163,6 +164,7 @@ class TrigFlowTransformer(FlowTransformer):
                 first batch / prompts samples are of the first prompt.
             encoder_attention_mask: 1 for a token to attend to, 0 for padding, (prompts, length).
             guidance: unscaled classifier-free guidance weight, (batch,); only for a network with guidance embeddings.
+            pooled_projections: one embedding a prompt, (prompts, dim), for networks that read one.
 
         Returns:
             F, the shape of `sample`, in float32 or, for a float64 sample, float64.
@@ -176,7 +178,8 @@ class TrigFlowTransformer(FlowTransformer):
         sample, timestep = sample.to(wide), timestep.to(wide)
         s = trig_to_flow_timestep(timestep)
         flow_sample = trig_to_flow_sample(sample, timestep, sigma_data=1.0)
-        flow_output = super().forward(flow_sample, s, encoder_hidden_states, encoder_attention_mask, guidance)
+        text = (encoder_hidden_states, encoder_attention_mask)
+        flow_output = super().forward(flow_sample, s, *text, guidance, pooled_projections)
         return flow_to_trig_output(flow_sample, flow_output, s)
 
     def embed_timestep(self, timestep: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..files import read_json
 from ..text import Text
-from . import sana
+from . import sana, sd3
 
 
 class Backbone(Protocol):
-    """What the file of a family has; `sana.py` says of each what it takes and gives.
+    """What the file of a family has; `sd3.py` says of each function what it takes and gives.
+
+    A new family is such a file and its name in `FAMILIES`. It has to answer:
+
+    - which stock classes it is: the network, its teacher's pipeline, and the folders that a student copies;
+    - how prompts are read: `prompt_tokens`, `encode_prompt`, and `text_arguments`, which hand the result to the stock
+      pipeline. A network without an attention mask gets the padding that its pipeline gives it as tokens;
+    - where latents lie: `latent_shape`, `encode_pixels` and `decode_latents`, on unit scale as the network sees them,
+      (batch, channels, height, width) whatever the network packs them to;
+    - what the network computes: `velocity` is v = e - x_0 at s times `timestep_scale`, with the sign and the time of
+      this package whatever the network's own are. Guidance is added outside, from both branches;
+    - how it is trained: `blocks`, which are checkpointed and compiled, and LoRA's layers.
+
+    `tests/test_backbones.py` asks all of that of every family; a tiny pipeline of it goes into `tests/families.py`.
 
     Attributes:
         TRANSFORMER_CLASS: diffusers' class of the network.
-        PIPELINE_CLASS: the stock pipeline of a teacher.
-        STUDENT_PIPELINE_CLASS: the stock pipeline that draws with a consistency student.
+        PIPELINE_CLASS: the stock pipeline of a teacher, and of a flow student.
+        STUDENT_PIPELINE_CLASS: the stock pipeline that draws with a consistency student; None where there is none, and
+            the family has flow students only.
+        TAG: the family's name on the Hub.
         COPIED_COMPONENTS: what a student takes over from its teacher's folder.
+        OPTIONAL_COMPONENTS: what it takes over where the teacher has it, and what drawing does not take.
         INSTRUCTION: lines that the stock pipelines put before a prompt; None for none.
+        READING_OPTIONS: arguments of the stock pipeline's call that say how prompts are read.
+        CALL_OPTIONS: what the call is always given.
         LORA_TARGET_MODULES: the layers that LoRA adapts by default, by the ends of their names.
     """
 
@@ -37,10 +57,22 @@ class Backbone(Protocol):
     def STUDENT_PIPELINE_CLASS(self) -> Any: ...
 
     @property
+    def TAG(self) -> str: ...
+
+    @property
     def COPIED_COMPONENTS(self) -> tuple[str, ...]: ...
 
     @property
+    def OPTIONAL_COMPONENTS(self) -> tuple[str, ...]: ...
+
+    @property
     def INSTRUCTION(self) -> list[str] | None: ...
+
+    @property
+    def READING_OPTIONS(self) -> tuple[str, ...]: ...
+
+    @property
+    def CALL_OPTIONS(self) -> Mapping[str, Any]: ...
 
     @property
     def LORA_TARGET_MODULES(self) -> tuple[str, ...]: ...
@@ -51,6 +83,8 @@ class Backbone(Protocol):
 
     def load_text_pipeline(self, folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any: ...
 
+    def prompt_tokens(self, folder: Path, asked: int | None) -> int: ...
+
     def encode_prompt(
         self,
         pipeline: Any,
@@ -59,7 +93,11 @@ class Backbone(Protocol):
         max_sequence_length: int,
         instruction: list[str] | None = None,
         device: torch.device | str | None = None,
-    ) -> torch.Tensor: ...
+    ) -> Text: ...
+
+    def text_arguments(self, text: Text) -> Mapping[str, Any]: ...
+
+    def make_pipeline(self, vae: Any, transformer: Any, scheduler: Any) -> Any: ...
 
     def encode_pixels(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor: ...
 
@@ -69,7 +107,9 @@ class Backbone(Protocol):
 
     def latent_shape(self, folder: Path, transformer: Any, resolution: int | None) -> tuple[int, ...]: ...
 
-    def native_resolution(self, folder: Path, transformer: Any) -> int: ...
+    def native_size(self, transformer: Any) -> int: ...
+
+    def image_tokens(self, transformer: Any, shape: tuple[int, ...]) -> int: ...
 
     def blocks(self, transformer: Any) -> list[nn.Module]: ...
 
@@ -81,7 +121,7 @@ class Backbone(Protocol):
 
     def share_prompts(self, transformer: Any) -> Any: ...
 
-    def keep_text(self, transformer: Any) -> AbstractContextManager[None]: ...
+    def keep_text(self, transformer: Any) -> AbstractContextManager[Callable[[Text], Text]]: ...
 
     def velocity(
         self, transformer: Any, sample: torch.Tensor, time: torch.Tensor, text: Text, guidance: torch.Tensor | None
@@ -98,7 +138,13 @@ class Backbone(Protocol):
     def make_student(self, teacher: Any) -> Any: ...
 
 
-FAMILIES: tuple[Backbone, ...] = (sana,)
+FAMILIES: tuple[Backbone, ...] = (sana, sd3)
+NEWER = {"LongCatImageTransformer2DModel": "0.37"}  # networks that diffusers has from some version on
+
+if hasattr(diffusers, "LongCatImageTransformer2DModel"):
+    from . import longcat_image
+
+    FAMILIES += (longcat_image,)
 
 
 def backbone_of(model: nn.Module | DiffusionPipeline) -> Backbone:
@@ -129,13 +175,59 @@ def find_backbone(folder: Path) -> Backbone:
         The family's file.
 
     Raises:
-        ValueError: for a transformer of no family here.
+        ValueError: for a transformer of no family here, or of one that the installed diffusers has not.
     """
-    found = read_json(folder / "model_index.json").get("transformer")
+    return backbone_of_index(read_json(folder / "model_index.json"), str(folder))
+
+
+def backbone_of_index(model_index: Mapping[str, Any], pipeline: str) -> Backbone:
+    """Say which family a pipeline's transformer belongs to.
+
+    Args:
+        model_index: what its model_index.json holds.
+        pipeline: what messages call it.
+
+    Returns:
+        The family's file.
+
+    Raises:
+        ValueError: as of `find_backbone`.
+    """
+    found = model_index.get("transformer")
     for family in FAMILIES:
         if found == ["diffusers", family.TRANSFORMER_CLASS.__name__]:
             return family
-    raise ValueError(f"{str(folder)!r} is of no known family: its transformer is {found}, known are {_known()}")
+    for name, version in NEWER.items():
+        if found == ["diffusers", name]:
+            raise ValueError(
+                f"{pipeline!r} has a {name}: that needs diffusers {version} or newer, and {diffusers.__version__} is"
+                " installed"
+            )
+    raise ValueError(f"{pipeline!r} is of no known family: its transformer is {found}, known are {_known()}")
+
+
+def backbone_of_pipeline(name: str) -> Backbone:
+    """Say which family a stock pipeline belongs to.
+
+    Args:
+        name: of its class.
+
+    Returns:
+        The family's file.
+
+    Raises:
+        ValueError: for a pipeline of no family here.
+    """
+    for family in FAMILIES:
+        if name == family.PIPELINE_CLASS.__name__:
+            return family
+    known = ", ".join(family.PIPELINE_CLASS.__name__ for family in FAMILIES)
+    raise ValueError(f"`name` is {name!r}, and the pipelines known are {known}.")
+
+
+def text_components(backbone: Backbone) -> tuple[str, ...]:
+    """Name what of a pipeline reads and embeds its prompts: tokenizers and text encoders."""
+    return tuple(name for name in backbone.COPIED_COMPONENTS if name != "vae")
 
 
 def _known() -> str:

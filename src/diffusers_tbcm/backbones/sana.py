@@ -3,18 +3,16 @@
 import copy
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepGuidanceEmbeddings
 from torch import nn
 
-from ..components import stored_precision
-from ..errors import loading
 from ..files import read_json
-from ..text import Text, check_tokenizer
-from ..transfer import check_finite_weights
-from ..versions import dtype_argument
+from ..text import Text
+from .loading import load_network, load_prompt_pipeline
 from .sana_attention import deal_out
 from .sana_attention import keep_text as keep_text
 from .sana_attention import share_prompts as share_prompts
@@ -23,8 +21,13 @@ from .sana_attention import share_prompts as share_prompts
 TRANSFORMER_CLASS = SanaTransformer2DModel
 PIPELINE_CLASS = SanaPipeline
 STUDENT_PIPELINE_CLASS = SanaSprintPipeline
+TAG = "sana"
 COPIED_COMPONENTS = ("text_encoder", "tokenizer", "vae")  # the student's are its teacher's, byte for byte
+OPTIONAL_COMPONENTS: tuple[str, ...] = ()
 INSTRUCTION: list[str] = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+READING_OPTIONS: tuple[str, ...] = ("max_sequence_length", "complex_human_instruction")
+CALL_OPTIONS: dict[str, Any] = {"use_resolution_binning": False}  # draw the size that was asked for
+PROMPT_TOKENS = 300
 
 # diffusers' SanaPipeline feeds the network 1000 s times `config.timestep_scale`, and its SanaSprintPipeline feeds s
 # itself whatever the config says. A checkpoint with this scale is therefore one whose network was trained on s.
@@ -41,54 +44,37 @@ TEACHER_TIME_LAYER = "time_embed.emb.timestep_embedder.linear_2"
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> SanaTransformer2DModel:
-    """Load the network of a pipeline folder, in float32.
-
-    Args:
-        folder: the pipeline's.
-        variant: the half-precision weights to load where there are some; None for the ordinary ones.
-
-    Returns:
-        The network.
-
-    Raises:
-        ValueError: where a weight is not finite.
-    """
-    precision = stored_precision(folder / "transformer", variant) or None
-    with loading("teacher", folder):
-        transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", variant=precision)
-    return check_finite_weights(transformer.float(), "transformer")
+    """Load the network of a pipeline folder, in float32; arguments and errors are those of `load_network`."""
+    return load_network(SanaTransformer2DModel, folder, "transformer", variant)
 
 
 def load_vae(folder: Path, variant: str | None = None) -> AutoencoderDC:
-    """Load the autoencoder of a pipeline folder, in float32; arguments and errors are those of `load_transformer`."""
-    precision = stored_precision(folder / "vae", variant) or None
-    with loading("teacher", folder):
-        vae = AutoencoderDC.from_pretrained(folder, subfolder="vae", variant=precision)
-    return check_finite_weights(vae.float(), "vae")
+    """Load the autoencoder of a pipeline folder, in float32; arguments and errors are those of `load_network`."""
+    return load_network(AutoencoderDC, folder, "vae", variant)
 
 
 def load_text_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None) -> SanaPipeline:
-    """Load what embeds prompts, frozen, and nothing else of a pipeline folder.
+    """Load what embeds prompts, frozen; arguments and errors are those of `load_prompt_pipeline`."""
+    return load_prompt_pipeline(SanaPipeline, folder, dtype, variant)
+
+
+def prompt_tokens(folder: Path, asked: int | None) -> int:
+    """Say how many tokens of a prompt are read.
 
     Args:
         folder: the pipeline's.
-        dtype: of the text encoder.
-        variant: the half-precision weights to load where there are some; None for the ordinary ones.
+        asked: as many as asked for; None for the stock pipeline's number.
 
     Returns:
-        A pipeline of tokenizer and text encoder.
+        The number.
 
     Raises:
-        ValueError: where a weight is not finite, or the tokenizer is none or not the text encoder's.
+        ValueError: where the text encoder reads fewer.
     """
-    precision = stored_precision(folder / "text_encoder", variant) or None
-    with loading("teacher", folder):
-        pipeline = SanaPipeline.from_pretrained(
-            folder, vae=None, transformer=None, variant=precision, **dtype_argument(dtype)
-        )
-    check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
-    check_finite_weights(pipeline.text_encoder, "text_encoder").requires_grad_(False)
-    return pipeline
+    context = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings")
+    if asked is not None and context is not None and asked > context:
+        raise ValueError(f"`max_sequence_length` is {asked}: the teacher's text encoder reads {context} tokens")
+    return PROMPT_TOKENS if asked is None else asked
 
 
 def encode_prompt(
@@ -98,7 +84,7 @@ def encode_prompt(
     max_sequence_length: int,
     instruction: list[str] | None = None,
     device: torch.device | str | None = None,
-) -> torch.Tensor:
+) -> Text:
     """Embed a prompt.
 
     Args:
@@ -109,7 +95,7 @@ def encode_prompt(
         device: where to compute.
 
     Returns:
-        Its own tokens' embeddings, (tokens, dim).
+        Its text, without padding.
     """
     embeds, mask, _, _ = pipeline.encode_prompt(
         prompt,
@@ -118,7 +104,17 @@ def encode_prompt(
         max_sequence_length=max_sequence_length,
         complex_human_instruction=instruction,
     )
-    return embeds[0, : int(mask.sum())]
+    return Text.unmasked(embeds[:, : int(mask.sum())])
+
+
+def text_arguments(text: Text) -> dict[str, Any]:
+    """Give embedded prompts as arguments of the stock pipelines' call."""
+    return {"prompt_embeds": text.embeds, "prompt_attention_mask": text.mask}
+
+
+def make_pipeline(vae: Any, transformer: Any, scheduler: Any) -> SanaPipeline:
+    """Make a stock pipeline that draws embedded prompts."""
+    return SanaPipeline(None, None, vae, transformer, scheduler)
 
 
 @torch.no_grad()
@@ -190,9 +186,23 @@ def latent_shape(folder: Path, transformer: SanaTransformer2DModel, resolution: 
     return config["in_channels"], size, size
 
 
-def native_resolution(folder: Path, transformer: SanaTransformer2DModel) -> int:
-    """Say how many pixels a side a network's own pictures have."""
-    return transformer.config["sample_size"] * vae_scale_factor(folder)
+def native_size(transformer: SanaTransformer2DModel) -> int:
+    """Say how many latent pixels a side a network's own pictures have."""
+    return transformer.config["sample_size"]
+
+
+def image_tokens(transformer: SanaTransformer2DModel, shape: tuple[int, ...]) -> int:
+    """Say how many tokens a picture is, which a dynamic shift of times depends on.
+
+    Args:
+        transformer: the network.
+        shape: of its latents, from `latent_shape`.
+
+    Returns:
+        The number of patches.
+    """
+    patch = transformer.config["patch_size"]
+    return (shape[-2] // patch) * (shape[-1] // patch)
 
 
 def blocks(transformer: SanaTransformer2DModel) -> list[nn.Module]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel
 from diffusers.models.attention_processor import Attention
+
+from ..text import Text
 
 
 class PromptAttnProcessor:
@@ -108,17 +111,20 @@ def share_prompts(transformer: SanaTransformer2DModel) -> list[PromptAttnProcess
 
 
 @contextmanager
-def keep_text(transformer: SanaTransformer2DModel) -> Iterator[None]:
+def keep_text(transformer: SanaTransformer2DModel) -> Iterator[Callable[[Text], Text]]:
     """Compute keys and values of the text in the first call inside, and use them in the others.
 
     Args:
         transformer: a frozen one; all calls inside are on the same prompts and rows.
+
+    Yields:
+        What makes of the first call's text that of the others: a token a prompt, as nothing is read but the mask.
     """
     processors = share_prompts(transformer)
     for processor in processors:
         processor.keeps_text = True
     try:
-        yield
+        yield lambda text: replace(text, embeds=text.embeds[:, :1])
     finally:
         for processor in processors:
             processor.keeps_text, processor.key_value = False, None

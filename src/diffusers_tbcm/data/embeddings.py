@@ -2,7 +2,7 @@
 
 Such a folder holds safetensors shards. Each has the `keys` of its n prompts (n,), 64-bit hashes of their text; all
 tokens of the first prompt, then of the second and so on as `embeds` (tokens, D); `offsets` (n + 1,), the token that
-each prompt begins with; and what encoded them as its metadata.
+each prompt begins with; `pooled` (n, P) of networks that read it; and what encoded them as its metadata.
 """
 
 from collections import OrderedDict
@@ -13,49 +13,53 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import SanaPipeline
+from diffusers import DiffusionPipeline
+from torch import nn
 
-from ..backbones import backbone_of
+from ..backbones import backbone_of, find_backbone, text_components
+from ..backbones.loading import text_encoders
 from ..digests import digest_text
 from ..pipeline_folder import digest_component
 from ..text import Text
-from .shards import TORN, ShardFolder, dtype_name, own_shards, read_slice
+from .shards import TORN, ShardFolder, dtype_name, holds, own_shards, read_slice
 
 
 UNCONDITIONAL = ""  # classifier-free guidance's prompt
+CACHE_BYTES = 2**31  # of embeddings in memory: 15,000 prompts of Sana, 700 of SD3
 
 
 class PromptEncoder:
     """Embeds prompts with a pipeline's frozen text encoder, each once while it stays in the cache.
 
     Args:
-        pipeline: a Sana pipeline with tokenizer and text encoder.
+        pipeline: of a known family, with tokenizers and text encoders.
         complex_human_instruction: lines put before every prompt but the empty one; None for none.
         max_sequence_length: tokens kept of a prompt.
-        cache_size: prompts remembered, on the CPU, cut to their own length.
+        cache_bytes: size of what is remembered, on the CPU.
         device: where embeddings are computed and given; the pipeline's own by default.
         offload: keep the text encoder on the CPU while it is not computing.
     """
 
     def __init__(
         self,
-        pipeline: SanaPipeline,
+        pipeline: DiffusionPipeline,
         *,
         complex_human_instruction: list[str] | None = None,
         max_sequence_length: int = 300,
-        cache_size: int = 10_000,
+        cache_bytes: int = CACHE_BYTES,
         device: torch.device | str | None = None,
         offload: bool = False,
     ) -> None:
         self.pipeline = pipeline
         self.backbone = backbone_of(pipeline)
-        self.text_encoder = pipeline.text_encoder
-        self.device = self.text_encoder.device if device is None else torch.device(device)
+        self.text_encoders = nn.ModuleList(text_encoders(pipeline).values())
+        self.device = pipeline.text_encoder.device if device is None else torch.device(device)
         self.offload = offload
         self.complex_human_instruction = complex_human_instruction
         self.max_sequence_length = max_sequence_length
-        self.cache_size = cache_size
-        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[str, Text] = OrderedDict()
+        self._cached_bytes = 0
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """Embed a batch, padded to its longest prompt only.
@@ -69,41 +73,42 @@ class PromptEncoder:
         for prompt in prompts:
             if prompt not in self._cache:
                 self._cache[prompt] = self.encode(prompt)
+                self._cached_bytes += self._cache[prompt].embeds.nbytes
             self._cache.move_to_end(prompt)
         if self.offload:
-            self.text_encoder.to("cpu")
-        rows = [self._cache[prompt] for prompt in prompts]
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
-        return _padded(rows).to(self.device)
+            self.text_encoders.to("cpu")
+        text = Text.cat([self._cache[prompt] for prompt in prompts])
+        while self._cached_bytes > self.cache_bytes:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].embeds.nbytes
+        return text.to(self.device)
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> torch.Tensor:
+    def encode(self, prompt: str) -> Text:
         """Embed one prompt, past the cache and by itself: in a batch, its company may change how it is rounded.
 
         Args:
             prompt: the prompt; the empty one is classifier-free guidance's.
 
         Returns:
-            Its embedding (tokens, D), on the CPU, in the text encoder's dtype.
+            Its text, on the CPU, in the text encoder's dtype.
 
         Raises:
             ValueError: where it is not finite.
         """
-        self.text_encoder.to(self.device)
-        embeds = self.backbone.encode_prompt(
+        self.text_encoders.to(self.device)
+        text = self.backbone.encode_prompt(
             self.pipeline,
             prompt,
             max_sequence_length=self.max_sequence_length,
             instruction=None if prompt == UNCONDITIONAL else self.complex_human_instruction,
             device=self.device,
-        ).cpu()
-        if not embeds.isfinite().all():
+        ).to("cpu")
+        if not all(part.isfinite().all() for part in (text.embeds, text.pooled) if part is not None):
             raise ValueError(
-                f"the text encoder's embeddings are not finite in {dtype_name(embeds.dtype)}, those of {prompt!r}: use"
-                " `mixed_precision` bf16 or no"
+                f"the text encoder's embeddings are not finite in {dtype_name(text.embeds.dtype)}, those of"
+                f" {prompt!r}: use `mixed_precision` bf16 or no"
             )
-        return embeds
+        return text
 
 
 class EmbeddingCache:
@@ -130,16 +135,18 @@ class EmbeddingCache:
         self.folder = Path(folder)
         self.device = device
         self._shards: list[Path] = []
-        keys, places = [np.empty(0, np.int64)], [np.empty((0, 3), np.int64)]
+        keys, places = [np.empty(0, np.int64)], [np.empty((0, 4), np.int64)]
         for path, tensors in _store(self.folder, fingerprint).whole(("keys", "offsets")):
             keys.append(tensors["keys"].numpy())
             offsets = tensors["offsets"].numpy()
-            shard = np.full(len(offsets) - 1, len(self._shards))
-            places.append(np.stack([shard, offsets[:-1], offsets[1:]], axis=1))
+            number = np.arange(len(offsets) - 1)
+            places.append(
+                np.stack([np.full_like(number, len(self._shards)), number, offsets[:-1], offsets[1:]], axis=1)
+            )
             self._shards.append(path)
         order = np.argsort(np.concatenate(keys), kind="stable")
         self._keys = np.concatenate(keys)[order]
-        self._places = np.concatenate(places)[order]  # shard, first token, token after the last
+        self._places = np.concatenate(places)[order]  # shard, number in it, first token, token after the last
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -162,7 +169,7 @@ class EmbeddingCache:
                 f"prompt {prompts[int(found.argmin())]!r} is not among the {len(self)} embedded in"
                 f" {str(self.folder)!r}: run precompute_embeddings on that folder again, which adds what is missing"
             )
-        return _padded([self._read(*place) for place in self._places[found].tolist()]).to(self.device)
+        return Text.cat([self._read(*place) for place in self._places[found].tolist()]).to(self.device)
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Say which prompts are not in the folder.
@@ -181,10 +188,12 @@ class EmbeddingCache:
         first, end = (np.searchsorted(self._keys, keys, side) for side in ("left", "right"))
         return np.where(first < end, first, -1)
 
-    def _read(self, shard: int, start: int, stop: int) -> torch.Tensor:
+    def _read(self, shard: int, number: int, start: int, stop: int) -> Text:
         path = self._shards[shard]
         try:
-            return read_slice(path, "embeds", slice(start, stop))
+            embeds = read_slice(path, "embeds", slice(start, stop))
+            pooled = read_slice(path, "pooled", slice(number, number + 1)) if holds(path, "pooled") else None
+            return Text.unmasked(embeds[None], pooled)
         except TORN as error:
             raise ValueError(
                 f"shard {str(path)!r} is missing or torn: run precompute_embeddings on its folder again, which"
@@ -242,7 +251,7 @@ def encoder_fingerprint(
     """Say what an embedding depends on beside its prompt, without loading the encoder.
 
     Args:
-        teacher_folder: a Sana pipeline's folder.
+        teacher_folder: a pipeline's folder.
         complex_human_instruction: lines put before every prompt but the empty one; None for none.
         max_sequence_length: tokens kept of a prompt.
         dtype: the precision the text encoder runs in.
@@ -251,10 +260,9 @@ def encoder_fingerprint(
     Returns:
         A short text for each: two fingerprints are equal where they would embed every prompt alike.
     """
-    instruction = "\n".join(complex_human_instruction or [])
+    backbone, instruction = find_backbone(Path(teacher_folder)), "\n".join(complex_human_instruction or [])
     return {
-        "text_encoder": digest_component(teacher_folder, "text_encoder", variant),
-        "tokenizer": digest_component(teacher_folder, "tokenizer"),
+        **{name: digest_component(teacher_folder, name, variant) for name in text_components(backbone)},
         "complex_human_instruction": digest_text(instruction) if instruction else "none",
         "max_sequence_length": str(max_sequence_length),
         "dtype": dtype_name(dtype),
@@ -289,12 +297,9 @@ def _embed(
     keys = _keys(prompts)
     tensors = {
         "keys": torch.tensor(keys),
-        "offsets": torch.tensor([0, *map(len, rows)]).cumsum(0),
-        "embeds": torch.cat(rows),
+        "offsets": torch.tensor([0, *(row.embeds.shape[1] for row in rows)]).cumsum(0),
+        "embeds": torch.cat([row.embeds[0] for row in rows]),
     }
+    if pooled := [row.pooled for row in rows if row.pooled is not None]:
+        tensors["pooled"] = torch.cat(pooled)
     return blake2b(keys.tobytes(), digest_size=8).hexdigest(), tensors
-
-
-def _padded(rows: list[torch.Tensor]) -> Text:
-    """Put the embeddings of single prompts, (tokens, D) each, into one text."""
-    return Text.cat([Text.unmasked(row.unsqueeze(0)) for row in rows])

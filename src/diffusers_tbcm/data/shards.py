@@ -165,6 +165,23 @@ def _fingerprint(text: str) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
+def holds(path: Path, tensor: str) -> bool:
+    """Say whether a shard has a tensor of some name.
+
+    Args:
+        path: the shard.
+        tensor: the name.
+
+    Returns:
+        Whether it has.
+
+    Raises:
+        OSError, SafetensorError: those of `TORN`, where the shard is gone or torn.
+    """
+    with safe_open(path, framework="pt") as file:
+        return tensor in file.keys()
+
+
 def read_slice(path: Path, tensor: str, place: int | slice) -> torch.Tensor:
     """Read a part of a shard's tensor and nothing else of it.
 

@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline, SCMScheduler
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
+from ..backbones import backbone_of, backbone_of_index
+from ..backbones.loading import check_prompt_pipeline
 from ..backbones.sana import INSTRUCTION
 from ..components import read_object
 from ..draws import draw_generator
@@ -27,7 +29,7 @@ from ..pipeline_folder import SCHEDULER, TRAINING_RECORD
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS, SanaTBCMPipeline
 from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student
 from ..scheduling_tbcm import TBCMScheduler
-from ..text import Text, check_tokenizer
+from ..text import Text
 from ..versions import dtype_argument
 
 
@@ -77,7 +79,8 @@ def load_pipeline(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else find_device(device)
     with loading_by_name("model", model, "a pipeline folder"):
-        is_tbcm = DiffusionPipeline.load_config(str(model)).get("scheduler") == ["diffusers", SCMScheduler.__name__]
+        model_index = DiffusionPipeline.load_config(str(model))
+    is_tbcm = model_index.get("scheduler") == ["diffusers", SCMScheduler.__name__]
     with loading("model", model):
         flow_scheduler = _flow_scheduler(model)
     record = {} if lora is None else _lora_record(lora)
@@ -98,9 +101,11 @@ def load_pipeline(
     options = {"variant": variant, **dtype_argument(dtype)}
     with loading("model", model):
         if flow_scheduler is not None:
-            pipeline = DiffusionPipeline.from_pretrained(str(model), scheduler=flow_scheduler, **options)
-            check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
-            pipeline.image_processor = FiniteImageProcessor(vae_scale_factor=pipeline.vae_scale_factor)
+            absent = dict.fromkeys(backbone_of_index(model_index, str(model)).OPTIONAL_COMPONENTS)
+            pipeline = DiffusionPipeline.from_pretrained(str(model), scheduler=flow_scheduler, **absent, **options)
+            check_prompt_pipeline(pipeline)
+            factor = pipeline.image_processor.config.vae_scale_factor  # pixels a token, where latents are packed
+            pipeline.image_processor = FiniteImageProcessor(vae_scale_factor=factor)
         elif is_tbcm:
             pipeline = SanaTBCMPipeline.from_pretrained(str(model), **options)
         else:  # a teacher's scheduler belongs to the teacher's many steps
@@ -108,8 +113,12 @@ def load_pipeline(
     if lora is not None:
         named = {"weight_name": LORA_FILE} if record.get("adapter") else {}  # which the Hub's offline mode asks for
         with loading_by_name("lora", lora, "LoRA weights"):
-            pipeline.load_lora_weights(str(lora), **named)
-            if flow_adapter is not None:  # the teacher's config may not say in what time it was trained
+            if hasattr(pipeline, "load_lora_weights"):
+                pipeline.load_lora_weights(str(lora), **named)
+            else:
+                pipeline.transformer.load_lora_adapter(str(lora), **{"weight_name": LORA_FILE, **named})
+            if flow_adapter is not None and flow_adapter["timestep_scale"] is not None:
+                # The teacher's config may not say in what time it was trained
                 pipeline.transformer.register_to_config(timestep_scale=flow_adapter["timestep_scale"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -171,21 +180,29 @@ def call_options(
         call takes it.
 
     Raises:
-        ValueError: for another guidance scale than 1 of a flow student.
+        ValueError: for another guidance scale than 1 of a flow student, and for what its pipeline's call cannot be
+            told.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if complex_human_instruction is not None:
         given["complex_human_instruction"] = INSTRUCTION if complex_human_instruction else None
-    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    defaults = {"height": size, "width": size, **STOCK_CALL_OPTIONS}
+    backbone = backbone_of(pipeline.transformer)
+    size = backbone.native_size(pipeline.transformer) * pipeline.vae_scale_factor
+    defaults = {"height": size, "width": size}
     if not has_learned_guidance(pipeline):
-        return {**defaults, **pipeline.default_call_options, **given}
+        return {**defaults, **STOCK_CALL_OPTIONS, **pipeline.default_call_options, **given}
+    for name in ("max_sequence_length", "complex_human_instruction"):
+        if name not in backbone.READING_OPTIONS:
+            if name in given:
+                raise ValueError(f"`{name}` is given, but {type(pipeline).__name__} takes none: leave it out")
+        else:
+            defaults[name] = STOCK_CALL_OPTIONS[name]
     if given.get("guidance_scale", GUIDANCE_SCALE) != GUIDANCE_SCALE:
         raise ValueError(
             f"`guidance_scale` is {given['guidance_scale']!r}, but this student has learned its guidance and takes"
             " none: leave it out"
         )
-    return {**defaults, **pipeline.scheduler.default_call_options, "use_resolution_binning": False, **given}
+    return {**defaults, **pipeline.scheduler.default_call_options, **backbone.CALL_OPTIONS, **given}
 
 
 def has_learned_guidance(pipeline: DiffusionPipeline) -> bool:
@@ -205,7 +222,7 @@ def draw_pictures(
     """Draw a picture of every prompt, in batches, each from noise of its own generator.
 
     Args:
-        pipeline: any Sana pipeline.
+        pipeline: of a known family.
         prompts: N texts, or their embeddings, which a student's pipeline takes.
         generators: one a picture, on the CPU: the picture is then the same whatever is drawn beside it, to rounding,
             and on every device; at least N.
@@ -225,7 +242,7 @@ def draw_pictures(
         batch = prompts[start : start + batch_size]
         asked: dict[str, Any]
         if isinstance(batch, Text):
-            asked = {"prompt_embeds": batch.embeds, "prompt_attention_mask": batch.mask}
+            asked = {**backbone_of(pipeline.transformer).text_arguments(batch)}
         else:
             asked = {"prompt": list(batch)}
         pixels = pipeline(

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..backbones.loading import check_prompt_pipeline
 from ..digests import digest_text
 from ..draws import draw_generator
 from ..files import read_json, write_json, written_beside
 from ..images import to_rgb
-from ..text import check_tokenizer
+from ..pipeline_folder import TOKENIZER
 from .drawing import draw_pictures
 
 
@@ -171,7 +172,7 @@ class PictureFolder(Sequence[Image.Image]):
         Raises:
             ValueError: where the pipeline's tokenizer reads no prompt.
         """
-        check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
+        check_prompt_pipeline(pipeline)
         places = [divmod(index, self.pictures_per_prompt) for index in indices]
         pictures = draw_pictures(
             pipeline,
@@ -202,7 +203,8 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
             digests[name] = digest_weights(component)
-    digests["tokenizer"] = digest_text(_tokenizer_content(pipeline.tokenizer))
+        elif name.startswith(TOKENIZER) and component is not None:
+            digests[name] = digest_text(_tokenizer_content(component))
     return digests
 
 

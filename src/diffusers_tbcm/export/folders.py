@@ -20,6 +20,7 @@ from ..files import read_json, write_json
 from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE, save_adapters, save_lora
 from ..owned import OwnedFolder
 from ..pipeline_folder import (
+    ABSENT,
     CARD,
     LEGAL_FILES,
     METRICS,
@@ -27,11 +28,13 @@ from ..pipeline_folder import (
     SAMPLE_GRID,
     SAMPLES,
     SCHEDULER,
+    TOKENIZER,
     TRAINING_CONFIG,
     TRAINING_RECORD,
     TRANSFORMER,
     VARIANTS,
     component_files,
+    copied_components,
     home_of,
     license_of,
     resolve_teacher,
@@ -162,7 +165,7 @@ def _save_pipeline(
     teacher_folder = resolve_teacher(teacher, teacher_variant)
     check_target(output_dir, teacher_folder, teacher_variant=teacher_variant)
     with _staged(output_dir, last=MODEL_INDEX) as folder:
-        for component in backbone_of(student).COPIED_COMPONENTS:
+        for component in copied_components(teacher_folder):
             _copy_component(teacher_folder, component, folder, teacher_variant)
         student.save_pretrained(folder / TRANSFORMER)
         student_config = read_json(folder / TRANSFORMER / MODEL_CONFIG)
@@ -173,7 +176,7 @@ def _save_pipeline(
             (folder / CUSTOM_PIPELINE_FILE_NAME).write_text(source, encoding="utf-8")
         write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder, pipeline_class, type(scheduler)))
         for variant in variants:
-            _save_variant(folder, variant, pipeline_class)
+            _save_variant(folder, variant, pipeline_class, backbone_of(student).OPTIONAL_COMPONENTS)
         _describe(
             folder, teacher_folder, description, _record(description, student, teacher, teacher_folder, output_dir)
         )
@@ -258,9 +261,10 @@ def save_flow_lora(
     with _staged(output_dir, last=LORA_FILE) as folder:
         save_adapters(student, folder)
         adapter = {
+            "pipeline": backbone_of(student).PIPELINE_CLASS.__name__,
             "scheduler": FLOW_SCHEDULER,
             "shift": scheduler.config["shift"],
-            "timestep_scale": student.config["timestep_scale"],
+            "timestep_scale": student.config.get("timestep_scale"),
             "call_options": scheduler.default_call_options,
         }
         record = _record(description, student, teacher, teacher_folder, output_dir)
@@ -330,7 +334,7 @@ def check_target(
         names += [LORA_FILE, GUIDANCE_EMBEDDER_FILE]
     else:
         names += [MODEL_INDEX, CUSTOM_PIPELINE_FILE_NAME, f"{SCHEDULER}/{SCHEDULER_CONFIG}"]
-        for component in (TRANSFORMER, *find_backbone(teacher_folder).COPIED_COMPONENTS):
+        for component in (TRANSFORMER, *copied_components(teacher_folder)):
             names += [f"{component}/{name}" for name in _copied(teacher_folder, component, teacher_variant)]
     folder = OwnedFolder(output_dir)
     folder.check()
@@ -355,19 +359,22 @@ def _model_index(
     model_index = {
         "_class_name": pipeline_class.__name__,
         "_diffusers_version": diffusers_version,
-        **{component: teacher_classes[component] for component in backbone.COPIED_COMPONENTS},
+        **dict.fromkeys(backbone.OPTIONAL_COMPONENTS, ABSENT),
+        **{component: teacher_classes[component] for component in copied_components(teacher_folder)},
         TRANSFORMER: ["diffusers", backbone.TRANSFORMER_CLASS.__name__],
         SCHEDULER: ["diffusers", scheduler_class.__name__],
     }
-    if (folder / "tokenizer" / "tokenizer.json").is_file():
-        library, name = model_index["tokenizer"]
-        model_index["tokenizer"] = [library, tokenizer_class(name)]
+    for component in (name for name in backbone.COPIED_COMPONENTS if name.startswith(TOKENIZER)):
+        if (folder / component / "tokenizer.json").is_file():
+            library, name = model_index[component]
+            model_index[component] = [library, tokenizer_class(name)]
     return model_index
 
 
-def _save_variant(folder: Path, variant: str, pipeline_class: type[DiffusionPipeline]) -> None:
+def _save_variant(folder: Path, variant: str, pipeline_class: type[DiffusionPipeline], without: Sequence[str]) -> None:
     """Put half-precision copies of all weights beside the ordinary ones, under the names that diffusers looks for."""
-    pipeline = pipeline_class.from_pretrained(folder, **dtype_argument(VARIANTS[variant]))
+    absent = dict.fromkeys(without)
+    pipeline = pipeline_class.from_pretrained(folder, **absent, **dtype_argument(VARIANTS[variant]))
     with TemporaryDirectory(dir=folder) as written:
         pipeline.save_pretrained(written, variant=variant)
         for file in Path(written).glob(f"*/*.{variant}*"):  # and not the configs, which would name the lower dtype
@@ -383,7 +390,7 @@ def _draws_in_sana_pipeline(student: SanaTransformer2DModel, teacher_config: Map
 
 def _record(
     description: StudentDescription,
-    student: SanaTransformer2DModel,
+    student: Any,
     teacher: str | PathLike[str],
     teacher_folder: Path,
     output_dir: Path,
@@ -391,7 +398,8 @@ def _record(
     """What the card says of either kind of student, the samples left out."""
     resolution = description.resolution
     if resolution is None:
-        resolution = backbone_of(student).native_resolution(teacher_folder, student)
+        backbone = backbone_of(student)
+        resolution = backbone.native_size(student) * backbone.vae_scale_factor(teacher_folder)
     license = description.license
     is_local = Path(teacher).is_dir()
     return {

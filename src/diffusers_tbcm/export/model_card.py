@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SanaPipeline
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..backbones import backbone_of_pipeline, find_backbone
 from ..components import SCHEDULER_CONFIG
 from ..files import read_json
 from ..owned import OwnedFolder
@@ -25,7 +27,7 @@ from .record import Metrics, check_record, is_flow_adapter, load_metrics
 
 logger = logging.get_logger(__name__)
 
-TAGS = ("text-to-image", "diffusers", "sana", "distillation", "few-step")
+TAGS = ("text-to-image", "diffusers", "distillation", "few-step")
 TASK = "text-to-image"
 MAX_CAPTION = 300  # characters of a prompt
 SHOWN_STEPS = (1, 2, 4)  # by the examples
@@ -60,14 +62,22 @@ def render_model_card(
     relation = "finetune" if adapter is None else "adapter"
     if adapter is None:
         flow = is_flow_student(read_json(folder / SCHEDULER / SCHEDULER_CONFIG))
+        backbone = find_backbone(folder)
     else:
         flow = is_flow_adapter(record)
+        backbone = backbone_of_pipeline(adapter.get("pipeline", SanaPipeline.__name__))
     card_data = ModelCardData(
         base_model=record["base_model"],
         base_model_relation=record["base_model"] and relation,
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=[*TAGS, *_image_free_tags(record, flow), *([] if adapter is None else ["lora"])],
+        tags=[
+            *TAGS[:2],
+            backbone.TAG,
+            *TAGS[2:],
+            *_image_free_tags(record, flow),
+            *([] if adapter is None else ["lora"]),
+        ],
         widget=_widget(samples),
         **(record["license"] if license is None else {"license": license}),
         **({} if metrics is None else _eval_results(metrics, model_id)),
@@ -88,6 +98,9 @@ def render_model_card(
         adapter=adapter,
         flow=flow,
         call_options=_beyond_stock(call_options),
+        call=backbone.CALL_OPTIONS,
+        left_out=backbone.OPTIONAL_COMPONENTS,
+        loads_adapters=hasattr(backbone.PIPELINE_CLASS, "load_lora_weights"),
         intermediate=_rounded(timesteps[2])[1],
         sigmas={
             steps: even_sigmas(steps) if flow else _rounded(trig_to_flow_timestep(angles))

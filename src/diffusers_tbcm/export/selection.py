@@ -33,6 +33,7 @@ from ..pipeline_folder import (
     TRANSFORMER,
     VARIANTS,
     component_files,
+    copied_components,
     holding_weights,
     license_of,
     list_checkpoints,
@@ -97,9 +98,8 @@ def _is_tbcm(folder: Path) -> bool:
     """Whether `SanaTBCMPipeline` draws with what a folder holds; a flow student has its teacher's own class."""
     if not (folder / MODEL_INDEX).is_file():
         return False
-    return (
-        read_object(folder / MODEL_INDEX).get("_class_name") == find_backbone(folder).STUDENT_PIPELINE_CLASS.__name__
-    )
+    student_class = find_backbone(folder).STUDENT_PIPELINE_CLASS
+    return student_class is not None and read_object(folder / MODEL_INDEX).get("_class_name") == student_class.__name__
 
 
 def publishable(path: Path, secrets: Collection[str] = ()) -> Path | bytes:
@@ -181,12 +181,12 @@ def _pipeline_files(folder: Path) -> list[Path]:
     index = check_file(folder / MODEL_INDEX)
     model_index = read_object(index)
     backbone = find_backbone(folder)
-    classes = [backbone.STUDENT_PIPELINE_CLASS.__name__, backbone.PIPELINE_CLASS.__name__]
+    classes = [cls.__name__ for cls in (backbone.STUDENT_PIPELINE_CLASS, backbone.PIPELINE_CLASS) if cls is not None]
     if model_index.get("_class_name") not in classes:
         raise ValueError(
             f"{MODEL_INDEX} has the class {model_index.get('_class_name')}, and not {' or '.join(classes)}"
         )
-    components = [TRANSFORMER, SCHEDULER, *backbone.COPIED_COMPONENTS]
+    components = [TRANSFORMER, SCHEDULER, *copied_components(folder)]
     for name, entry in model_index.items():
         if isinstance(entry, list) and entry != [None, None] and name not in components:
             raise ValueError(f"{MODEL_INDEX} has a component {name!r}, which {classes[0]} has not")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbones import Backbone
 from ..dual import checkpoint_dual
 from ..export.folders import save_student_lora, save_student_pipeline
 from ..lora import make_lora_student
@@ -40,11 +41,11 @@ class ConsistencyDistillation(Distillation):
         self, run: Run, settings: RowSettings, prompts: Sequence[str], *, method: str, image_free: bool = False
     ) -> None:
         super().__init__(run, settings, prompts, method=method, image_free=image_free)
-        size = {} if settings.resolution is None else {"height": settings.resolution, "width": settings.resolution}
+        size = ("height", "width") if settings.resolution is None else ()
         self.scheduler = TBCMScheduler(
             sigma_data=SIGMA_DATA,
             guidance_scales=settings.guidance_scales,
-            call_options={**self._reading, **size},
+            call_options={name: value for name, value in self._drawn_with.items() if name not in size},
         )
 
     @property
@@ -80,6 +81,15 @@ class ConsistencyDistillation(Distillation):
             ema=settings.use_ema,
         )
 
+    def _find_backbone(self) -> Backbone:
+        backbone = super()._find_backbone()
+        if backbone.STUDENT_PIPELINE_CLASS is None:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` names a teacher of {backbone.PIPELINE_CLASS.__name__}, which has no"
+                " consistency students here: distil it by CDM with train_cdm.py"
+            )
+        return backbone
+
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> TrigFlowTransformer:
         if timestep_scale > 1 and not self.settings.allow_plain_teacher:
             raise ValueError(
@@ -106,8 +116,7 @@ class ConsistencyDistillation(Distillation):
         return TrigFlowTransformer(transformer, self.teacher.timestep_scale)(
             noise,
             torch.full((1,), math.pi / 2, device=noise.device),
-            self.negative_text.embeds.to(transformer.dtype),
-            self.negative_text.mask,
+            **self.negative_text.arguments(),
             guidance=torch.full((1,), self.settings.guidance_scales[0], device=noise.device),
         )
 

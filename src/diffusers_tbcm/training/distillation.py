@@ -13,7 +13,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 from torch import nn
 
-from ..backbones import find_backbone
+from ..backbones import Backbone, find_backbone, text_components
 from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
@@ -24,7 +24,7 @@ from ..evaluation.drawing import call_options, draw_pictures, numbered_generator
 from ..evaluation.grid import image_grid
 from ..export.folders import check_target
 from ..export.record import Sample, StudentDescription
-from ..files import WRITE_ERRORS, read_json
+from ..files import WRITE_ERRORS
 from ..flow import FlowTransformer
 from ..lora import merge_lora
 from ..pipeline_folder import LORA, TRANSFORMER, VALIDATION, digest_component, resolve_teacher
@@ -78,16 +78,11 @@ class Distillation(ABC):
         self.run, self.settings, self.prompts = run, settings, prompts
         self.method, self.image_free = method, image_free
         self.folder = resolve_teacher(settings.pretrained_model_name_or_path, settings.variant)
-        self.backbone = find_backbone(self.folder)
+        self.backbone = self._find_backbone()
         transformer = self.backbone.load_transformer(self.folder, settings.variant)
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
-        context = read_json(self.folder / "text_encoder" / "config.json").get("max_position_embeddings")
-        if context is not None and settings.max_sequence_length > context:
-            raise ValueError(
-                f"`max_sequence_length` is {settings.max_sequence_length}: the teacher's text encoder reads {context}"
-                " tokens"
-            )
-        components = (TRANSFORMER, "text_encoder", "tokenizer")
+        self.max_sequence_length = self.backbone.prompt_tokens(self.folder, settings.max_sequence_length)
+        components = (TRANSFORMER, *text_components(self.backbone))
         run.depends_on(
             method=method,
             teacher=digest_texts(digest_component(self.folder, name, settings.variant) for name in components),
@@ -111,6 +106,10 @@ class Distillation(ABC):
     SAVE_PIPELINE: Callable[..., Path]  # of `export.folders`
     SAVE_LORA: Callable[..., Path]
     scheduler: Any  # what a student is drawn with
+
+    def _find_backbone(self) -> Backbone:
+        """The teacher's family, one that the method has students of."""
+        return find_backbone(self.folder)
 
     @abstractmethod
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
@@ -139,12 +138,19 @@ class Distillation(ABC):
 
     @property
     def _reading(self) -> dict[str, Any]:
-        """How prompts are read, in the words of the pipelines' calls."""
-        settings = self.settings
+        """How prompts are read."""
         return {
-            "complex_human_instruction": self.backbone.INSTRUCTION if settings.complex_human_instruction else None,
-            "max_sequence_length": settings.max_sequence_length,
+            "complex_human_instruction": self.backbone.INSTRUCTION
+            if self.settings.complex_human_instruction
+            else None,
+            "max_sequence_length": self.max_sequence_length,
         }
+
+    @property
+    def _drawn_with(self) -> dict[str, Any]:
+        """What a student was distilled with, in the words of its pipeline's call."""
+        size = {"height": self.resolution, "width": self.resolution}
+        return {name: value for name, value in self._reading.items() if name in self.backbone.READING_OPTIONS} | size
 
     @property
     def num_blocks(self) -> int:
@@ -341,7 +347,7 @@ class Distillation(ABC):
         run, settings = self.run, self.settings
         frozen: dict[str, nn.Module] = {"teacher": self.teacher}
         if isinstance(self.encode, PromptEncoder):
-            frozen["text encoder"] = self.encode.text_encoder
+            frozen["text encoder"] = self.encode.text_encoders
         with ending_together(run.accelerator):
             if not run.accelerator.is_main_process:
                 return
@@ -352,7 +358,8 @@ class Distillation(ABC):
             plan = memory_plan(
                 models,
                 frozen,
-                (latents, one, text.embeds, text.mask, *([one] if guided else [])),
+                (latents, one),
+                {**text.arguments(), **({"guidance": one} if guided else {})},
                 state_bytes=state_bytes(settings.optimizer, in_8_bits=settings.use_8bit_adam),
                 ema=settings.use_ema,
                 autocast_dtype=None if run.weight_dtype == torch.float32 else run.weight_dtype,
@@ -396,14 +403,18 @@ class Distillation(ABC):
     def _training_table(self) -> dict[str, Any]:
         """What the model card says about the run."""
         run, settings = self.run, self.settings
-        instruction = "with" if settings.complex_human_instruction else "without"
+        reading = f"{self.max_sequence_length} tokens"
+        if self.backbone.INSTRUCTION is not None:
+            reading += (
+                f", {'with' if settings.complex_human_instruction else 'without'} the instruction of Sana's pipelines"
+            )
         optimiser = f"{settings.optimizer}, lr {settings.learning_rate:g} {settings.lr_scheduler}"
         return {
             "method": self.method,
             "steps": run.step,
             "prompts seen": run.prompts_seen,
             **settings.describe(),
-            "prompt": f"{settings.max_sequence_length} tokens, {instruction} the instruction of Sana's pipelines",
+            "prompt": reading,
             "optimiser": f"{optimiser}, clip {settings.max_grad_norm:g}",
             "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}{self.BESIDE_LORA}",
             "EMA": settings.ema_decay if settings.use_ema else "off",

@@ -52,9 +52,9 @@ class FlowDistillation(Distillation):
         shift: float | None = None,
     ) -> None:
         super().__init__(run, settings, prompts, method=method, image_free=image_free)
-        self.shift = flow_shift(self.folder) if shift is None else shift
-        size = {"height": self.resolution, "width": self.resolution}
-        self.scheduler = FlowStudentScheduler(self.shift, {**self._reading, **size})
+        tokens = self.backbone.image_tokens(self.teacher.transformer, self.latent_shape)
+        self.shift = flow_shift(self.folder, tokens) if shift is None else shift
+        self.scheduler = FlowStudentScheduler(self.shift, self._drawn_with)
 
     def add_networks(
         self, *, every: int, critic_learning_rate: float, timed_critic: bool = False
@@ -115,14 +115,11 @@ class FlowDistillation(Distillation):
 
     def _first_output(self, transformer: Any, noise: torch.Tensor) -> torch.Tensor:
         return FlowTransformer(transformer, self.teacher.timestep_scale)(
-            noise,
-            torch.ones(1, device=noise.device),
-            self.negative_text.embeds.to(transformer.dtype),
-            self.negative_text.mask,
+            noise, torch.ones(1, device=noise.device), **self.negative_text.arguments()
         )
 
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
-        return self.backbone.PIPELINE_CLASS(None, None, vae, transformer, self.scheduler)
+        return self.backbone.make_pipeline(vae, transformer, self.scheduler)
 
     def _how_to_draw(self, folder: Path) -> str:
         return f'{PROGRAM} generate --model "{folder}" --steps 4 --prompt "a prompt" --out picture.png'

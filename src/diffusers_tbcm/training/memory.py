@@ -41,13 +41,19 @@ def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
-def activation_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: torch.dtype | None = None) -> int:
+def activation_bytes(
+    model: nn.Module,
+    *inputs: torch.Tensor,
+    autocast_dtype: torch.dtype | None = None,
+    **named: torch.Tensor,
+) -> int:
     """Count what autograd keeps between a forward and its backward, without computing or allocating it.
 
     Args:
         model: the module; with gradient checkpointing, what its backward recomputes is not counted.
         inputs: its inputs, tensors of the right shape, dtype and device.
         autocast_dtype: dtype of autocast; None for none.
+        named: inputs by name.
 
     Returns:
         Bytes of all saved tensors that are not parameters, each storage once.
@@ -68,21 +74,28 @@ def activation_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: to
     device_type = inputs[0].device.type
     with mode, saved_tensors_hooks(pack, lambda tensor: tensor):
         fake_inputs = tuple(mode.from_tensor(value) for value in inputs)
+        fake_named = {name: mode.from_tensor(value) for name, value in named.items()}
         with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             # The graph has to live while its tensors are counted: a freed storage's address is used again.
-            graph = functional_call(model, state, fake_inputs)
+            graph = functional_call(model, state, fake_inputs, fake_named)
         total = sum(saved.values())
         del graph
     return total
 
 
-def recomputed_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: torch.dtype | None = None) -> int:
+def recomputed_bytes(
+    model: nn.Module,
+    *inputs: torch.Tensor,
+    autocast_dtype: torch.dtype | None = None,
+    **named: torch.Tensor,
+) -> int:
     """Count what the backward of one checkpointed block makes again.
 
     Args:
         model: the module, a backbone's transformer or with some in it; their blocks are alike.
         inputs: its inputs, tensors of the right shape, dtype and device.
         autocast_dtype: dtype of autocast; None for none.
+        named: inputs by name.
 
     Returns:
         Bytes; 0 without gradient checkpointing.
@@ -92,11 +105,11 @@ def recomputed_bytes(model: nn.Module, *inputs: torch.Tensor, autocast_dtype: to
     parts: list[Any] = [transformer for transformer in transformers if transformer.gradient_checkpointing]
     if not parts:
         return 0
-    kept = activation_bytes(model, *inputs, autocast_dtype=autocast_dtype)
+    kept = activation_bytes(model, *inputs, autocast_dtype=autocast_dtype, **named)
     try:
         for part in parts:
             part.gradient_checkpointing = False
-        everything = activation_bytes(model, *inputs, autocast_dtype=autocast_dtype)
+        everything = activation_bytes(model, *inputs, autocast_dtype=autocast_dtype, **named)
     finally:
         for part in parts:
             part.gradient_checkpointing = True
@@ -107,6 +120,7 @@ def memory_plan(
     models: Mapping[str, nn.Module],
     frozen: Mapping[str, nn.Module],
     inputs: tuple[torch.Tensor, ...],
+    named: Mapping[str, torch.Tensor],
     *,
     state_bytes: int,
     ema: bool,
@@ -118,7 +132,7 @@ def memory_plan(
         models: the modules that are trained, by name, and updated one after another, so that the gradients of one are
             there at a time; the first one is averaged, and its backward is looked at.
         frozen: modules that are only run, by name.
-        inputs: a batch for the first of `models`.
+        inputs, named: a batch for the first of `models`, by place and by name.
         state_bytes: what the optimisers keep for every trained weight.
         ema: whether a second copy of the first model's trained weights is averaged.
         autocast_dtype: dtype of autocast; None for none.
@@ -144,7 +158,7 @@ def memory_plan(
             "gradients": max(map(parameter_bytes, trained.values())),
             "optimiser": sum(parameter.numel() for parameter in everything) * state_bytes,
             "EMA": parameter_bytes(trained[first]) * ema,
-            "activations": activation_bytes(models[first], *inputs, autocast_dtype=autocast_dtype),
-            "recomputed block": recomputed_bytes(models[first], *inputs, autocast_dtype=autocast_dtype),
+            "activations": activation_bytes(models[first], *inputs, autocast_dtype=autocast_dtype, **named),
+            "recomputed block": recomputed_bytes(models[first], *inputs, autocast_dtype=autocast_dtype, **named),
         }
     )

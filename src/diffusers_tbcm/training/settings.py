@@ -202,7 +202,9 @@ class DistillationSettings(RunSettings):
         "embed every prompt once into this folder, or use what is there; the text encoder is not loaded for training",
         metavar="DIR",
     )
-    max_sequence_length: int = setting(300, "tokens of a prompt")
+    max_sequence_length: int | None = setting(
+        None, "tokens of a prompt; default: as the teacher's pipeline: 300 of Sana, 256 of SD3, 512 of LongCat-Image"
+    )
     complex_human_instruction: bool = setting(True, "put Sana's instruction before every prompt, as its pipelines do")
     offload_text_encoder: bool = setting(False, "keep it on the CPU between prompts")
     resolution: int | None = setting(None, "pixels a side; default: the teacher's own")

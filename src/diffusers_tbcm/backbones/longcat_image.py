@@ -1,0 +1,287 @@
+"""LongCat-Image (Meituan, 2025): all that is this family's own. diffusers has it from 0.37."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
+from torch import nn
+
+from ..text import Text
+from .autoencoder_kl import decode_latents as decode_latents
+from .autoencoder_kl import encode_pixels as encode_pixels
+from .autoencoder_kl import load_vae as load_vae
+from .autoencoder_kl import vae_scale_factor as vae_scale_factor
+from .loading import load_network, load_prompt_pipeline
+
+
+TRANSFORMER_CLASS = LongCatImageTransformer2DModel
+PIPELINE_CLASS = LongCatImagePipeline
+STUDENT_PIPELINE_CLASS = None
+TAG = "longcat-image"
+COPIED_COMPONENTS = ("text_encoder", "tokenizer", "vae")
+OPTIONAL_COMPONENTS = ("text_processor",)  # which rewrites prompts
+INSTRUCTION = None
+READING_OPTIONS: tuple[str, ...] = ()
+CALL_OPTIONS: dict[str, Any] = {"enable_prompt_rewrite": False}  # prompts were learned as they are
+
+# Attention and feed-forward of both streams, and of the blocks in which they are one. `proj_out` follows both there;
+# the network's last layer has that name too.
+LORA_TARGET_MODULES = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+    "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
+    "proj_out",
+)  # fmt: skip
+
+TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
+PROMPT_TOKENS = 512  # the stock pipeline's, which cannot be told another number; pictures' places count from it
+NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
+PATCH = 2  # latent pixels a side of a token
+
+
+def load_transformer(folder: Path, variant: str | None = None) -> LongCatImageTransformer2DModel:
+    """Load the network of a pipeline folder, in float32; arguments and errors are those of `load_network`."""
+    return load_network(LongCatImageTransformer2DModel, folder, "transformer", variant)
+
+
+def load_text_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None) -> LongCatImagePipeline:
+    """Load what embeds prompts, frozen; arguments and errors are those of `load_prompt_pipeline`."""
+    return load_prompt_pipeline(LongCatImagePipeline, folder, dtype, variant, without=OPTIONAL_COMPONENTS)
+
+
+def prompt_tokens(folder: Path, asked: int | None) -> int:
+    """Say how many tokens of a prompt are read.
+
+    Args:
+        folder: the pipeline's.
+        asked: as many as asked for; None for the stock pipeline's number.
+
+    Returns:
+        The stock pipeline's number.
+
+    Raises:
+        ValueError: where another one is asked for.
+    """
+    if asked not in (None, PROMPT_TOKENS):
+        raise ValueError(
+            f"`max_sequence_length` is {asked}: this teacher's pipeline always reads {PROMPT_TOKENS} tokens; leave it"
+            " out"
+        )
+    return PROMPT_TOKENS
+
+
+def encode_prompt(
+    pipeline: LongCatImagePipeline,
+    prompt: str,
+    *,
+    max_sequence_length: int,
+    instruction: list[str] | None = None,
+    device: torch.device | str | None = None,
+) -> Text:
+    """Embed a prompt.
+
+    Args:
+        pipeline: with tokenizer and text encoder.
+        prompt: the prompt.
+        max_sequence_length: 512.
+        instruction: None.
+        device: where to compute; the text encoder is there.
+
+    Returns:
+        Its text, 512 embeddings, padding among them, as the network attends to all.
+    """
+    embeds, _ = pipeline.encode_prompt([prompt])
+    return Text.unmasked(embeds)
+
+
+def text_arguments(text: Text) -> dict[str, Any]:
+    """Give embedded prompts as arguments of the call of `make_pipeline`'s pipeline."""
+    return {"prompt_embeds": text.embeds}
+
+
+class EmbeddedPromptsPipeline(LongCatImagePipeline):
+    """The stock pipeline, whose call takes embeddings, but asks for a prompt with them."""
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed prompts, or repeat what is embedded, as the stock method does."""
+        if prompt is None and prompt_embeds is not None:
+            prompt = [""] * len(prompt_embeds)  # of which it reads the number
+        return super().encode_prompt(prompt, num_images_per_prompt, prompt_embeds)
+
+
+def make_pipeline(vae: Any, transformer: Any, scheduler: Any) -> EmbeddedPromptsPipeline:
+    """Make a pipeline that draws embedded prompts."""
+    return EmbeddedPromptsPipeline(scheduler, vae, None, None, None, transformer)
+
+
+def latent_shape(folder: Path, transformer: LongCatImageTransformer2DModel, resolution: int | None) -> tuple[int, ...]:
+    """Say what shape a picture's latents have before they are packed, from the autoencoder's config alone.
+
+    Args:
+        folder: the pipeline's folder.
+        transformer: its transformer.
+        resolution: pixels a side; None for the stock pipeline's.
+
+    Returns:
+        (channels, height, width).
+
+    Raises:
+        ValueError: where the autoencoder and the packing do not allow the resolution.
+    """
+    factor = vae_scale_factor(folder)
+    size = NATIVE_SIZE if resolution is None else resolution // factor
+    multiple = factor * PATCH
+    if resolution is not None and (resolution < multiple or resolution % multiple):
+        raise ValueError(f"`resolution` is {resolution}: it has to be a positive multiple of {multiple} pixels")
+    return transformer.config["in_channels"] // PATCH**2, size, size
+
+
+def native_size(transformer: LongCatImageTransformer2DModel) -> int:
+    """Say how many latent pixels a side a network's own pictures have."""
+    return NATIVE_SIZE
+
+
+def image_tokens(transformer: LongCatImageTransformer2DModel, shape: tuple[int, ...]) -> int:
+    """Say how many tokens a picture is, which a dynamic shift of times depends on.
+
+    Args:
+        transformer: the network.
+        shape: of its latents, from `latent_shape`.
+
+    Returns:
+        The number of packed latents.
+    """
+    return (shape[-2] // PATCH) * (shape[-1] // PATCH)
+
+
+def blocks(transformer: LongCatImageTransformer2DModel) -> list[nn.Module]:
+    """Give the network's blocks, in order."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def after_blocks(transformer: LongCatImageTransformer2DModel) -> nn.Module:
+    """Give what a forward calls after the last block."""
+    return transformer.norm_out
+
+
+def inner_dim(transformer: LongCatImageTransformer2DModel) -> int:
+    """Give the size of the network's hidden states."""
+    return transformer.inner_dim
+
+
+def embeds_guidance(transformer: LongCatImageTransformer2DModel) -> bool:
+    """Say whether the network takes the guidance scale as an input: its forward has an argument that it ignores.
+
+    Classifier-free guidance is the plain one. The stock pipeline rescales it to the conditional branch's norm unless
+    `enable_cfg_renorm` is False, which is no part of what is distilled.
+    """
+    return False
+
+
+def share_prompts(transformer: LongCatImageTransformer2DModel) -> None:
+    """Leave the network as it is: the text is changed by the picture, so that every row has its own."""
+
+
+@contextmanager
+def keep_text(transformer: LongCatImageTransformer2DModel) -> Iterator[Any]:
+    """Keep nothing of the text over calls, for the reason of `share_prompts`."""
+    yield lambda text: text
+
+
+def velocity(
+    transformer: LongCatImageTransformer2DModel,
+    sample: torch.Tensor,
+    time: torch.Tensor,
+    text: Text,
+    guidance: torch.Tensor | None,
+) -> torch.Tensor:
+    """Evaluate the network, v(x_s, s).
+
+    Args:
+        transformer: the network.
+        sample: x_s on unit scale, (batch, channels, height, width).
+        time: s, (batch,).
+        text: of the prompts; batch is a multiple of them.
+        guidance: None.
+
+    Returns:
+        The velocity, the shape of `sample`, in the network's dtype.
+    """
+    assert guidance is None
+    dtype, text = transformer.dtype, text.for_rows(sample.shape[0])
+    batch, channels, height, width = sample.shape
+    rows, columns = height // PATCH, width // PATCH
+    tokens = sample.to(dtype).reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
+    length = text.embeds.shape[1]
+    output = transformer(
+        tokens.reshape(batch, rows * columns, channels * PATCH**2),
+        encoder_hidden_states=text.embeds.to(dtype),
+        timestep=time,
+        txt_ids=_text_places(length, sample.device),
+        img_ids=_image_places(rows, columns, sample.device),
+        return_dict=False,
+    )[0]
+    output = output.reshape(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return output.reshape(batch, channels, height, width)
+
+
+def _text_places(length: int, device: torch.device) -> torch.Tensor:
+    """What a token is, 0 for text, and its place twice, (length, 3)."""
+    place = torch.arange(length, dtype=torch.float32, device=device)
+    return torch.stack([torch.zeros_like(place), place, place], dim=1)
+
+
+def _image_places(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """What a token is, 1 for a picture's, and its row and column, counted from behind the text, (tokens, 3)."""
+    row, column = (torch.arange(size, dtype=torch.float32, device=device) + PROMPT_TOKENS for size in (rows, columns))
+    places = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.cat([torch.ones_like(places[:, :1]), places], dim=1)
+
+
+def embed_time(
+    transformer: LongCatImageTransformer2DModel, time: torch.Tensor, guidance: torch.Tensor | None
+) -> torch.Tensor:
+    """Embed time as the network does.
+
+    Args:
+        transformer: the network.
+        time: s, (batch,).
+        guidance: None.
+
+    Returns:
+        The conditioning vector, (batch, inner_dim).
+    """
+    return transformer.time_embed(time * 1000, transformer.dtype)
+
+
+def timestep_scale(transformer: LongCatImageTransformer2DModel) -> float:
+    """Say what s is multiplied by before the network sees it."""
+    return TIME_SCALE
+
+
+def name_timestep_scale(transformer: LongCatImageTransformer2DModel, scale: float) -> None:
+    """Write nothing: the stock pipeline feeds every network s."""
+    assert scale == TIME_SCALE
+
+
+def infer_timestep_scale(transformer: LongCatImageTransformer2DModel, text: Text) -> float:
+    """As `timestep_scale`."""
+    return TIME_SCALE
+
+
+def make_student(teacher: LongCatImageTransformer2DModel) -> LongCatImageTransformer2DModel:
+    """Refuse: a consistency student takes the guidance scale as an input, which this network has no place for.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("LongCatImageTransformer2DModel has no consistency students yet: it embeds no guidance")

@@ -1,0 +1,193 @@
+"""A tiny random pipeline of stock classes for every family, and what its tests have to know beside its adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tiny import CHARACTERS, tiny_sana_pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2TokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from diffusers_tbcm import backbones
+from diffusers_tbcm.backbones import Backbone, sana, sd3
+
+
+LATENT_CHANNELS = 16  # of the tiny AutoencoderKL
+WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family as the shared tests see it; its pictures are 64 x 64 pixels, its latents 8 x 8.
+
+    Args:
+        backbone: the adapter.
+        make_pipeline: makes the tiny pipeline.
+        tokens: as `max_sequence_length`.
+        unguided_call: what makes a stock call read a plain prompt.
+        guided_call: what makes a stock call guide by the plain formula.
+        stock_latents: the result of a stock call of `output_type="latent"` as (batch, channels, height, width).
+    """
+
+    backbone: Backbone
+    make_pipeline: Callable[[], DiffusionPipeline]
+    tokens: int
+    unguided_call: dict[str, Any] = field(default_factory=dict)
+    guided_call: dict[str, Any] = field(default_factory=dict)
+    stock_latents: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
+
+
+def tiny_kl() -> AutoencoderKL:
+    """An 8x AutoencoderKL whose latents have a shift."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    ).eval()
+
+
+def tiny_clip(seed: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
+    """CLIP's text half with a projection."""
+    tokens = ["<|startoftext|>", *CHARACTERS, *(f"{character}</w>" for character in CHARACTERS), "<|endoftext|>"]
+    with TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+        merges.write_text("#version: 0.2\n")
+        tokenizer = CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=0, eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1,
+        initializer_factor=10.0,
+    )  # fmt: skip
+    return tokenizer, CLIPTextModelWithProjection(config).eval()
+
+
+def tiny_t5() -> tuple[T5TokenizerFast, T5EncoderModel]:
+    """T5's encoder, and a tokenizer that knows single characters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((character, -2.0) for character in CHARACTERS)]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5TokenizerFast(tokenizer_object=unigram, extra_ids=0), T5EncoderModel(config).eval()
+
+
+def tiny_sd3(**overrides: Any) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3 of two blocks.
+
+    Args:
+        overrides: entries of the transformer's config to change.
+    """
+    config: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 2, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS,
+        "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": WIDTH,
+        "caption_projection_dim": WIDTH, "pooled_projection_dim": 32, "pos_embed_max_size": 12,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(**{**config, **overrides}).eval()
+    (tokenizer, encoder), (tokenizer_2, encoder_2), (tokenizer_3, encoder_3) = tiny_clip(0), tiny_clip(1), tiny_t5()
+    return StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_kl(), encoder, tokenizer, encoder_2, tokenizer_2,
+        encoder_3, tokenizer_3,
+    )  # fmt: skip
+
+
+def tiny_qwen() -> tuple[Qwen2TokenizerFast, Qwen2_5_VLForConditionalGeneration]:
+    """Qwen2.5-VL, and a tokenizer that knows bytes."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **sizes,
+            "num_key_value_heads": 2,
+            "vocab_size": 264,
+            "bos_token_id": 256,
+            "eos_token_id": 258,
+            "rope_scaling": rope,
+            "rope_theta": 1e6,
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        vocab_size=264,
+        hidden_size=16,
+        bos_token_id=256,
+        eos_token_id=258,
+    )
+    return Qwen2TokenizerFast(tokenizer_object=bpe), Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def tiny_longcat() -> DiffusionPipeline:
+    """A LongCat-Image of a double and two single blocks, whose shift is dynamic."""
+    from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 6, 6],
+    ).eval()  # fmt: skip
+    tokenizer, encoder = tiny_qwen()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return LongCatImagePipeline(scheduler, tiny_kl(), encoder, tokenizer, None, transformer)
+
+
+def unpacked(latents: torch.Tensor) -> torch.Tensor:
+    """Packed latents of 64 x 64 pixels as (batch, channels, height, width)."""
+    from diffusers import LongCatImagePipeline
+
+    return LongCatImagePipeline._unpack_latents(latents, 64, 64, 8)
+
+
+FAMILIES = {
+    "sana": Family(
+        sana,
+        partial(tiny_sana_pipeline, timestep_scale=sana.DENSE_TIME_CONFIG_SCALE),
+        tokens=16,
+        unguided_call={"complex_human_instruction": None, "max_sequence_length": 16, "use_resolution_binning": False},
+    ),
+    "sd3": Family(sd3, tiny_sd3, tokens=16, unguided_call={"max_sequence_length": 16}),
+}
+if hasattr(backbones, "longcat_image"):  # diffusers is new enough
+    FAMILIES["longcat_image"] = Family(
+        backbones.longcat_image,
+        tiny_longcat,
+        tokens=512,
+        unguided_call={"enable_prompt_rewrite": False},
+        guided_call={"enable_cfg_renorm": False},
+        stock_latents=unpacked,
+    )
