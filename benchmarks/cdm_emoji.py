@@ -3,6 +3,7 @@
 
     python -m benchmarks.cdm_emoji few          # 24 named prompts, noises that no run has seen
     python -m benchmarks.cdm_emoji many         # the 5,179 prompts, measured on 500 evaluation prompts
+    python -m benchmarks.cdm_emoji longer --max_train_steps 2400    # the 24 prompts at half the rate
     python -m benchmarks.cdm_emoji ablations    # the 24 prompts without one idea of the method at a time
 
 Students are drawn by the plain stock pipeline. Distances are to pictures that the teacher draws in 20 steps with
@@ -75,6 +76,7 @@ FLAGS: Mapping[str, Any] = {
 }
 # A smaller alpha, as CA acts twice and at all times
 EVERYWHERE = {"augment_everywhere": True, "augmentation_scale": 1.5}
+LONGER = {"augment_everywhere": True, "augmentation_scale": 1.7, "learning_rate": 7e-5}
 ADAPTERS = {"rank": 16, "learning_rate": 2e-3, "critic_learning_rate": 5e-3}
 
 
@@ -95,6 +97,7 @@ WHOLE = {
 }
 TABLES = {
     "few": WHOLE,
+    "longer": {"CDM, CA everywhere, longer": Setting(LONGER)},
     "many": WHOLE,
     "ablations": {
         "CDM": CDM,
