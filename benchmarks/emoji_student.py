@@ -3,10 +3,10 @@
     python -m benchmarks.emoji_student            # trains, measures, goes on where it stopped; hours on a CPU
     python -m benchmarks.emoji_student --save     # and writes examples/tbcm/sana_emoji_mini_tbcm
 
-One run of `train_tbcm_distill.py` on all 5,179 prompts, at a constant learning rate: first every row to its
-trajectory's end, last the consistency loss at a falling rate. The averaged student at the end of each stage draws the
-quickstart's 500 evaluation prompts. Distances are to what the teacher draws of them in 20 steps from other noises.
-Writes benchmarks/results/emoji_student.json, .md and .png.
+One run of `train_tbcm_distill.py` on all 5,179 prompts: every row to its trajectory's end at a constant learning rate,
+then --final_loss at a falling one. The averaged student at the end of each stage draws the quickstart's 500 evaluation
+prompts. Distances are to what the teacher draws of them in 20 steps from other noises. Writes
+benchmarks/results/emoji_student.json, .md and .png.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from .emoji_judge import DISTANCE, EmojiJudge, flat
 
 SHIPPED = EXAMPLES / "sana_emoji_mini_tbcm"
 STAGES = (100, 200, 400, 800, 1600)  # steps at the end of each, by the endpoint loss
-FINAL_STEPS = 200  # then by the consistency loss
+FINAL_STEPS = 200  # then at a falling rate
 FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
@@ -65,7 +65,7 @@ FLAGS: Mapping[str, Any] = {
 ROWS_A_STEP = FLAGS["train_batch_size"] * (FLAGS["route_steps"] - 1)
 
 
-def train(folder: Path, steps: int, endpoint_steps: int) -> SanaTBCMPipeline:
+def train(folder: Path, steps: int, *, endpoint_steps: int, lr_scheduler: str) -> SanaTBCMPipeline:
     """Train to a number of steps, from where the run stands; gives the averaged student."""
     flags = {
         "pretrained_model_name_or_path": EMBEDDED_TEACHER,
@@ -73,15 +73,16 @@ def train(folder: Path, steps: int, endpoint_steps: int) -> SanaTBCMPipeline:
         "output_dir": folder,
         "max_train_steps": steps,
         "endpoint_warmup_steps": endpoint_steps,
-        "lr_scheduler": "constant_with_warmup",
+        "lr_scheduler": lr_scheduler,
         "validation_prompts": GRID_PROMPTS,  # drawn for the card
         "validation_steps": steps,
         **FLAGS,
     }
     if list_checkpoints(folder):
-        flags["resume_from_checkpoint"] = "latest"
-    if steps > endpoint_steps:
-        flags |= {"lr_scheduler": "linear", "resume_with_changed": "lr_scheduler"}
+        flags |= {
+            "resume_from_checkpoint": "latest",
+            "resume_with_changed": ["lr_scheduler", "endpoint_warmup_steps"],  # stages may be added
+        }
     subprocess.run([sys.executable, str(EXAMPLES / "train_tbcm_distill.py"), *arguments(flags)], check=True)
     return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
 
@@ -96,7 +97,7 @@ def extrapolate(table: pandas.DataFrame, floor: float) -> dict[int, dict[str, fl
     """By number of steps: the power law of the distance above the floor over the endpoint stages, and the rows that it
     says bring the distance to 1.1 times the floor."""
     laws = {}
-    for steps, points in table[table["loss"] == "endpoint"].groupby("steps"):
+    for steps, points in table[table["rate"] == "constant"].groupby("steps"):
         scale, exponent = power_law(points["rows"], (points[DISTANCE] - floor).clip(lower=0.01))
         needed = (0.1 * floor / scale) ** (1 / exponent)
         rows = float(f"{needed:.2g}")
@@ -110,12 +111,12 @@ def plot(table: pandas.DataFrame, others: Mapping[int, float], floor: float, fil
     for (steps, points), colour in zip(table.groupby("steps"), ("C0", "C1", "C2"), strict=True):
         label = "1 step" if steps == 1 else f"{steps} steps"
         axes.plot(points["rows"], points[DISTANCE], "-", color=colour, label=label)
-        for loss, marker in (("endpoint", "o"), ("consistency", "*")):
-            of_loss = points[points["loss"] == loss]
-            axes.plot(of_loss["rows"], of_loss[DISTANCE], marker, color=colour)
+        for rate, marker in (("constant", "o"), ("falling", "*")):
+            at_rate = points[points["rate"] == rate]
+            axes.plot(at_rate["rows"], at_rate[DISTANCE], marker, color=colour)
         axes.axhline(others[steps], color=colour, linestyle=":", linewidth=1)
     axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="the teacher, other noises")
-    axes.set(xscale="log", yscale="log", xlabel="trained rows (star: consistency loss)", ylabel=DISTANCE)
+    axes.set(xscale="log", yscale="log", xlabel="trained rows (star: falling rate)", ylabel=DISTANCE)
     axes.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -134,7 +135,8 @@ def save(folder: Path, target: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=STAGES, help="steps at the end of each")
-    parser.add_argument("--final_steps", type=int, default=FINAL_STEPS, help="of the consistency loss")
+    parser.add_argument("--final_steps", type=int, default=FINAL_STEPS, help="at a falling rate")
+    parser.add_argument("--final_loss", choices=("consistency", "endpoint"), default="consistency")
     parser.add_argument("--prompts", type=int, default=EVALUATION_PROMPTS)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/emoji_student"))
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
@@ -144,10 +146,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows = []
     for stage in (*args.stages, args.stages[-1] + args.final_steps):
-        drawn = judge.draw(f"stage_{stage}", partial(train, run, stage, args.stages[-1]))
+        loss = "endpoint" if stage <= args.stages[-1] else args.final_loss
+        last_stage = stage > args.stages[-1]
+        load = partial(
+            train,
+            run,
+            stage,
+            endpoint_steps=stage if loss == "endpoint" else args.stages[-1],
+            lr_scheduler="linear" if last_stage else "constant_with_warmup",
+        )
+        drawn = judge.draw(f"stage_{stage}_{loss}" if last_stage else f"stage_{stage}", load)
         last = [judge.describe("student", *of_steps) for of_steps in drawn.items()]
-        loss = "endpoint" if stage <= args.stages[-1] else "consistency"
-        rows += [{"rows": ROWS_A_STEP * stage, "loss": loss, **flat(each)} for each in last]
+        rate = "falling" if last_stage else "constant"
+        rows += [{"rows": ROWS_A_STEP * stage, "loss": loss, "rate": rate, **flat(each)} for each in last]
 
     table = pandas.DataFrame(rows)
     details = {"prompts": args.prompts, "batch": ROWS_A_STEP, **machine(default_device())}
