@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import json
+import shutil
 
 import pytest
 import torch
@@ -15,12 +17,16 @@ from diffusers_tbcm import backbones, dual
 from diffusers_tbcm.backbones import Backbone, backbone_of, backbone_of_pipeline, find_backbone
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from diffusers_tbcm.dual import Dual, checkpoint_dual
+from diffusers_tbcm.evaluation.drawing import load_pipeline
+from diffusers_tbcm.export.folders import save_flow_student
+from diffusers_tbcm.export.record import StudentDescription
+from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.flow import FlowTransformer, flow_step
 from diffusers_tbcm.guidance import guidance_branches, guided_output
 from diffusers_tbcm.lora import LORA_FILE, adapt, merge_lora, save_adapters
 from diffusers_tbcm.pipeline_folder import copied_components, flow_shift
 from diffusers_tbcm.rollout import record_rollout
-from diffusers_tbcm.scheduling_flow import even_sigmas
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler, even_sigmas
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.training.memory import activation_bytes, recomputed_bytes
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, rotate
@@ -364,3 +370,29 @@ def test_saved_adapters_make_the_stock_pipeline_the_merged_network(family, pipel
         )
     assert (merged - before).norm() > 1e-2 * before.norm()
     assert (found - merged).norm() < 1e-5 * merged.norm()
+
+
+def test_an_optional_component_is_copied_where_the_teacher_has_it(tmp_path):
+    """LongCat-Image's prompt rewriter: no code of it is loaded here, as it would need torchvision."""
+    if "longcat_image" not in FAMILIES:
+        pytest.skip("this diffusers has no LongCat-Image")
+    pipeline, teacher = FAMILIES["longcat_image"].make_pipeline(), tmp_path / "teacher"
+    pipeline.save_pretrained(teacher)
+    description = StudentDescription("a dog", {"steps": 1})
+    scheduler = FlowStudentScheduler(3.0, {"height": 64, "width": 64})
+    for name in ("without", "with"):
+        if name == "with":
+            shutil.copytree(teacher / "tokenizer", teacher / "text_processor")
+            (teacher / "text_processor" / "preprocessor_config.json").write_text('{"patch_size": 14}')
+            index = json.loads((teacher / "model_index.json").read_text())
+            index["text_processor"] = ["transformers", "Qwen2VLProcessor"]
+            (teacher / "model_index.json").write_text(json.dumps(index))
+        save_flow_student(pipeline.transformer, teacher, tmp_path / name, description, scheduler=scheduler)
+        published = {file for file in select_files(tmp_path / name).files if file.startswith("text_processor/")}
+        expected = {"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"} if name == "with" else ()
+        assert published == {f"text_processor/{file}" for file in expected}
+        student = load_pipeline(tmp_path / name, device="cpu")
+        assert type(student) is type(pipeline) and student.text_processor is None
+    (teacher / "text_processor" / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"text_processor/preprocessor_config\.json is no JSON file"):
+        save_flow_student(pipeline.transformer, teacher, tmp_path / "torn", description, scheduler=scheduler)

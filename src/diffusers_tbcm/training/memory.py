@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def memory_plan(
     models: Mapping[str, nn.Module],
     frozen: Mapping[str, nn.Module],
     inputs: tuple[torch.Tensor, ...],
-    named: Mapping[str, torch.Tensor],
+    named: Mapping[str, torch.Tensor] = MappingProxyType({}),
     *,
     state_bytes: int,
     ema: bool,
