@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_sana_pipeline, write_tiny_pipeline
 
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
+from diffusers_tbcm.text import Text
 
 
 INSTRUCTION = ["Enhance the prompt.", "User Prompt: "]
@@ -97,7 +98,7 @@ class CountingEncoder:
         if prompt == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         self.encoded.append(prompt)
-        return torch.tensor([[0.0, 0.0], *([ord(letter), 1.0] for letter in prompt)])
+        return Text.unmasked(torch.tensor([[[0.0, 0.0], *([ord(letter), 1.0] for letter in prompt)]]))
 
 
 def contents(folder):
