@@ -166,6 +166,7 @@ def test_the_teachers_stock_pipeline_draws_with_the_adapters_what_the_merged_stu
     main(cdm_flags(**LORA, **rates, merge_lora=True, flow_shift=2.0, pretrained_model_name_or_path="teacher"))
     adapter = json.loads(Path("run/lora/training.json").read_text())["adapter"]
     assert adapter == {
+        "pipeline": "SanaPipeline",
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "shift": 2.0,
         "timestep_scale": time_scale,
