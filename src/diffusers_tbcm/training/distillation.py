@@ -276,7 +276,7 @@ class Distillation(ABC):
             adapters = folder / LORA
             named = replace(description, model_id=f"{folder.name}/{LORA}")
             self.SAVE_LORA(transformer, teacher, adapters, named, **common)
-            self._tell(f"Adapters for load_lora_weights of a pipeline of the teacher: {adapters}")
+            self._tell(f"Adapters for a pipeline of the teacher, whose card shows how to load them: {adapters}")
             if not settings.merge_lora:
                 return adapters
             transformer = merge_lora(transformer)
