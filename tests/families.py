@@ -48,6 +48,8 @@ class Family:
         backbone: the adapter.
         make_pipeline: makes the tiny pipeline.
         tokens: as `max_sequence_length`.
+        published: the transformer's config at a size that is published, and latents and text there: (channels, height,
+            width), (length, dim), and the pooled embedding's size.
         unguided_call: what makes a stock call read a plain prompt.
         guided_call: what makes a stock call guide by the plain formula.
         stock_latents: the result of a stock call of `output_type="latent"` as (batch, channels, height, width).
@@ -56,6 +58,7 @@ class Family:
     backbone: Backbone
     make_pipeline: Callable[[], DiffusionPipeline]
     tokens: int
+    published: tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], int | None]
     unguided_call: dict[str, Any] = field(default_factory=dict)
     guided_call: dict[str, Any] = field(default_factory=dict)
     stock_latents: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
@@ -178,15 +181,28 @@ FAMILIES = {
         sana,
         partial(tiny_sana_pipeline, timestep_scale=sana.DENSE_TIME_CONFIG_SCALE),
         tokens=16,
+        published=({}, (32, 32, 32), (300, 2304), None),
         unguided_call={"complex_human_instruction": None, "max_sequence_length": 16, "use_resolution_binning": False},
     ),
-    "sd3": Family(sd3, tiny_sd3, tokens=16, unguided_call={"max_sequence_length": 16}),
+    "sd3": Family(
+        sd3,
+        tiny_sd3,
+        tokens=16,
+        published=(  # SD3-Medium
+            {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+            (16, 128, 128),
+            (77 + 256, 4096),
+            2048,
+        ),
+        unguided_call={"max_sequence_length": 16},
+    ),
 }
 if hasattr(backbones, "longcat_image"):  # diffusers is new enough
     FAMILIES["longcat_image"] = Family(
         backbones.longcat_image,
         tiny_longcat,
         tokens=512,
+        published=({"num_layers": 10, "num_single_layers": 20}, (16, 128, 128), (512, 3584), None),
         unguided_call={"enable_prompt_rewrite": False},
         guided_call={"enable_cfg_renorm": False},
         stock_latents=unpacked,

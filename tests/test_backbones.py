@@ -336,6 +336,27 @@ def test_the_memory_plan_counts_checkpoints(family, pipeline, shape):
     assert 0 < recomputed_bytes(network, *inputs, **text.arguments()) < everything
 
 
+def test_a_step_at_the_published_size_has_its_shapes_and_stays_on_its_device(family):
+    """On tensors without data, which refuse to meet tensors of the CPU."""
+    config, shape, text_shape, pooled_size = family.published
+    with torch.device("meta"):
+        transformer = family.backbone.TRANSFORMER_CLASS(**config)
+        transformer.enable_gradient_checkpointing()
+        network = FlowTransformer(transformer.train())
+    pooled = None if pooled_size is None else torch.zeros(1, pooled_size, device="meta")
+    text = Text.unmasked(torch.zeros(1, *text_shape, device="meta"), pooled)
+    output = network(torch.zeros(2, *shape, device="meta"), torch.ones(2, device="meta"), **text.arguments())
+    assert output.shape == (2, *shape) and output.device.type == "meta" and output.dtype == torch.float32
+    output.sum().backward()
+    assert all(
+        weight.grad is not None for block in family.backbone.blocks(transformer) for weight in block.parameters()
+    )
+    billions = sum(weight.numel() for weight in transformer.parameters()) / 1e9
+    assert {"sana": 1.6, "sd3": 2.0, "longcat_image": 6.3}[family.backbone.__name__.rpartition(".")[2]] == round(
+        billions, 1
+    )
+
+
 # -- adapters
 
 
