@@ -465,6 +465,13 @@ def scores_of_others(settings: Settings, task: Task, run: Drawn) -> Scores:
     return found
 
 
+def hardware(device: torch.device) -> str:
+    """What the pictures were drawn with."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {platform.machine()}"
+
+
 def evaluate(settings: Settings, words: Sequence[str]) -> None:
     """Take all four steps; the words are those of the command line, which the results record."""
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
@@ -495,7 +502,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         "pictures": len(drawn[0].pictures),
         "real_pictures": len(references[0].features) if references else None,
         "intervals": f"95%, bootstrap of {settings.bootstrap_resamples} over prompts",
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "hardware": hardware(accelerator.device),
         "processes": accelerator.num_processes,
         "torch": str(torch.__version__),
         **({"text_image_head": heads[0].accuracy} if heads else {}),

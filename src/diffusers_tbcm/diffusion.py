@@ -13,6 +13,7 @@ from .guidance import guidance_branches, guided_output
 from .rows import Recording
 from .text import Text
 from .trajectory import sample_timesteps
+from .transfer import to_device
 from .trigflow import SIGMA_DATA, TrigFlowTransformer
 
 
@@ -64,7 +65,7 @@ def sample_diffusion_timesteps(
         torch.rand((), generator=own, device=device if own is None else own.device)
         for own in per_prompt_generators(generator, batch_size)
     ]
-    return timesteps.where(torch.stack(draws).to(timesteps.device) >= largest_probability, math.pi / 2)
+    return timesteps.where(to_device(torch.stack(draws), timesteps.device) >= largest_probability, math.pi / 2)
 
 
 def diffuse(

@@ -11,6 +11,7 @@ import torch
 from .draws import per_prompt_generators
 from .rows import TrainingRows
 from .trajectory import rotate
+from .transfer import to_device
 from .trigflow import SIGMA_DATA, consistency_output
 
 
@@ -41,8 +42,8 @@ def neighbouring_timesteps(
         torch.randint(len(route), (), generator=own, device=device if own is None else own.device)
         for own in per_prompt_generators(generator, batch_size)
     ]
-    index = torch.stack(draws).to(grid.device)
-    return grid[index].to(device), grid[index + 1].to(device)
+    index = to_device(torch.stack(draws), grid.device)
+    return to_device(grid[index], device), to_device(grid[index + 1], device)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import nn
 
 from .draws import per_prompt_generators
 from .flow import broadcast_time
+from .transfer import to_device
 
 
 TAU_RANGE = (0.02, 0.98)
@@ -28,7 +29,7 @@ def draw_tau(upper: torch.Tensor, generator: torch.Generator | list[torch.Genera
     """
     generators = per_prompt_generators(generator, len(upper))
     uniform = torch.stack([torch.rand((), generator=one) for one in generators])
-    return (uniform.to(upper) * upper).clamp(*TAU_RANGE)
+    return (to_device(uniform.to(upper.dtype), upper.device) * upper).clamp(*TAU_RANGE)
 
 
 def critic_loss(velocity: torch.Tensor, original_sample: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,7 @@ def record_rollout(
         One row a prompt: x_i, v_i, s_i, and the local prediction D = x_i - s_i v_i, in float32 or wider.
     """
     sample = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    batch_size, times = len(sample), sigmas.to(sample)
+    batch_size, times = len(sample), to_device(sigmas.to(sample.dtype), sample.device)
     last_anchor = int(anchors.max()) if last_anchor is None else last_anchor
     anchors = to_device(anchors, sample.device)
     latents, velocities = torch.zeros_like(sample), torch.zeros_like(sample)

@@ -325,7 +325,8 @@ def _become_students(
             raise ValueError(
                 "`adapter_weights` blends a student with a network of another `guidance_embeds_scale`: give weight 1."
             )
-        parts.append((rest, students.time_embed.guidance_embedder.state_dict()))
+        own = students.time_embed.guidance_embedder.state_dict()
+        parts.append((rest, {name: weight.cpu() for name, weight in own.items()}))  # as the students' are
     embed_guidance(transformer, config["guidance_embeds_scale"])
     transformer.time_embed.guidance_embedder = _blend(parts).to(transformer.device, transformer.dtype)
     transformer.register_to_config(**config)

@@ -38,7 +38,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str | None) -> torch.
     Returns:
         The tensor there.
     """
-    if device is not None and torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    if device is not None and _has_queue(torch.device(device)) and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
@@ -54,11 +54,9 @@ class HostCopy:
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._copy = tensor.to("cpu", non_blocking=True)
-        self._copied = None
-        if tensor.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(tensor.device))
+        queued = _has_queue(tensor.device)
+        self._copy = tensor.to("cpu", non_blocking=queued)
+        self._copied = torch.accelerator.current_stream(tensor.device).record_event() if queued else None
 
     def read(self) -> torch.Tensor:
         """Wait for the copy.
@@ -69,3 +67,8 @@ class HostCopy:
         if self._copied is not None:
             self._copied.synchronize()
         return self._copy
+
+
+def _has_queue(device: torch.device) -> bool:
+    """Whether copies to and from a device can be queued; on MPS such copies give wrong values."""
+    return device.type not in ("cpu", "mps")

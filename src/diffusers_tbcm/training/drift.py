@@ -100,7 +100,8 @@ class DriftWatch:
         teacher, negative = distillation.teacher, distillation.negative_text
 
         def guided(text: Text) -> Velocity:
-            branches, scale = guidance_branches(teacher, text, negative), torch.full((len(text),), guidance_scale)
+            branches = guidance_branches(teacher, text, negative)
+            scale = torch.full((len(text),), guidance_scale, device=run.device)
             return lambda sample, s, **_: guided_output(teacher, sample, s, branches, scale)
 
         latents = self._roll_out(guided, TEACHER_STEPS)
@@ -148,5 +149,5 @@ class DriftWatch:
 
 def _with_one(latents: torch.Tensor) -> torch.Tensor:
     """The latent pixels, (pixels, channels), and a 1 beside each."""
-    pixels = latents.movedim(1, -1).flatten(0, -2).double().cpu()
+    pixels = latents.movedim(1, -1).flatten(0, -2).cpu().double()
     return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
