@@ -71,4 +71,4 @@ class HostCopy:
 
 def _has_queue(device: torch.device) -> bool:
     """Whether copies to and from a device can be queued; on MPS such copies give wrong values."""
-    return device.type not in ("cpu", "mps")
+    return device.type not in ("cpu", "meta", "mps")
