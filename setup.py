@@ -6,8 +6,9 @@ from setuptools.command.build_py import build_py
 
 # What lives elsewhere in the repository and travels inside the package: file or pattern, and the folder there.
 CARRIED = (
-    ("model_card_template.md", "diffusers_tbcm"),
+    ("*_card_template.md", "diffusers_tbcm"),
     ("examples/tbcm/train_*.py", "diffusers_tbcm/scripts"),
+    ("examples/tbcm/prepare_teacher.py", "diffusers_tbcm/scripts"),
     ("examples/tbcm/evaluate_student.py", "diffusers_tbcm/scripts"),
 )
 

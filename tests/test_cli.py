@@ -439,7 +439,7 @@ def test_a_wrong_training_command_ends_in_the_scripts_line(tmp_path):
 
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_every_script_that_can_be_started_is_there(script):
-    assert importlib.util.find_spec(f"diffusers_tbcm.scripts.train_{script}") is not None
+    assert importlib.util.find_spec(f"diffusers_tbcm.scripts.{TRAINING_SCRIPTS[script]}") is not None
 
 
 @pytest.mark.parametrize("kind", ["picture", "text", "link", "link to nowhere"])

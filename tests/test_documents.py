@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "examples/tbcm/README.md", *DOCS]
 SCRIPTS = [f"examples/tbcm/{name}.py" for name in ("evaluate_student", "app", "mini_teacher/emoji_data")]
-SCRIPTS += [f"examples/tbcm/train_{name}.py" for name in command_line.TRAINING_SCRIPTS]
+SCRIPTS += [f"examples/tbcm/{script}.py" for script in command_line.TRAINING_SCRIPTS.values()]
 PROGRAMS = ("accelerate ", "python ", "npm ", "tar ", "mkdir ")
 RUN = {  # blocks that are run as they stand, by document and what they contain
     "README.md": ["dolphin.png"],
@@ -83,8 +83,9 @@ def test_python_in_a_document_runs(document, tmp_path, monkeypatch):
 def read(words: list[str], monkeypatch) -> None:
     """Let the program that a command starts read its flags, and do nothing."""
     line = " ".join(words)
-    if script := re.search(r"(?:train_|diffusers-tbcm train )(\w+)(?:\.py)?", line):
-        module = import_module(f"diffusers_tbcm.scripts.train_{script[1]}")
+    names = "|".join(command_line.TRAINING_SCRIPTS)
+    if script := re.search(rf"(?:train_|diffusers-tbcm train |tbcm/(?=prepare))({names})(?:\.py)?", line):
+        module = import_module(f"diffusers_tbcm.scripts.{command_line.TRAINING_SCRIPTS[script[1]]}")
         started = []
         monkeypatch.setattr(module, "launch", lambda train, settings: started.append(settings))
         flags = shlex.split(line[script.end() :])

@@ -344,7 +344,8 @@ CASES = {
 }
 MAINS = {"evaluate": evaluate_student.main, "cli": command_line.main, "app": app.main}
 MAINS |= {
-    script: import_module(f"diffusers_tbcm.scripts.train_{script}").main for script in command_line.TRAINING_SCRIPTS
+    name: import_module(f"diffusers_tbcm.scripts.{script}").main
+    for name, script in command_line.TRAINING_SCRIPTS.items()
 }
 
 

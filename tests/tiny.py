@@ -166,12 +166,14 @@ def write_tiny_flow_student(folder: str | Path, **call_options: Any) -> Path:
 def write_plain_pipeline(folder: str | Path) -> Path:
     """Save a tiny plain Sana: one that has learned, a little, that time 1000 is pure noise, and 1 hardly any.
 
+    Between them its embedding of time goes over smoothly, but for the jitter of sinusoids of 1000 s.
+
     Args:
         folder: where to write; created where it does not exist.
     """
-    pipeline = tiny_sana_pipeline()
+    pipeline = tiny_sana_pipeline(attention_head_dim=32, cross_attention_dim=64, cross_attention_head_dim=32)
     transformer, generator = pipeline.transformer, torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(transformer.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(transformer.parameters(), lr=3e-3)
     times = torch.tensor([1.0, 1000.0]).repeat_interleave(4)
     for _ in range(60):
         sample = torch.randn(8, LATENT_CHANNELS, SAMPLE_SIZE, SAMPLE_SIZE, generator=generator)
@@ -181,8 +183,28 @@ def write_plain_pipeline(folder: str | Path) -> Path:
         optimizer.zero_grad()
         (velocity - target).square().mean().backward()
         optimizer.step()
+    _smooth_embedding(transformer)
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+@torch.no_grad()
+def _smooth_embedding(transformer: SanaTransformer2DModel) -> None:
+    """Fit the embedder of 1000 s to a smooth way between its ends."""
+    from diffusers_tbcm.backbones.sana import TIME_EMBEDDER, embed_time, time_features
+    from diffusers_tbcm.dense_time import ridge_regression
+
+    s = torch.linspace(0, 1, 1001)
+    first, last = embed_time(transformer, torch.tensor([1.0, 1000.0]), None)
+    target = first + (3 * s**2 - 2 * s**3)[:, None] * (last - first)
+    embedder = transformer.get_submodule(TIME_EMBEDDER)
+    torch.manual_seed(0)
+    embedder.linear_1.reset_parameters()
+    embedder.linear_1.weight.div_(1 + 10 * 10000 ** (-torch.arange(128) / 128).repeat(2))  # less of fast sinusoids
+    hidden = embedder.act(embedder.linear_1(time_features(transformer, 1000 * s)))
+    weight, offset = ridge_regression(hidden.double(), target.double())
+    embedder.linear_2.weight.copy_(weight.T)
+    embedder.linear_2.bias.copy_(offset)
 
 
 def write_tiny_flow_lora(folder: str | Path, teacher: str | Path, *, timestep_scale: float = 1.0) -> Path:

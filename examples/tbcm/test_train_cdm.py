@@ -346,7 +346,7 @@ def test_a_plain_teacher_that_consistency_training_refuses_is_distilled(
         with pytest.raises(ValueError) as refused:
             script.main(arguments(pretrained_model_name_or_path=plain_teacher))
         message = str(refused.value)
-        assert "\n" not in message and "CDM with train_cdm.py" in message and "fine-tune it to dense time" in message
+        assert "\n" not in message and "CDM with train_cdm.py" in message and "train prepare_teacher" in message
         assert "names a plain teacher, which sees time multiplied by 1000" in message
     main(cdm_flags(pretrained_model_name_or_path=plain_teacher))  # into the folder of the runs that were refused
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")

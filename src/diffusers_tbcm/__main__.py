@@ -19,7 +19,10 @@ FLAGS = {
     name: f"--{name}" for name in ("device", "dtype", "guidance_scale", "height", "license", "tag", "token", "width")
 }
 FLAGS["num_inference_steps"] = "--steps"
-TRAINING_SCRIPTS = ("tbcm_distill", "cdm", "scm", "sana_sprint", "lcm")  # train_*.py of examples/tbcm
+TRAINING_SCRIPTS = {  # of examples/tbcm, by the name that `train` knows them by
+    **{name: f"train_{name}" for name in ("tbcm_distill", "cdm", "scm", "sana_sprint", "lcm")},
+    "prepare_teacher": "prepare_teacher",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, bool, Callable[[
     add_generate_flags(generate)
 
     train = commands.add_parser("train", help="distil a student: `accelerate launch` of a training script")
-    train.add_argument("script", choices=TRAINING_SCRIPTS, help="train_*.py of the repository's examples/tbcm")
+    train.add_argument("script", choices=TRAINING_SCRIPTS, help="of the repository's examples/tbcm")
     train.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own; --help shows them")
 
     push = commands.add_parser("push", help="publish a student's folder on the Hub")
@@ -104,7 +107,7 @@ def run_train(script: str, flags: Sequence[str]) -> None:
     if token is not None:
         os.environ["HF_TOKEN"] = token
         os.execv(sys.executable, [sys.executable, "-m", __package__, "train", script, *flags])
-    module = f"{__package__}.scripts.train_{script}"
+    module = f"{__package__}.scripts.{TRAINING_SCRIPTS[script]}"
     before = signal.signal(signal.SIGINT, lambda number, frame: None)  # it reaches the script too, which is waited for
     try:
         launch_command(launch_command_parser().parse_args(["-m", module, *flags]))

@@ -50,5 +50,21 @@ def guided_output(
     if teacher.guidance_embeds:
         return teacher(sample, t, **branches.arguments(), guidance=guidance_scale)
     both = teacher(torch.cat([sample, sample]), t.repeat(2), **branches.arguments())
-    unconditional, conditional = both.chunk(2)
-    return unconditional + broadcast_time(guidance_scale.to(both.dtype), both) * (conditional - unconditional)
+    return combine_branches(*both.chunk(2), guidance_scale)
+
+
+def combine_branches(
+    unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: torch.Tensor
+) -> torch.Tensor:
+    """Evaluate F_uncond + w (F_cond - F_uncond).
+
+    Args:
+        unconditional: F, or v, for the negative prompt, (batch, channels, height, width).
+        conditional: the same for the prompt.
+        guidance_scale: w, (batch,).
+
+    Returns:
+        The guided F or v, the shape of either.
+    """
+    scale = broadcast_time(guidance_scale.to(conditional.dtype), conditional)
+    return unconditional + scale * (conditional - unconditional)

@@ -39,8 +39,9 @@ PLAIN_SANA_SCALE = 1000.0
 # hence the modulation layer. The depthwise convolution is small and has no low rank.
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "time_embed.linear")
 GUIDANCE_EMBEDDER = "time_embed.guidance_embedder"
-# The last layer of the time embedding, as a network without a guidance embedder calls it.
-TEACHER_TIME_LAYER = "time_embed.emb.timestep_embedder.linear_2"
+# The layers that embed time, as a network without a guidance embedder calls them, and the last of them.
+TIME_EMBEDDER = "time_embed.emb.timestep_embedder"
+TEACHER_TIME_LAYER = f"{TIME_EMBEDDER}.linear_2"
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> SanaTransformer2DModel:
@@ -270,6 +271,33 @@ def embed_time(transformer: SanaTransformer2DModel, time: torch.Tensor, guidance
     condition = {} if guidance is None else {"guidance": _scaled(transformer, guidance)}
     _, embedded = transformer.time_embed(time, hidden_dtype=transformer.dtype, **condition)
     return embedded
+
+
+def time_features(transformer: SanaTransformer2DModel, time: torch.Tensor) -> torch.Tensor:
+    """Give the sinusoids through which `TIME_EMBEDDER` sees time.
+
+    Args:
+        transformer: a network without a guidance embedder.
+        time: s in the network's own units, (batch,).
+
+    Returns:
+        (batch, channels), float32.
+    """
+    return transformer.time_embed.emb.time_proj(time)
+
+
+def modulation(transformer: SanaTransformer2DModel, embedded: torch.Tensor) -> torch.Tensor:
+    """Give what all blocks are modulated by, beside tables of their own.
+
+    Args:
+        transformer: the network.
+        embedded: the conditioning vector, as `embed_time` gives it, (batch, inner_dim).
+
+    Returns:
+        Shifts, scales and gates, (batch, 6 inner_dim).
+    """
+    time_embed = transformer.time_embed
+    return time_embed.linear(time_embed.silu(embedded))
 
 
 def timestep_scale(transformer: SanaTransformer2DModel) -> float:

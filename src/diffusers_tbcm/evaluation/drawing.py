@@ -83,7 +83,7 @@ def load_pipeline(
     is_tbcm = model_index.get("scheduler") == ["diffusers", SCMScheduler.__name__]
     with loading("model", model):
         flow_scheduler = _flow_scheduler(model)
-    record = {} if lora is None else _lora_record(lora)
+    record = {} if lora is None else lora_record(lora)
     flow_adapter = record["adapter"] if is_flow_adapter(record) else None
     if record.get("adapter") and (flow_scheduler is not None or (is_tbcm and flow_adapter is not None)):
         raise ValueError(
@@ -130,8 +130,18 @@ def _flow_scheduler(model: str | PathLike[str]) -> FlowStudentScheduler | None:
     return FlowStudentScheduler.from_config(config) if is_flow_student(config) else None
 
 
-def _lora_record(lora: str | PathLike[str]) -> dict[str, Any]:
-    """What training has written beside LoRA weights; nothing of LoRA that is no student's."""
+def lora_record(lora: str | PathLike[str]) -> dict[str, Any]:
+    """Read what training has written beside LoRA weights.
+
+    Args:
+        lora: folder, file or Hub id.
+
+    Returns:
+        The training record, whose `adapter` is there where they make a student; empty of any other LoRA.
+
+    Raises:
+        ValueError: where it is damaged.
+    """
     folder = Path(lora).parent if Path(lora).is_file() else Path(lora)
     file = folder / TRAINING_RECORD
     if not folder.is_dir():

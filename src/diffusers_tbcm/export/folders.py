@@ -10,12 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline, SanaTransformer2DModel, SchedulerMixin
 from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
 from ..backbones import backbone_of, find_backbone
 from ..components import MODEL_CONFIG, SCHEDULER_CONFIG, plain_name, stored_precision
+from ..errors import loading
 from ..files import read_json, write_json
 from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE, save_adapters, save_lora
 from ..owned import OwnedFolder
@@ -146,6 +148,61 @@ def save_flow_student(
     )
 
 
+def save_prepared_teacher(
+    transformer: Any,
+    teacher: str | PathLike[str],
+    output_dir: str | PathLike[str],
+    description: StudentDescription,
+    *,
+    variants: Sequence[str] = (),
+    teacher_variant: str | None = None,
+) -> Path:
+    """Save a teacher that was prepared for consistency training as an ordinary pipeline of its family.
+
+    All but the transformer is the teacher's, its scheduler among it; else as `save_student_pipeline`.
+
+    Args:
+        transformer: in dense time, whose config says so.
+        teacher, output_dir, description, variants, teacher_variant: as `save_student_pipeline` takes them.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: where a variant is unknown, the teacher is no complete pipeline, or `check_target` refuses
+            `output_dir`.
+    """
+    return _save_pipeline(
+        transformer,
+        teacher,
+        Path(output_dir),
+        description,
+        pipeline_class=backbone_of(transformer).PIPELINE_CLASS,
+        scheduler=stock_scheduler(resolve_teacher(teacher, teacher_variant)),
+        source=None,
+        variants=variants,
+        teacher_variant=teacher_variant,
+        prepared=True,
+    )
+
+
+def stock_scheduler(folder: Path) -> SchedulerMixin:
+    """Load the scheduler of a pipeline folder.
+
+    Args:
+        folder: the pipeline's.
+
+    Returns:
+        The scheduler that its model_index.json names.
+
+    Raises:
+        ValueError: where it cannot be loaded.
+    """
+    with loading("teacher", folder):
+        name = read_json(folder / MODEL_INDEX)[SCHEDULER][1]
+        return getattr(diffusers, name).from_pretrained(folder, subfolder=SCHEDULER)
+
+
 def _save_pipeline(
     student: Any,
     teacher: str | PathLike[str],
@@ -157,8 +214,9 @@ def _save_pipeline(
     source: str | None,
     variants: Sequence[str],
     teacher_variant: str | None,
+    prepared: bool = False,
 ) -> Path:
-    """Save a student as a folder of a stock pipeline; `source` is that of another pipeline which draws with it."""
+    """Save a network as a folder of a stock pipeline; `source` is that of another pipeline which draws with it."""
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"variants has {variant!r}: choose from {', '.join(VARIANTS)}")
@@ -177,9 +235,8 @@ def _save_pipeline(
         write_json(folder / MODEL_INDEX, _model_index(teacher_folder, folder, pipeline_class, type(scheduler)))
         for variant in variants:
             _save_variant(folder, variant, pipeline_class, backbone_of(student).OPTIONAL_COMPONENTS)
-        _describe(
-            folder, teacher_folder, description, _record(description, student, teacher, teacher_folder, output_dir)
-        )
+        record = _record(description, student, teacher, teacher_folder, output_dir)
+        _describe(folder, teacher_folder, description, record | {"prepared": True} if prepared else record)
     return output_dir
 
 

@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 TAGS = ("text-to-image", "diffusers", "distillation", "few-step")
 TASK = "text-to-image"
+TEMPLATE, PREPARED_TEMPLATE = "model_card_template.md", "prepared_teacher_card_template.md"
 MAX_CAPTION = 300  # characters of a prompt
 SHOWN_STEPS = (1, 2, 4)  # by the examples
 
@@ -57,6 +58,8 @@ def render_model_card(
     check_record(record)
     samples = [sample for sample in record["samples"] if (folder / sample["file"]).is_file()]
     model_id = model_id or record["model_id"]
+    if record.get("prepared"):
+        return _render_prepared(folder, record, samples, license=license, model_id=model_id)
     metrics = load_metrics(folder)
     adapter = record.get("adapter")
     relation = "finetune" if adapter is None else "adapter"
@@ -91,7 +94,7 @@ def render_model_card(
         timesteps[steps] = scheduler.timesteps[:steps]
     return ModelCard.from_template(
         card_data,
-        template_path=str(_template_path()),
+        template_path=str(_template_path(TEMPLATE)),
         **{name: record[name] for name in ("teacher", "training", "resolution", "image_free")},
         model_id=model_id,
         prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
@@ -109,10 +112,44 @@ def render_model_card(
         samples=_samples_by_prompt(samples),
         sample_steps=sorted({sample["num_inference_steps"] for sample in samples}),
         sample_grid=SAMPLE_GRID if (folder / SAMPLE_GRID).is_file() else None,
-        variants={name: dtype for name, dtype in VARIANTS.items() if [*folder.glob(f"{TRANSFORMER}/*.{name}*")]},
+        variants=_variants(folder),
         metrics=metrics,
         metric_names=dict.fromkeys(name for row in (metrics.measurements if metrics else ()) for name in row.metrics),
     )
+
+
+def _render_prepared(
+    folder: Path,
+    record: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    license: str | None,
+    model_id: str,
+) -> ModelCard:
+    """The card of a teacher that was prepared for consistency training, and is no student."""
+    card_data = ModelCardData(
+        base_model=record["base_model"],
+        base_model_relation=record["base_model"] and "finetune",
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=[*TAGS[:3], "dense-time"],
+        widget=_widget(samples),
+        **(record["license"] if license is None else {"license": license}),
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(_template_path(PREPARED_TEMPLATE)),
+        **{name: record[name] for name in ("teacher", "training", "resolution")},
+        model_id=model_id,
+        prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
+        samples={_caption(sample["prompt"]): sample["file"] for sample in samples},
+        variants=_variants(folder),
+    )
+
+
+def _variants(folder: Path) -> dict[str, torch.dtype]:
+    """The half-precision copies of weights that a folder holds."""
+    return {name: dtype for name, dtype in VARIANTS.items() if [*folder.glob(f"{TRANSFORMER}/*.{name}*")]}
 
 
 def _image_free_tags(record: Mapping[str, Any], flow: bool) -> tuple[str, ...]:
@@ -193,7 +230,7 @@ def _samples_by_prompt(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[i
     return table
 
 
-def _template_path() -> Path:
-    """The card's template: in the package when installed, at the top of the repository in a checkout."""
-    packaged = Path(__file__).parents[1] / "model_card_template.md"
+def _template_path(name: str) -> Path:
+    """A card's template: in the package when installed, at the top of the repository in a checkout."""
+    packaged = Path(__file__).parents[1] / name
     return packaged if packaged.is_file() else Path(__file__).parents[3] / packaged.name

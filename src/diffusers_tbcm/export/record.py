@@ -25,6 +25,7 @@ from ..redaction import is_secret, redact_values
 RECORD_ENTRIES: dict[str, Any] = {  # of a training record, and their kinds
     "model_id": str, "teacher": str, "base_model": str | None, "license": dict, "resolution": int, "prompt": str,
     "training": dict, "image_free": bool, "samples": list, "adapter": dict | None,
+    "prepared": bool | None,
 }  # fmt: skip
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # a flow student is known by what draws with it
 SAMPLE_ENTRIES = {"prompt": str, "num_inference_steps": int, "file": str}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..backbones import Backbone
 from ..dual import checkpoint_dual
+from ..evaluation.generate import PROGRAM
 from ..export.folders import save_student_lora, save_student_pipeline
 from ..lora import make_lora_student
 from ..loss import LogvarHead, StudentWithLogvar
@@ -94,8 +96,9 @@ class ConsistencyDistillation(Distillation):
         if timestep_scale > 1 and not self.settings.allow_plain_teacher:
             raise ValueError(
                 "`pretrained_model_name_or_path` names a plain teacher, which sees time multiplied by"
-                f" {timestep_scale:g}: consistency training wants dense time. Distil it by CDM with train_cdm.py, or"
-                " prepare it, that is fine-tune it to dense time, first (`allow_plain_teacher` trains on it as it is)"
+                f" {timestep_scale:g}: consistency training wants dense time. Prepare it first, and give what comes"
+                f" out as teacher: {self._prepare()} -- or distil it by CDM with train_cdm.py (`allow_plain_teacher`"
+                " trains on it as it is)"
             )
         if timestep_scale > 1 and self.settings.validation_prompts:
             raise ValueError(
@@ -103,6 +106,16 @@ class ConsistencyDistillation(Distillation):
                 " the Sana-Sprint pipelines do not; leave them out"
             )
         return TrigFlowTransformer(transformer, timestep_scale)
+
+    def _prepare(self) -> str:
+        """The command line that prepares the teacher for this run."""
+        names = ("pretrained_model_name_or_path", "variant", "prompts_file", "dataset_name", "dataset_config_name")
+        flags = {name: getattr(self.settings, name, None) for name in (*names, "caption_column", "resolution")}
+        if flags["prompts_file"] is None and flags["dataset_name"] is None:
+            flags["prompts_file"] = "PROMPTS"  # of a run on a folder of pictures
+        flags["output_dir"] = f"{self.run.output_dir}-teacher"
+        words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+        return shlex.join([PROGRAM, "train", "prepare_teacher", *words])
 
     def _make_student(self) -> Any:
         if self.settings.rank is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 
@@ -79,7 +80,7 @@ class Distillation(ABC):
         self.method, self.image_free = method, image_free
         self.folder = resolve_teacher(settings.pretrained_model_name_or_path, settings.variant)
         self.backbone = self._find_backbone()
-        transformer = self.backbone.load_transformer(self.folder, settings.variant)
+        transformer = self._load_teacher()
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
         self.max_sequence_length = self.backbone.prompt_tokens(self.folder, settings.max_sequence_length)
         components = (TRANSFORMER, *text_components(self.backbone))
@@ -110,6 +111,10 @@ class Distillation(ABC):
     def _find_backbone(self) -> Backbone:
         """The teacher's family, one that the method has students of."""
         return find_backbone(self.folder)
+
+    def _load_teacher(self) -> Any:
+        """The teacher's network, in float32."""
+        return self.backbone.load_transformer(self.folder, self.settings.variant)
 
     @abstractmethod
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
@@ -371,23 +376,9 @@ class Distillation(ABC):
     def _draw(self, transformer: Any) -> list[Sample]:
         """Draw the validation prompts, put a labelled grid of them into log and folder, give the pictures."""
         run, prompts = self.run, self.settings.validation_prompts or []
-        vae = self.backbone.load_vae(self.folder, self.settings.variant).to(transformer.device)
-        pipeline = self._pipeline(vae, transformer)
-        pipeline.set_progress_bar_config(disable=True)
-        columns = [
-            list(
-                draw_pictures(
-                    pipeline,
-                    self.encode(prompts),
-                    numbered_generators(run.settings.seed),
-                    num_inference_steps=steps,
-                    **call_options(pipeline),
-                )
-            )
-            for steps in VALIDATION_STEPS
-        ]
-        rows = list(zip(*columns, strict=True))
-        grid = image_grid(rows, [f"{steps} step{'s' * (steps > 1)}" for steps in VALIDATION_STEPS], prompts)
+        labels, numbers, pictures = zip(*self._draw_columns(transformer, prompts), strict=True)
+        rows = list(zip(*pictures, strict=True))
+        grid = image_grid(rows, labels, prompts)
         try:
             with run.folder.written(f"{VALIDATION}/step-{run.step}.png") as partial:
                 grid.save(partial, format="PNG")
@@ -397,8 +388,26 @@ class Distillation(ABC):
         return [
             Sample(prompt, steps, image)
             for prompt, row in zip(prompts, rows, strict=True)
-            for steps, image in zip(VALIDATION_STEPS, row, strict=True)
+            for steps, image in zip(numbers, row, strict=True)
+            if steps is not None
         ]
+
+    def _draw_columns(
+        self, transformer: Any, prompts: Sequence[str]
+    ) -> Iterator[tuple[str, int | None, list[Image.Image]]]:
+        """Columns of the validation's grid: label, number of steps, pictures; no number where the card shows none."""
+        vae = self.backbone.load_vae(self.folder, self.settings.variant).to(transformer.device)
+        pipeline = self._pipeline(vae, transformer)
+        pipeline.set_progress_bar_config(disable=True)
+        for steps in VALIDATION_STEPS:
+            pictures = draw_pictures(
+                pipeline,
+                self.encode([*prompts]),
+                numbered_generators(self.run.settings.seed),
+                num_inference_steps=steps,
+                **call_options(pipeline),
+            )
+            yield f"{steps} step{'s' * (steps > 1)}", steps, list(pictures)
 
     def _training_table(self) -> dict[str, Any]:
         """What the model card says about the run."""

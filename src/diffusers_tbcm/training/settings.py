@@ -150,14 +150,20 @@ class RunSettings:
     hub_strategy: str = setting("end", "checkpoint: also at every checkpoint", choices=HUB_STRATEGIES)
     hub_license: str | None = setting(None, "such as apache-2.0, where the teacher's card names none")
 
+    least_train_steps = 1  # a class attribute, and no setting
+
     def __post_init__(self) -> None:
         check_finite(self)
         check_text(self)
         check_not_negative(self, "lr_warmup_steps", "weight_decay", "seed")
+        if self.max_train_steps < self.least_train_steps:
+            raise ValueError(
+                f"`max_train_steps` is {self.max_train_steps}: at least {self.least_train_steps} is needed"
+            )
         if self.seed > MAX_SEED:
             raise ValueError(f"`seed` is {self.seed}: the largest is {MAX_SEED}")
         check_positive(
-            self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
+            self, "train_batch_size", "gradient_accumulation_steps", "learning_rate",
             "max_grad_norm", "max_skipped_steps", "checkpointing_steps", "validation_steps", "logging_steps",
         )  # fmt: skip
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
