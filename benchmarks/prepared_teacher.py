@@ -69,7 +69,7 @@ from matplotlib import pyplot
 PLAIN_TIME = 1000.0
 ROUTE_STEPS = 16
 ROUGH = {"steps": 200, "rows": 24, "learning_rate": 3e-4}  # all weights trained on 1000 s
-ALIGNED = {"max_train_steps": 60, "learning_rate": 1e-5, "route_steps": 8}  # as prepare_teacher.py takes it
+ALIGNED = {"max_train_steps": 60, "learning_rate": 3e-5, "route_steps": 8}  # as prepare_teacher.py takes it
 NATIVE, FORCED, PREPARED = "native", "plain, forced", "prepared"
 STUDENT_STEPS = (1, 2)
 PICTURES = 12  # that PSNR is taken over

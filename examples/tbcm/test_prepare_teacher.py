@@ -88,8 +88,8 @@ def test_the_fit_alone_gives_a_dense_teacher_that_draws_what_the_plain_one_draws
 
 
 def test_alignment_makes_up_for_a_poor_fit_and_resumes_bit_for_bit(prepare_flags, monkeypatch, tmp_path):
-    monkeypatch.setattr(dense_time, "RIDGE", 0.1)
-    aligned = {"max_train_steps": 30, "learning_rate": 1e-3, "checkpointing_steps": 10, "use_ema": True}
+    monkeypatch.setattr(dense_time, "RIDGE", 1.0)
+    aligned = {"max_train_steps": 30, "learning_rate": 1e-4, "checkpointing_steps": 10, "use_ema": True}
     aligned["ema_decay"] = 0.8
     main(prepare_flags(**aligned))
     folder = tmp_path / "run"
@@ -184,7 +184,7 @@ def test_another_lora_of_the_same_name_is_refused_at_resumption(prepare_flags, l
 
 
 def test_adapters_of_the_alignment_are_merged(prepare_flags, plain_teacher, monkeypatch, tmp_path):
-    monkeypatch.setattr(dense_time, "RIDGE", 0.1)
+    monkeypatch.setattr(dense_time, "RIDGE", 1.0)
     main(prepare_flags(max_train_steps=5, rank=2, validation_prompts=["a dog"]))
     before, after = student_weights(plain_teacher), student_weights(tmp_path / "run")
     assert before.keys() == after.keys()

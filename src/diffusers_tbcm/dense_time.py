@@ -23,6 +23,7 @@ from .text import Text
 
 FIT_POINTS = 4001  # times in [0, 1] that an embedding is fitted at: four for each of a plain teacher's own
 LARGEST_SLOPES = (3.0, 6.0, 12.0, 25.0, 50.0)  # of a hidden unit in s; a unit bends over about 1 / its slope
+FITTED_UNITS = 64  # of the embedder's hidden units
 NEARLY = 1.1  # times the smallest residual
 RIDGE = 1e-6  # of the least squares, over the mean variance of the regressors
 
@@ -51,7 +52,8 @@ def fit_embedder(target: torch.Tensor, features: torch.Tensor, s: torch.Tensor, 
     Hidden unit k is silu(a_k (s - c_k)), |a_k| from 1 to a largest slope, of either sign, c_k even over [0, 1]. The
     second layer is the ridge regression of e on the units. A linear layer's least squares are the same under any fixed
     weight of its outputs, so that W^T W, by which the modulation layer W weighs them, changes nothing. The largest
-    slope is the smallest of `LARGEST_SLOPES` that fits nearly as well as any: it follows e, and not its jitter.
+    slope is the smallest of `LARGEST_SLOPES` that fits nearly as well as any: it follows e, and not its jitter. Units
+    beyond `FITTED_UNITS` are 0: Adam moves all weights by as much, and e by the sum over the units.
 
     Args:
         target: e at the times, (times, dim), float64.
@@ -64,18 +66,18 @@ def fit_embedder(target: torch.Tensor, features: torch.Tensor, s: torch.Tensor, 
     """
     # s as a sum of all features, by small weights: what each is rounded by averages out.
     to_s, offset = ridge_regression(features, s[:, None])
-    unit = torch.arange(units, dtype=s.dtype)
+    unit = torch.arange(min(units, FITTED_UNITS), dtype=s.dtype)
     centres = unit * (5**0.5 - 1) / 2 % 1  # multiples of the golden ratio: even, and in another order than the slopes
     fits = []
     for largest in LARGEST_SLOPES:
-        slopes = largest ** (unit / max(1, units - 1)) * (1 - 2 * (unit % 2))
+        slopes = largest ** (unit / max(1, len(unit) - 1)) * (1 - 2 * (unit % 2))
         first, first_bias = slopes[:, None] * to_s[:, 0], slopes * (offset - centres)
         hidden = F.silu(features @ first.T + first_bias)
         second, second_bias = ridge_regression(hidden, target)
         weights = {
-            "linear_1.weight": first,
-            "linear_1.bias": first_bias,
-            "linear_2.weight": second.T,
+            "linear_1.weight": F.pad(first, (0, 0, 0, units - len(unit))),
+            "linear_1.bias": F.pad(first_bias, (0, units - len(unit))),
+            "linear_2.weight": F.pad(second.T, (0, units - len(unit))),
             "linear_2.bias": second_bias,
         }
         fits.append((relative_error(hidden @ second + second_bias, target), weights))

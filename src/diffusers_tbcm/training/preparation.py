@@ -15,6 +15,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from torch import nn
 
+from ..backbones.sana import TIME_EMBEDDER
 from ..dense_time import (
     EmbeddingFit,
     branch_inputs,
@@ -143,7 +144,11 @@ class Preparation(Distillation):
     def _make_student(self) -> Any:
         fitted = self.prepared.transformer
         if self.settings.rank is None:
-            return copy.deepcopy(fitted).float().requires_grad_(True)
+            student = copy.deepcopy(fitted).float().requires_grad_(True)
+            student.get_submodule(TIME_EMBEDDER).requires_grad_(
+                False
+            )  # as good as it gets, and Adam would move it far
+            return student
         return self._adapted(lambda teacher, **options: adapt(fitted, **options))
 
     def _first_output(self, transformer: Any, noise: torch.Tensor) -> torch.Tensor:
