@@ -140,7 +140,7 @@ def run_script(script: str, folder: Path, flags: Mapping[str, Any]) -> Path:
         "resume_from_checkpoint": "latest" if list_checkpoints(folder) else False,
     }
     command = [sys.executable, str(EXAMPLES / script)]
-    for name, value in (shared | flags).items():
+    for name, value in {**shared, **flags}.items():
         if value is not False:
             command += [f"--{name}", *([] if value is True else [str(value)])]
     subprocess.run(command, check=True)

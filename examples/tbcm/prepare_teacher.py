@@ -56,6 +56,7 @@ class PreparationSettings(PromptSettings):
     flow_shift: float | None = setting(None, "of the trajectories' times; default: the teacher's")
     guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "of the trajectories, one per prompt")
     held_out_prompts: int = setting(8, "trajectories that v' is measured on, before and after")
+    validation_prompts: list[str] | None = setting(None, "drawn at 20 steps with v and with v'")
 
     least_train_steps = 0
 
@@ -104,7 +105,7 @@ def record_trajectories(
 
 def train(settings: PreparationSettings, stop: StopRequest) -> Run:
     """The preparation, from `resume_from_checkpoint` to `max_train_steps` or until asked to stop."""
-    run = Run(settings, stop, script=__file__)
+    run = Run(settings, stop, script=__file__, shards=False)
     prompts = settings.load_prompts()
     run.say(prompts)
 
@@ -113,8 +114,8 @@ def train(settings: PreparationSettings, stop: StopRequest) -> Run:
         run, settings, prompts.prompts, method=METHOD, lora=settings.lora, lora_scale=settings.lora_scale
     )
     record = record_trajectories(settings, run, preparation, prompts.prompts)
-    recording, _ = record([HELD_OUT + number for number in range(settings.held_out_prompts)])
-    preparation.hold_out(recording)
+    recording, finite = record([HELD_OUT + number for number in range(settings.held_out_prompts)])
+    preparation.hold_out(recording.select(finite.nonzero()[:, 0]))
 
     prepared = preparation.add_prepared(rows_per_prompt=2 * settings.route_steps)
     batches = run.batches(

@@ -9,6 +9,7 @@ its own trajectories, for both branches of its guidance. The recipe is ours; no 
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +145,7 @@ def compare_embeddings(teacher: FlowTransformer, prepared: FlowTransformer) -> E
     for network in (teacher, prepared):
         s = torch.linspace(0, 1, FIT_POINTS, device=network.transformer.device)
         times = Dual(s, torch.ones_like(s)) * network.timestep_scale
-        value = sana.embed_time(network.transformer, times, None)  # type: ignore[arg-type]
+        value: Any = sana.embed_time(network.transformer, times, None)  # type: ignore[arg-type]
         embedded.append(value.primal)
         slopes.append((value.tangent.norm(dim=1) / value.primal.norm(dim=1)).median().item())
     modulations = [sana.modulation(teacher.transformer, value) for value in embedded]
@@ -183,11 +184,13 @@ def record_branches(
     next_sigmas = torch.cat([sigmas[:, 1:], torch.zeros_like(sigmas[:, :1])], dim=1)
     with teacher.backbone.keep_text(teacher.transformer):
         for s, next_s in zip(sigmas.unbind(1), next_sigmas.unbind(1), strict=True):
-            both = teacher(torch.cat([sample, sample]), s.repeat(2), **branches.arguments()).chunk(2)
+            both = teacher(torch.cat([sample, sample]), s.repeat(2), **branches.arguments())
+            unconditional, conditional = both.chunk(2)
             branches = replace(branches, embeds=branches.embeds[:, :1])  # what the text gives is kept
             latents.append(sample)
-            velocities.append(torch.stack(both, dim=1))
-            sample = flow_step(sample, combine_branches(*both, guidance_scale), s, next_s)
+            velocities.append(torch.stack([unconditional, conditional], dim=1))
+            guided = combine_branches(unconditional, conditional, guidance_scale)
+            sample = flow_step(sample, guided, s, next_s)
     return Recording(
         latents=torch.stack(latents, dim=1),
         velocity=torch.stack(velocities, dim=1),
@@ -255,5 +258,5 @@ def time_response(network: FlowTransformer, rows: TrainingRows, negative_text: T
         (2 rows,), in the order of `branch_inputs`.
     """
     sample, s, text = branch_inputs(rows, negative_text)
-    velocity = network(sample, Dual(s, torch.ones_like(s)), **text.arguments())  # type: ignore[arg-type]
-    return velocity.tangent.flatten(1).norm(dim=1) / velocity.primal.flatten(1).norm(dim=1)  # type: ignore[attr-defined]
+    velocity: Any = network(sample, Dual(s, torch.ones_like(s)), **text.arguments())
+    return velocity.tangent.flatten(1).norm(dim=1) / velocity.primal.flatten(1).norm(dim=1)

@@ -50,7 +50,8 @@ def guided_output(
     if teacher.guidance_embeds:
         return teacher(sample, t, **branches.arguments(), guidance=guidance_scale)
     both = teacher(torch.cat([sample, sample]), t.repeat(2), **branches.arguments())
-    return combine_branches(*both.chunk(2), guidance_scale)
+    unconditional, conditional = both.chunk(2)
+    return combine_branches(unconditional, conditional, guidance_scale)
 
 
 def combine_branches(

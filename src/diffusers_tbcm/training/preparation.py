@@ -91,7 +91,12 @@ class Preparation(Distillation):
 
         Args:
             recording: of `record_branches`, which training does not see.
+
+        Raises:
+            ValueError: where it is empty, as the teacher gave no numbers.
         """
+        if not len(recording):
+            raise ValueError("`pretrained_model_name_or_path` names a teacher whose own trajectories are not finite")
         prompts = torch.arange(len(recording.guidance_scale))
         self._held_out = [recording.select(prompt).rows() for prompt in prompts.split(1)]
         self._measured["teacher"] = self._measure(self.teacher)
