@@ -211,7 +211,7 @@ def test_the_refusal_of_a_plain_teacher_names_a_command_that_can_be_run(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_train_steps": -1}, "--max_train_steps is -1: at least 0 is needed"),
+        ({"max_train_steps": -1}, "--max_train_steps is -1: it must not be negative"),
         ({"route_steps": 1}, "--route_steps is 1: a trajectory has at least 2"),
         ({"held_out_prompts": 0}, "--held_out_prompts is 0: it has to be positive"),
         ({"guidance_scales": [0.0]}, r"--guidance_scales is \[0.0\]: every scale has to be positive"),

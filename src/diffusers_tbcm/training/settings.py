@@ -156,10 +156,8 @@ class RunSettings:
         check_finite(self)
         check_text(self)
         check_not_negative(self, "lr_warmup_steps", "weight_decay", "seed")
-        if self.max_train_steps < self.least_train_steps:
-            raise ValueError(
-                f"`max_train_steps` is {self.max_train_steps}: at least {self.least_train_steps} is needed"
-            )
+        check = check_positive if self.least_train_steps else check_not_negative
+        check(self, "max_train_steps")
         if self.seed > MAX_SEED:
             raise ValueError(f"`seed` is {self.seed}: the largest is {MAX_SEED}")
         check_positive(
