@@ -177,6 +177,7 @@ def load_student(folder: Path) -> SanaTBCMPipeline:
             return args, {**kwargs, "timestep": scale * kwargs["timestep"]}
 
         pipeline.transformer.register_forward_pre_hook(feed, with_kwargs=True)
+        pipeline.transformer.register_to_config(timestep_scale=1.0)  # which the pipeline checks
     return pipeline
 
 
@@ -309,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pipeline = sana.load_text_pipeline(EMBEDDED_TEACHER, torch.float32)
     texts = [
-        Text.unmasked(sana.encode_prompt(pipeline, prompt, max_sequence_length=MAX_SEQUENCE_LENGTH)[None])
+        sana.encode_prompt(pipeline, prompt, max_sequence_length=MAX_SEQUENCE_LENGTH)
         for prompt in ("", *task.training)
     ]
     negative_text, text = texts[0], Text.cat(texts[1:])

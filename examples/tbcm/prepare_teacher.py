@@ -27,7 +27,6 @@ import torch
 
 from diffusers_tbcm.dense_time import alignment_loss, branch_inputs, record_branches
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
-from diffusers_tbcm.pipeline_folder import flow_shift
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
@@ -82,7 +81,7 @@ def record_trajectories(
     settings: PreparationSettings, run: Run, preparation: Preparation, prompts: Sequence[str]
 ) -> Record:
     """Step 3, as a function of the draws to make rows of."""
-    shift = flow_shift(preparation.folder) if settings.flow_shift is None else settings.flow_shift
+    shift = preparation.shift if settings.flow_shift is None else settings.flow_shift
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
         """Record the trajectories of some draws; those of numbers are kept."""

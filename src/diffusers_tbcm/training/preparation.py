@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from torch import nn
 
-from ..backbones.sana import TIME_EMBEDDER
+from ..backbones import Backbone, sana
 from ..dense_time import (
     EmbeddingFit,
     branch_inputs,
@@ -34,6 +34,7 @@ from ..export.folders import save_prepared_teacher, stock_scheduler
 from ..export.record import StudentDescription
 from ..flow import FlowTransformer
 from ..lora import adapt, merge_lora
+from ..pipeline_folder import flow_shift
 from ..rows import Recording, TrainingRows
 from ..text import Text
 from .distillation import Distillation
@@ -59,6 +60,7 @@ class Preparation(Distillation):
         teacher: the frozen network v, LoRA merged.
         prepared: v' as the fit has made it.
         fit: how close its embedding of time is.
+        shift: the teacher's static shift of times.
 
     Raises:
         ValueError: for a teacher that is in dense time already or embeds guidance, and for a LoRA that is none of it.
@@ -79,6 +81,8 @@ class Preparation(Distillation):
         self._lora, self._lora_scale = lora, lora_scale
         super().__init__(run, settings, prompts, method=method, image_free=True)
         self.scheduler = stock_scheduler(self.folder)
+        tokens = self.backbone.image_tokens(self.teacher.transformer, self.latent_shape)
+        self.shift = flow_shift(self.folder, tokens)
         self.prepared = to_dense_time(self.teacher)
         self.fit: EmbeddingFit = compare_embeddings(self.teacher, self.prepared)
         run.say(f"The new embedding of time: {self._fit_in_words()}")
@@ -124,6 +128,15 @@ class Preparation(Distillation):
             "student", model, exported="transformer", lr_scheduler=settings.lr_scheduler, ema=settings.use_ema
         )
 
+    def _find_backbone(self) -> Backbone:
+        backbone = super()._find_backbone()
+        if backbone.TRANSFORMER_CLASS is not sana.TRANSFORMER_CLASS:
+            raise ValueError(
+                "`pretrained_model_name_or_path` names a teacher of"
+                f" {backbone.PIPELINE_CLASS.__name__}: only a Sana can be prepared"
+            )
+        return backbone
+
     def _load_teacher(self) -> Any:
         transformer = super()._load_teacher()
         if self._lora is None:
@@ -150,7 +163,7 @@ class Preparation(Distillation):
         fitted = self.prepared.transformer
         if self.settings.rank is None:
             student = copy.deepcopy(fitted).float().requires_grad_(True)
-            student.get_submodule(TIME_EMBEDDER).requires_grad_(
+            student.get_submodule(sana.TIME_EMBEDDER).requires_grad_(
                 False
             )  # as good as it gets, and Adam would move it far
             return student
@@ -162,7 +175,7 @@ class Preparation(Distillation):
         return FlowTransformer(transformer, self.prepared.timestep_scale)(noise, one, embeds, self.negative_text.mask)
 
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
-        return self.backbone.PIPELINE_CLASS(None, None, vae, transformer, copy.deepcopy(self.scheduler))
+        return self.backbone.make_pipeline(vae, transformer, copy.deepcopy(self.scheduler))
 
     def _how_to_draw(self, folder: Path) -> str:
         return f'SanaPipeline.from_pretrained("{folder}")("a prompt").images[0]'
