@@ -3,16 +3,16 @@
     python -m benchmarks.emoji_student            # trains, measures, goes on where it stopped; hours on a CPU
     python -m benchmarks.emoji_student --save     # and writes examples/tbcm/sana_emoji_mini_tbcm
 
-One run of `train_tbcm_distill.py` on all 5,179 prompts: every row to its trajectory's end at a constant learning rate,
-then --final_loss at a falling one. The averaged student at the end of each stage draws the quickstart's 500 evaluation
-prompts. Distances are to what the teacher draws of them in 20 steps from other noises. Writes
-benchmarks/results/emoji_student.json, .md and .png.
+One run of `train_tbcm_distill.py` on all 5,179 prompts, every row to its trajectory's end at a constant learning rate,
+and two that go on from its last checkpoint at a falling one: by the same loss, and by the consistency loss. The
+averaged student at the end of each stage draws the quickstart's 500 evaluation prompts. Distances are to what the
+teacher draws of them in 20 steps from other noises. Writes benchmarks/results/emoji_student.json, .md and .png.
 """
 
 import argparse
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy
 import pandas
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from scipy.stats import linregress
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.export.model_card import save_model_card
-from diffusers_tbcm.export.record import save_metrics
+from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.export.selection import select_files
-from diffusers_tbcm.pipeline_folder import TRANSFORMER, list_checkpoints
+from diffusers_tbcm.pipeline_folder import CHECKPOINT, TRANSFORMER, list_checkpoints
 from examples.tbcm.quickstart import (
     EVALUATION_PROMPTS,
     GRID_PROMPTS,
@@ -40,8 +42,10 @@ from .emoji_judge import DISTANCE, EmojiJudge, flat
 
 
 SHIPPED = EXAMPLES / "sana_emoji_mini_tbcm"
-STAGES = (100, 200, 400, 800, 1600)  # steps at the end of each, by the endpoint loss
+STAGES = (100, 200, 400, 800)  # steps at the end of each, by the endpoint loss
 FINAL_STEPS = 200  # then at a falling rate
+FINAL_LOSSES = ("consistency", "endpoint")
+SAVED = "endpoint"  # the nearer one
 FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
@@ -65,22 +69,32 @@ FLAGS: Mapping[str, Any] = {
 ROWS_A_STEP = FLAGS["train_batch_size"] * (FLAGS["route_steps"] - 1)
 
 
-def train(folder: Path, steps: int, *, endpoint_steps: int, lr_scheduler: str) -> SanaTBCMPipeline:
-    """Train to a number of steps, from where the run stands; gives the averaged student."""
+def train(folder: Path, steps: int, endpoint_steps: int, *, start: Path | None = None) -> SanaTBCMPipeline:
+    """Train to a number of steps, from where the run stands, or at a falling rate from a start; the averaged student.
+
+    Args:
+        folder: of the run.
+        steps: at the end.
+        endpoint_steps: how many of them by the endpoint loss.
+        start: a checkpoint of another run; None for a run of its own.
+
+    Returns:
+        The student.
+    """
     flags = {
         "pretrained_model_name_or_path": EMBEDDED_TEACHER,
         "prompts_file": many().prompts_file,
         "output_dir": folder,
         "max_train_steps": steps,
         "endpoint_warmup_steps": endpoint_steps,
-        "lr_scheduler": lr_scheduler,
+        "lr_scheduler": "constant_with_warmup" if start is None else "linear",
         "validation_prompts": GRID_PROMPTS,  # drawn for the card
         "validation_steps": steps,
         **FLAGS,
     }
-    if list_checkpoints(folder):
+    if start is not None or list_checkpoints(folder):
         flags |= {
-            "resume_from_checkpoint": "latest",
+            "resume_from_checkpoint": "latest" if list_checkpoints(folder) else start,
             "resume_with_changed": ["lr_scheduler", "endpoint_warmup_steps"],  # stages may be added
         }
     subprocess.run([sys.executable, str(EXAMPLES / "train_tbcm_distill.py"), *arguments(flags)], check=True)
@@ -110,13 +124,19 @@ def plot(table: pandas.DataFrame, others: Mapping[int, float], floor: float, fil
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for (steps, points), colour in zip(table.groupby("steps"), ("C0", "C1", "C2"), strict=True):
         label = "1 step" if steps == 1 else f"{steps} steps"
-        axes.plot(points["rows"], points[DISTANCE], "-", color=colour, label=label)
-        for rate, marker in (("constant", "o"), ("falling", "*")):
-            at_rate = points[points["rate"] == rate]
-            axes.plot(at_rate["rows"], at_rate[DISTANCE], marker, color=colour)
+        constant = points[points["rate"] == "constant"]
+        axes.plot(constant["rows"], constant[DISTANCE], "o-", color=colour, label=label)
+        for loss, marker in (("endpoint", "v"), ("consistency", "*")):
+            last = points[(points["rate"] == "falling") & (points["loss"] == loss)]
+            axes.plot(last["rows"], last[DISTANCE], marker, color=colour)
         axes.axhline(others[steps], color=colour, linestyle=":", linewidth=1)
     axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="the teacher, other noises")
-    axes.set(xscale="log", yscale="log", xlabel="trained rows (star: falling rate)", ylabel=DISTANCE)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="trained rows (falling rate: v endpoint, * consistency)",
+        ylabel=DISTANCE,
+    )
     axes.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -128,15 +148,15 @@ def save(folder: Path, target: Path) -> None:
         file = target / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    student = SanaTBCMPipeline.from_pretrained(folder)
-    student.transformer.half().save_pretrained(target / TRANSFORMER)
+    weights = target / TRANSFORMER / SAFETENSORS_WEIGHTS_NAME
+    halves = {name: weight.half() for name, weight in load_file(weights).items()}
+    save_file(halves, weights, metadata={"format": "pt"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=STAGES, help="steps at the end of each")
     parser.add_argument("--final_steps", type=int, default=FINAL_STEPS, help="at a falling rate")
-    parser.add_argument("--final_loss", choices=("consistency", "endpoint"), default="consistency")
     parser.add_argument("--prompts", type=int, default=EVALUATION_PROMPTS)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/emoji_student"))
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
@@ -144,21 +164,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     judge, run = EmojiJudge(many(args.prompts), args.work_dir / "drawn"), args.work_dir / "run"
 
-    rows = []
-    for stage in (*args.stages, args.stages[-1] + args.final_steps):
-        loss = "endpoint" if stage <= args.stages[-1] else args.final_loss
-        last_stage = stage > args.stages[-1]
-        load = partial(
-            train,
-            run,
-            stage,
-            endpoint_steps=stage if loss == "endpoint" else args.stages[-1],
-            lr_scheduler="linear" if last_stage else "constant_with_warmup",
-        )
-        drawn = judge.draw(f"stage_{stage}_{loss}" if last_stage else f"stage_{stage}", load)
-        last = [judge.describe("student", *of_steps) for of_steps in drawn.items()]
-        rate = "falling" if last_stage else "constant"
-        rows += [{"rows": ROWS_A_STEP * stage, "loss": loss, "rate": rate, **flat(each)} for each in last]
+    rows: list[dict[str, Any]] = []
+
+    def measure(name: str, step: int, load: Callable[[], SanaTBCMPipeline], **labels: str) -> list[Measurement]:
+        drawn = judge.draw(name, load)
+        described = [judge.describe("student", *of_steps) for of_steps in drawn.items()]
+        rows.extend({"rows": ROWS_A_STEP * step, **labels, **flat(each)} for each in described)
+        return described
+
+    for stage in args.stages:
+        load = partial(train, run, stage, args.stages[-1])
+        measure(f"stage_{stage}", stage, load, loss="endpoint", rate="constant")
+    steps, finals = args.stages[-1] + args.final_steps, {}
+    for loss in FINAL_LOSSES:
+        endpoint_steps = steps if loss == "endpoint" else args.stages[-1]
+        start = run / f"{CHECKPOINT}{args.stages[-1]}"
+        load = partial(train, args.work_dir / loss, steps, endpoint_steps, start=start)
+        finals[loss] = measure(f"stage_{steps}_{loss}", steps, load, loss=loss, rate="falling")
 
     table = pandas.DataFrame(rows)
     details = {"prompts": args.prompts, "batch": ROWS_A_STEP, **machine(default_device())}
@@ -171,15 +193,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = {each.num_inference_steps: each.metrics[DISTANCE] for each in judge.controls[1:]}
     plot(table, others, judge.floor, args.output_dir / "emoji_student.png")
     if args.save:
+        saved = args.work_dir / SAVED
         save_metrics(
-            run,
-            [*judge.controls, *last],
+            saved,
+            [*judge.controls, *finals[SAVED]],
             dataset=f"{args.prompts} evaluation prompts of the embedded emoji teacher",
             command="python -m benchmarks.emoji_student",
-            details={"seed": SEED, "rows": int(table["rows"].max()), **machine(default_device())},
+            details={"seed": SEED, "rows": int(table["rows"].max()), "loss": SAVED, **machine(default_device())},
         )
-        save_model_card(run, model_id=SHIPPED.relative_to(ROOT).as_posix())
-        save(run, SHIPPED)
+        save_model_card(saved, model_id=SHIPPED.relative_to(ROOT).as_posix())
+        save(saved, SHIPPED)
 
 
 if __name__ == "__main__":

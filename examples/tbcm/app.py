@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """A page to draw with a few-step student, locally or as a Space of the Hub.
 
-    python app.py --model outputs/quickstart
+    python app.py                              # the student that stands beside this file
+    python app.py --model outputs/quickstart   # or another
 
 As a Space (SDK: gradio): this file, the variable MODEL_ID, and a requirements.txt that says
 `diffusers_tbcm[demo] @ ADDRESS`, with the address of a wheel that you have made (`pip wheel --no-deps .`) and
@@ -25,12 +26,12 @@ from diffusers_tbcm.evaluation.drawing import call_options, draw, has_learned_gu
 if TYPE_CHECKING:
     from gradio import Blocks
 
-DEFAULT_MODEL = "outputs/quickstart"
+DEFAULT_MODEL = Path(__file__).with_name("sana_emoji_mini_tbcm")
 STEPS = (1, 2, 4)
 MAX_PICTURES = 8
 MAX_GUIDANCE = 8
 MAX_SEED = 2**31 - 1
-EXAMPLES = (  # of what the quickstart's student has learned; another student draws what its own teacher does
+EXAMPLES = (  # of what the embedded teacher's students have learned; another student draws what its own teacher does
     "owl",
     "fluent 3d bicycle",
     "rocket",
@@ -181,13 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora", help="LoRA weights to load into it; --model may then be their teacher")
     parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     args = parser.parse_args(argv)
-    if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
-        parser.error(
-            f"{DEFAULT_MODEL} is not there yet: `make quickstart` distils it, in about 8 minutes on 2 CPU cores."
-            " Or give --model, or MODEL_ID, another student's folder or Hub id."
-        )
+    if args.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
+        parser.error(f"{DEFAULT_MODEL.name} is not beside this file: give --model, or MODEL_ID, a folder or Hub id.")
+    name = DEFAULT_MODEL.name if args.model == DEFAULT_MODEL else args.model
     with ending_in_words({}, debug=args.debug):
-        build_page(load_pipeline(args.model, lora=args.lora), args.model).launch(**launch_options())
+        build_page(load_pipeline(args.model, lora=args.lora), name).launch(**launch_options())
 
 
 if __name__ == "__main__":

@@ -144,12 +144,12 @@ def test_the_api_has_names_and_a_mistake_is_no_traceback(pipeline, capfd):
 
 
 def test_without_a_student_it_says_how_to_get_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(app, "DEFAULT_MODEL", tmp_path / "student")
     monkeypatch.delenv("MODEL_ID", raising=False)
     monkeypatch.setattr("sys.argv", ["app.py"])
     with pytest.raises(SystemExit, match="2"):
         app.main()
-    assert "outputs/quickstart is not there yet: `make quickstart` distils it" in capsys.readouterr().err
+    assert "student is not beside this file: give --model, or MODEL_ID, a folder or Hub id" in capsys.readouterr().err
     monkeypatch.setenv("MODEL_ID", str(tmp_path / "another"))
     with pytest.raises(SystemExit, match="another' is neither a pipeline folder nor a model on the Hub"):
         app.main()
