@@ -4,6 +4,7 @@
     python -m benchmarks.cdm_emoji few          # 24 named prompts, noises that no run has seen
     python -m benchmarks.cdm_emoji many         # the 5,179 prompts, measured on 500 evaluation prompts
     python -m benchmarks.cdm_emoji longer --max_train_steps 2400    # the 24 prompts at half the rate
+    python -m benchmarks.cdm_emoji batches --max_train_steps 400    # the 24 prompts in larger batches
     python -m benchmarks.cdm_emoji ablations    # the 24 prompts without one idea of the method at a time
 
 Students are drawn by the plain stock pipeline. Distances are to pictures that the teacher draws in 20 steps with
@@ -98,6 +99,9 @@ WHOLE = {
 TABLES = {
     "few": WHOLE,
     "longer": {"CDM, CA everywhere, longer": Setting(LONGER)},
+    "batches": {
+        f"CDM, CA everywhere, batch of {size}": Setting({**EVERYWHERE, "train_batch_size": size}) for size in (32, 64)
+    },
     "many": WHOLE,
     "ablations": {
         "CDM": CDM,
