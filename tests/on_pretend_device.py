@@ -27,10 +27,11 @@ from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.evaluation.features import MobileNetFeatures
 from diffusers_tbcm.export.record import load_metrics
 from diffusers_tbcm.lora import make_lora_student, save_lora
-from diffusers_tbcm.scripts import evaluate_student, train_cdm, train_sana_sprint, train_tbcm_distill
+from diffusers_tbcm.scripts import evaluate_student, prepare_teacher, train_cdm, train_sana_sprint, train_tbcm_distill
 from diffusers_tbcm.training.memory import activation_bytes
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.transfer import HostCopy, to_device
+from examples.tbcm.conftest import arguments
 from examples.tbcm.mini_teacher.emoji_metrics import TEACHER_DIR
 
 
@@ -242,6 +243,22 @@ def test_adapters_in_bf16_with_pictures_on_the_way(method, flags, cdm_flags, on,
     assert there.keys() == here.keys()
     loss = "loss" if method == "tbcm" else "critic_loss"
     assert metrics(run)[0][loss] == pytest.approx(metrics(tmp_path / "cpu")[0][loss], rel=0.1)
+
+
+def test_a_plain_teacher_is_prepared_there_as_on_the_cpu(shared_flags, prompts_file, plain_teacher, on, tmp_path):
+    short = {"route_steps": 3, "held_out_prompts": 2, "max_train_steps": 2, "logging_steps": 1, **EVERYTHING}
+    short |= {"checkpointing_steps": 2, "learning_rate": 1e-3}
+    told = shared_flags | {"pretrained_model_name_or_path": plain_teacher, "prompts_file": prompts_file} | short
+    for device in (DEVICE, "cpu"):
+        on(device)
+        prepare_teacher.main(arguments(**told | {"output_dir": tmp_path / str(device)}))
+    there, here = (metrics(tmp_path / str(device)) for device in (DEVICE, "cpu"))
+    for logged, expected in zip(there, here, strict=True):
+        for figure in expected.keys() - TIMES:
+            assert logged[figure] == pytest.approx(expected[figure], rel=2e-2, abs=2e-3), figure
+    there, here = (student_weights(tmp_path / str(device)) for device in (DEVICE, "cpu"))
+    for name, weight in here.items():  # Adam enlarges rounding to the scale of the learning rate
+        torch.testing.assert_close(there[name], weight, rtol=1e-3, atol=4e-3, msg=name)
 
 
 def test_a_loss_scale_of_fp16(flags, on, tmp_path):
