@@ -59,8 +59,8 @@ class Family:
     def share_prompts(self, network: nn.Module) -> None:
         pass
 
-    def keep_text(self, network: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
+    def keep_text(self, network: nn.Module) -> AbstractContextManager[Callable[[Text], Text]]:
+        return nullcontext(lambda text: text)
 
     def velocity(self, network: nn.Module, sample: Any, time: Any, text: Text, guidance: None) -> Any:
         return network(sample, time, **text.arguments())

@@ -8,7 +8,7 @@ its own trajectories, for both branches of its guidance. The recipe is ours; no 
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -182,11 +182,11 @@ def record_branches(
     branches = guidance_branches(teacher, text, negative_text)
     latents, velocities = [], []
     next_sigmas = torch.cat([sigmas[:, 1:], torch.zeros_like(sigmas[:, :1])], dim=1)
-    with teacher.backbone.keep_text(teacher.transformer):
+    with teacher.backbone.keep_text(teacher.transformer) as kept:
         for s, next_s in zip(sigmas.unbind(1), next_sigmas.unbind(1), strict=True):
             both = teacher(torch.cat([sample, sample]), s.repeat(2), **branches.arguments())
             unconditional, conditional = both.chunk(2)
-            branches = replace(branches, embeds=branches.embeds[:, :1])  # what the text gives is kept
+            branches = kept(branches)
             latents.append(sample)
             velocities.append(torch.stack([unconditional, conditional], dim=1))
             guided = combine_branches(unconditional, conditional, guidance_scale)
