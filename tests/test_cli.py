@@ -134,7 +134,7 @@ def test_what_the_command_line_leaves_out_is_the_student_s_own(tmp_path):
     trained = {"max_sequence_length": 8, "complex_human_instruction": None}
     pipeline.scheduler = TBCMScheduler(guidance_scales=[2.0], call_options=trained)
     pipeline.save_pretrained(tmp_path / "student")
-    pipeline = tiny_tbcm_pipeline()
+    pipeline, seen = tiny_tbcm_pipeline(), []
     for flags, told in (
         ([], {}),
         (["--guidance_scale", 6], {"guidance_scale": 6.0}),
@@ -144,7 +144,11 @@ def test_what_the_command_line_leaves_out_is_the_student_s_own(tmp_path):
         generate(tmp_path / "student", tmp_path / "x.png", "--steps", 1, *flags, prompts=["a little white dog"])
         options = {"guidance_scale": 2.0, **trained, **told}
         expected = next(draw(pipeline, ["a little white dog"], steps=[1], seeds=[0], **options)).image
-        np.testing.assert_array_equal(pixels(tmp_path / "x.png"), pixels(expected))
+        drawn = pixels(tmp_path / "x.png").astype(int)
+        # Weights from a file lie elsewhere in memory, which may round a sum in another way: by a level
+        np.testing.assert_allclose(drawn, pixels(expected).astype(int), rtol=0, atol=1)
+        assert all(abs(drawn - other).max() > 1 for other in seen)
+        seen.append(drawn)
 
 
 def test_a_grid_has_a_row_a_prompt_and_a_column_a_step_count_and_seed(student, drawn_in_python, tmp_path):

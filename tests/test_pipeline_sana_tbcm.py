@@ -112,7 +112,11 @@ def test_a_call_draws_as_the_student_was_distilled_and_as_it_is_told(pipeline, t
         generator = torch.Generator().manual_seed(0)
         return pipeline(prompt, num_inference_steps=1, generator=generator, output_type="pt", **options).images
 
-    assert torch.equal(draw(student), draw(pipeline, **trained))
+    # Weights from a file lie elsewhere in memory, which may round a sum in another way
+    def alike(first, second):
+        return first.shape == second.shape and torch.allclose(first, second, rtol=0, atol=1e-5)
+
+    assert alike(draw(student), draw(pipeline, **trained))
     for changed in (
         {"guidance_scale": 40.0},
         {"height": 64},
@@ -121,8 +125,8 @@ def test_a_call_draws_as_the_student_was_distilled_and_as_it_is_told(pipeline, t
         {"complex_human_instruction": INSTRUCTION},
     ):
         told = draw(student, **changed)
-        assert torch.equal(told, draw(pipeline, **trained | changed))
-        assert not torch.equal(told, draw(student)), changed
+        assert alike(told, draw(pipeline, **trained | changed))
+        assert not alike(told, draw(student)), changed
     embeds, mask = student.encode_prompt(PROMPTS[1])
     assert embeds.shape[1] == 8
     embedded = draw(student, None, prompt_embeds=embeds, prompt_attention_mask=mask)

@@ -80,7 +80,7 @@ def load_pipeline(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else find_device(device)
     with loading_by_name("model", model, "a pipeline folder"):
         model_index = DiffusionPipeline.load_config(str(model))
-    is_tbcm = model_index.get("scheduler") == ["diffusers", SCMScheduler.__name__]
+        is_tbcm = model_index.get("scheduler") == ["diffusers", SCMScheduler.__name__]
     with loading("model", model):
         flow_scheduler = _flow_scheduler(model)
     record = {} if lora is None else lora_record(lora)
