@@ -132,7 +132,7 @@ def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tm
 
 def test_fsdp2_gives_the_weights_of_one_process_and_resumes_bit_for_bit(cdm_flags, tmp_path):
     one, run = tmp_path / "one", tmp_path / "sharded"
-    rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "use_ema": True, "ema_decay": 0.5}
+    rates = {"learning_rate": 5e-5, "critic_learning_rate": 5e-5, "use_ema": True, "ema_decay": 0.5}
     main(cdm_flags(output_dir=one, train_batch_size=4, **rates))
     arguments = cdm_flags(output_dir=run, **rates)
     launch_sharded(arguments, script=SCRIPTS / "train_cdm.py")
