@@ -113,7 +113,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(cdm_flags, tmp_path,
 
 
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tmp_path):
-    shared = {**LORA, "merge_lora": True, "learning_rate": 1e-4, "critic_learning_rate": 1e-4}
+    shared = {**LORA, "merge_lora": True, "learning_rate": 5e-5, "critic_learning_rate": 5e-5}
     main(cdm_flags(output_dir=tmp_path / "one", train_batch_size=4, **shared))
     main(cdm_flags(output_dir=tmp_path / "cut", train_batch_size=2, gradient_accumulation_steps=2, **shared))
     launch(cdm_flags(output_dir=tmp_path / "two", **shared), script=SCRIPTS / "train_cdm.py")
