@@ -20,15 +20,16 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy
 import pandas
+from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from scipy.stats import linregress
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.export.model_card import save_model_card
+from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.export.selection import select_files
-from diffusers_tbcm.pipeline_folder import CHECKPOINT, TRANSFORMER, list_checkpoints
+from diffusers_tbcm.pipeline_folder import CARD, CHECKPOINT, TRANSFORMER, list_checkpoints
 from examples.tbcm.quickstart import (
     EVALUATION_PROMPTS,
     GRID_PROMPTS,
@@ -143,14 +144,19 @@ def plot(table: pandas.DataFrame, others: Mapping[int, float], floor: float, fil
 
 
 def save(folder: Path, target: Path) -> None:
-    """Copy what a push would publish of a student's folder, its transformer's weights in float16."""
+    """Copy what a push would publish of a student's folder, its transformer's weights in float16.
+
+    The pipeline in one file is left out: who has this repository has the package.
+    """
     for name, content in select_files(folder).files.items():
-        file = target / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        if name != CUSTOM_PIPELINE_FILE_NAME:
+            file = target / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     weights = target / TRANSFORMER / SAFETENSORS_WEIGHTS_NAME
     halves = {name: weight.half() for name, weight in load_file(weights).items()}
     save_file(halves, weights, metadata={"format": "pt"})
+    render_model_card(target, model_id=SHIPPED.relative_to(ROOT).as_posix()).save(target / CARD)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -201,7 +207,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             command="python -m benchmarks.emoji_student",
             details={"seed": SEED, "rows": int(table["rows"].max()), "loss": SAVED, **machine(default_device())},
         )
-        save_model_card(saved, model_id=SHIPPED.relative_to(ROOT).as_posix())
         save(saved, SHIPPED)
 
 

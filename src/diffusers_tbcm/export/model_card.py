@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import SanaPipeline
+from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -100,6 +101,7 @@ def render_model_card(
         prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
         adapter=adapter,
         flow=flow,
+        standalone=(folder / CUSTOM_PIPELINE_FILE_NAME).is_file(),
         call_options=_beyond_stock(call_options),
         call=backbone.CALL_OPTIONS,
         left_out=backbone.OPTIONAL_COMPONENTS,

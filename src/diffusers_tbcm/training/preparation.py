@@ -163,9 +163,8 @@ class Preparation(Distillation):
         fitted = self.prepared.transformer
         if self.settings.rank is None:
             student = copy.deepcopy(fitted).float().requires_grad_(True)
-            student.get_submodule(sana.TIME_EMBEDDER).requires_grad_(
-                False
-            )  # as good as it gets, and Adam would move it far
+            # The embedder is as good as it gets, and Adam would move it far
+            student.get_submodule(sana.TIME_EMBEDDER).requires_grad_(False)
             return student
         return self._adapted(lambda teacher, **options: adapt(fitted, **options))
 
