@@ -17,6 +17,7 @@ from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .loading import load_network, load_prompt_pipeline
+from .patched import after_blocks as after_blocks
 
 
 TRANSFORMER_CLASS = LongCatImageTransformer2DModel
@@ -166,11 +167,6 @@ def image_tokens(transformer: LongCatImageTransformer2DModel, shape: tuple[int, 
 def blocks(transformer: LongCatImageTransformer2DModel) -> list[nn.Module]:
     """Give the network's blocks, in order."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-
-def after_blocks(transformer: LongCatImageTransformer2DModel) -> nn.Module:
-    """Give what a forward calls after the last block."""
-    return transformer.norm_out
 
 
 def inner_dim(transformer: LongCatImageTransformer2DModel) -> int:

@@ -13,6 +13,9 @@ from torch import nn
 from ..files import read_json
 from ..text import Text
 from .loading import load_network, load_prompt_pipeline
+from .patched import after_blocks as after_blocks
+from .patched import blocks as blocks
+from .patched import image_tokens as image_tokens
 from .sana_attention import deal_out
 from .sana_attention import keep_text as keep_text
 from .sana_attention import share_prompts as share_prompts
@@ -190,30 +193,6 @@ def latent_shape(folder: Path, transformer: SanaTransformer2DModel, resolution: 
 def native_size(transformer: SanaTransformer2DModel) -> int:
     """Say how many latent pixels a side a network's own pictures have."""
     return transformer.config["sample_size"]
-
-
-def image_tokens(transformer: SanaTransformer2DModel, shape: tuple[int, ...]) -> int:
-    """Say how many tokens a picture is, which a dynamic shift of times depends on.
-
-    Args:
-        transformer: the network.
-        shape: of its latents, from `latent_shape`.
-
-    Returns:
-        The number of patches.
-    """
-    patch = transformer.config["patch_size"]
-    return (shape[-2] // patch) * (shape[-1] // patch)
-
-
-def blocks(transformer: SanaTransformer2DModel) -> list[nn.Module]:
-    """Give the network's blocks, in order."""
-    return list(transformer.transformer_blocks)
-
-
-def after_blocks(transformer: SanaTransformer2DModel) -> nn.Module:
-    """Give what a forward calls after the last block."""
-    return transformer.norm_out
 
 
 def inner_dim(transformer: SanaTransformer2DModel) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import nn
 
 from ..text import Text
 from .autoencoder_kl import decode_latents as decode_latents
@@ -17,6 +16,9 @@ from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .loading import load_network, load_prompt_pipeline
+from .patched import after_blocks as after_blocks
+from .patched import blocks as blocks
+from .patched import image_tokens as image_tokens
 
 
 TRANSFORMER_CLASS = SD3Transformer2DModel
@@ -133,30 +135,6 @@ def latent_shape(folder: Path, transformer: SD3Transformer2DModel, resolution: i
 def native_size(transformer: SD3Transformer2DModel) -> int:
     """Say how many latent pixels a side a network's own pictures have."""
     return transformer.config["sample_size"]
-
-
-def image_tokens(transformer: SD3Transformer2DModel, shape: tuple[int, ...]) -> int:
-    """Say how many tokens a picture is, which a dynamic shift of times depends on.
-
-    Args:
-        transformer: the network.
-        shape: of its latents, from `latent_shape`.
-
-    Returns:
-        The number of patches.
-    """
-    patch = transformer.config["patch_size"]
-    return (shape[-2] // patch) * (shape[-1] // patch)
-
-
-def blocks(transformer: SD3Transformer2DModel) -> list[nn.Module]:
-    """Give the network's blocks, in order."""
-    return list(transformer.transformer_blocks)
-
-
-def after_blocks(transformer: SD3Transformer2DModel) -> nn.Module:
-    """Give what a forward calls after the last block."""
-    return transformer.norm_out
 
 
 def inner_dim(transformer: SD3Transformer2DModel) -> int:
