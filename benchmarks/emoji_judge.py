@@ -1,12 +1,15 @@
 """Students of the embedded teacher, judged by its own pictures: what the benchmarks on it draw, keep and say."""
 
 from collections.abc import Callable, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from scipy import stats
 
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.metrics import decisiveness, mirror_products
@@ -105,3 +108,31 @@ def flat(row: Measurement) -> dict[str, Any]:
     """A row as a table has it."""
     interval = "{:.1f} to {:.1f}".format(*row.intervals[DISTANCE])
     return {"model": row.model, "steps": row.num_inference_steps, **row.metrics, "interval": interval}
+
+
+def paired_differences(
+    table: pandas.DataFrame, pairs: Sequence[tuple[str, str]], metrics: Sequence[str]
+) -> pandas.DataFrame:
+    """Compare models that were trained with the same seeds.
+
+    Args:
+        table: `model`, `seed`, `steps` and metrics of every student.
+        pairs: a model, and the one that it is compared with.
+        metrics: by name.
+
+    Returns:
+        A row for each pair and number of steps: the mean over seeds of each metric's difference, with Student's 95%
+        interval.
+    """
+    rows = []
+    by_model = table.set_index(["model", "steps", "seed"]).sort_index()
+    for model, other in pairs:
+        for steps in sorted(set(table["steps"])):
+            row = {"way": model, "less": other, "steps": steps}
+            for metric in metrics:
+                of_seeds = by_model.loc[model, steps][metric] - by_model.loc[other, steps][metric]
+                half = float(stats.t.ppf(0.975, len(of_seeds) - 1) * of_seeds.sem()) if len(of_seeds) > 1 else nan
+                mean = float(of_seeds.mean())
+                row[metric] = f"{mean:+.3g} ({mean - half:+.3g} to {mean + half:+.3g})"
+            rows.append(row)
+    return pandas.DataFrame(rows)

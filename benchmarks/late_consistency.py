@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-from scipy import stats
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.pipeline_folder import CHECKPOINT, MODEL_INDEX, list_checkpoints
@@ -27,7 +26,7 @@ from examples.tbcm.quickstart import Task, few, many, recipe
 
 from . import emoji_student
 from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, write_results
-from .emoji_judge import DISTANCE, EmojiJudge
+from .emoji_judge import DISTANCE, EmojiJudge, paired_differences
 
 
 START, CONTROL, FOREVER = "endpoint student", "endpoint", 1_000_000
@@ -96,20 +95,9 @@ def students_of(task: Task, work_dir: Path, seed: int, ways: Sequence[str]) -> d
 
 
 def differences(table: pandas.DataFrame, ways: Sequence[str]) -> pandas.DataFrame:
-    """Every way less the endpoint student, and less the control, in pairs of one seed, with intervals over seeds."""
-    rows = []
-    by_model = table.set_index(["model", "steps", "seed"]).sort_index()
-    for way in ways:
-        for other in (START, CONTROL) if way != CONTROL else (START,):
-            for steps in sorted(set(table["steps"])):
-                row = {"way": way, "less": other, "steps": steps}
-                for metric in METRICS:
-                    pairs = by_model.loc[way, steps][metric] - by_model.loc[other, steps][metric]
-                    half = float(stats.t.ppf(0.975, len(pairs) - 1) * pairs.sem()) if len(pairs) > 1 else float("nan")
-                    mean = float(pairs.mean())
-                    row[metric] = f"{mean:+.3g} ({mean - half:+.3g} to {mean + half:+.3g})"
-                rows.append(row)
-    return pandas.DataFrame(rows)
+    """Every way less the endpoint student, and less the control."""
+    pairs = [(way, other) for way in ways for other in (START, CONTROL) if way != other]
+    return paired_differences(table, pairs, METRICS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

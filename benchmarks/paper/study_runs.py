@@ -88,11 +88,13 @@ class Setting:
         method: of `METHOD_FLAGS`.
         flags: of the method's script.
         variant: of `tbcm_variants`; empty for none.
+        common: flags of all settings of a study, which no run's name tells.
     """
 
     method: str = "tbcm"
     flags: Flags = field(default_factory=dict)
     variant: str = ""
+    common: Flags = field(default_factory=dict)
 
     @property
     def needs_pictures(self) -> bool:
@@ -117,7 +119,8 @@ class Setting:
 
     def all_flags(self, steps: int, seed: int) -> dict[str, Any]:
         """Every flag of a run but those that name files."""
-        flags = {**COMMON_FLAGS, **METHOD_FLAGS[self.method], **self.flags, "max_train_steps": steps, "seed": seed}
+        flags = {**COMMON_FLAGS, **METHOD_FLAGS[self.method], **self.common, **self.flags}
+        flags |= {"max_train_steps": steps, "seed": seed}
         for name, value in flags.items():
             if isinstance(value, float) and name.endswith(("_step", "_steps")):
                 flags[name] = round(value * steps)
@@ -133,6 +136,7 @@ class Study:
         work_dir: of the runs.
         prompts: how many of the evaluation prompts are drawn.
         train_data_dir: pictures for the methods that train on them.
+        prompts_file: for the others; by default the teacher's.
 
     Raises:
         ValueError: where `work_dir` holds runs of another teacher.
@@ -142,6 +146,7 @@ class Study:
     work_dir: Path
     prompts: int
     train_data_dir: Path | None = None
+    prompts_file: Path | None = None
 
     def __post_init__(self) -> None:
         self.work_dir.mkdir(parents=True, exist_ok=True)
@@ -163,7 +168,7 @@ class Study:
         if setting.needs_pictures:
             files |= {"train_data_dir": self.train_data_dir, "latents_cache": self.work_dir / LATENTS}
         else:
-            files["prompts_file"] = self.teacher / DISTILLATION_PROMPTS_FILE
+            files["prompts_file"] = self.prompts_file or self.teacher / DISTILLATION_PROMPTS_FILE
         arguments = []
         resume = "latest" if list_checkpoints(files["output_dir"]) else False
         for name, value in {**files, **setting.all_flags(steps, seed), "resume_from_checkpoint": resume}.items():

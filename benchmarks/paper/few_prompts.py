@@ -1,0 +1,114 @@
+"""The paper's Tables 2, 4, 6 and 7 on the quickstart's 24 prompts, judged by the teacher's own pictures of them.
+
+    python -m benchmarks.paper.few_prompts table2    # LCM, sCM, Sana-Sprint, TBCM
+    python -m benchmarks.paper.few_prompts table4    # sampling schemes
+    python -m benchmarks.paper.few_prompts table6    # the tangent's final ratio
+    python -m benchmarks.paper.few_prompts table7    # warm-up against warm-up and cooldown
+
+The settings are those of `study`, but every time counts alike in the consistency loss, and few prompts let a student
+of some minutes come near its teacher. The methods that train on pictures are given the teacher's own of the same
+prompts, from noises of their own. Runs and pictures are kept in --work_dir and shared by the tables. Writes
+benchmarks/paper/results/few_<table>.json and .md: each setting less the paper's TBCM in pairs of one seed, and every
+student.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas
+from diffusers import SanaPipeline
+from tqdm.auto import tqdm
+
+from diffusers_tbcm import SanaTBCMPipeline
+from examples.tbcm.quickstart import TEACHER_STEPS, Task, draw, few
+
+from ..common import EMBEDDED_TEACHER, default_device, machine, markdown, write_results
+from ..emoji_judge import DISTANCE, EmojiJudge, flat, paired_differences
+from .study import TABLES
+from .study_report import RESULTS
+from .study_runs import Setting, Study
+
+
+SHOWN = ("table2", "table4", "table6", "table7")
+METRICS = (DISTANCE, "decisiveness", "top-5 retrieval")
+ROWS_PER_STEP = 60
+COMMON = {"learning_rate": 2e-4, "loss_weighting": "uniform"}
+OF_METHOD = {
+    "tbcm": {**COMMON, "train_batch_size": 4},
+    "scm": {**COMMON, "train_batch_size": ROWS_PER_STEP},
+    "sana_sprint": {**COMMON, "train_batch_size": ROWS_PER_STEP},
+    "lcm": {"learning_rate": COMMON["learning_rate"], "train_batch_size": ROWS_PER_STEP},
+}
+PICTURES, PICTURES_SEED = 40, 9876  # of each prompt, to train on
+
+
+def settings_of(table: str) -> dict[str, Setting]:
+    """A table's settings, as they are trained here."""
+    return {name: replace(setting, common=OF_METHOD[setting.method]) for name, setting in TABLES[table].items()}
+
+
+def draw_pictures(task: Task, folder: Path, each: int) -> None:
+    """Let the teacher draw pictures of the training prompts, and keep them with their prompts as captions."""
+    captions = folder / "metadata.jsonl"
+    if captions.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = SanaPipeline.from_pretrained(EMBEDDED_TEACHER).to(default_device())
+    prompts = task.training * each
+    names = [f"{number:05}.png" for number in range(len(prompts))]
+    for name, picture in zip(names, draw(teacher, prompts, TEACHER_STEPS, seed=PICTURES_SEED), strict=True):
+        picture.save(folder / name)
+    lines = [{"file_name": name, "text": prompt} for name, prompt in zip(names, prompts, strict=True)]
+    captions.write_text(pandas.DataFrame(lines).to_json(orient="records", lines=True), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=SHOWN)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max_train_steps", type=int, default=400, help=f"of {ROWS_PER_STEP} rows")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="of each prompt, to train on")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/few_prompts"))
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    task, settings = few(), settings_of(args.table)
+    pictures = args.work_dir / "pictures"
+    study = Study(EMBEDDED_TEACHER, args.work_dir, len(task.prompts), pictures, task.prompts_file)
+    judge = EmojiJudge(task, args.work_dir / "drawn")
+    if any(setting.needs_pictures for setting in settings.values()):
+        draw_pictures(task, pictures, args.pictures)
+
+    students = []
+    for seed in args.seeds:
+        for name, setting in tqdm(settings.items(), desc=f"seed {seed}"):
+            study.train(setting, args.max_train_steps, seed)
+            folder = study.run_folder(setting, args.max_train_steps, seed)
+            drawn = judge.draw(folder.name, partial(SanaTBCMPipeline.from_pretrained, folder))
+            students += [{"seed": seed, **flat(judge.describe(name, *of_steps))} for of_steps in drawn.items()]
+
+    table = pandas.DataFrame(students)
+    (reference,) = (name for name, setting in TABLES[args.table].items() if setting == Setting())
+    others = [(name, reference) for name in settings if name != reference]
+    details = {
+        "pictures": len(task.prompts),
+        "seeds": args.seeds,
+        "max_train_steps": args.max_train_steps,
+        "rows a step": ROWS_PER_STEP,
+        **machine(default_device()),
+    }
+    flags = {name: setting.all_flags(args.max_train_steps, args.seeds[0]) for name, setting in settings.items()}
+    controls = [flat(each) for each in judge.controls]
+    name = f"few_{args.table}"
+    more = {"students": students, "controls": controls, "flags": flags}
+    write_results(name, paired_differences(table, others, METRICS), details, args.output_dir, **more)
+    means = table.groupby(["model", "steps"], sort=False)[list(METRICS)].mean().round(3).reset_index()
+    everyone = pandas.concat([pandas.DataFrame(controls)[["model", "steps", *METRICS]], means])
+    with (args.output_dir / f"{name}.md").open("a", encoding="utf-8") as file:
+        file.write(f"\nMeans over seeds:\n\n{markdown(everyone.set_index('model'))}")
+
+
+if __name__ == "__main__":
+    main()
