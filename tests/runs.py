@@ -82,6 +82,17 @@ def assert_same_state(actual, expected):
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
+def assert_same_models(broken, whole):
+    """Checkpoints hold the same student, critic, average and optimisers, bit for bit."""
+    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
+        expected, actual = load_file(whole / name), load_file(broken / name)
+        assert len(expected) > 20 and all(torch.equal(actual[key], expected[key]) for key in expected)
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        expected, actual = (torch.load(folder / name, weights_only=True)["state"] for folder in (whole, broken))
+        assert len(expected) > 20
+        assert all(torch.equal(actual[key][part], expected[key][part]) for key in expected for part in expected[key])
+
+
 # Kills the process, as the kernel does, after so many updates of a run.
 KILLED_AT_AN_UPDATE = """
 import os, runpy, signal, sys

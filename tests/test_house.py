@@ -22,6 +22,7 @@ SETTINGS = {
     "train_sana_sprint": "SanaSprintSettings",
     "train_lcm": "LCMSettings",
     "train_cdm": "CDMSettings",
+    "train_dmd": "DMDSettings",
     "prepare_teacher": "PreparationSettings",
 }
 MAX_SCRIPT_LINES = 330

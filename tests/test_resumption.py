@@ -26,6 +26,7 @@ SCRIPTS = {
     "train_sana_sprint": "SanaSprintSettings",
     "train_lcm": "LCMSettings",
     "train_cdm": "CDMSettings",
+    "train_dmd": "DMDSettings",
     "prepare_teacher": "PreparationSettings",
 }
 THEN = {

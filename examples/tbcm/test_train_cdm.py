@@ -8,7 +8,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
 from PIL import Image
-from runs import SCRIPTS, kill_after_updates, largest_relative_difference, launch, launch_sharded, metrics
+from runs import (
+    SCRIPTS,
+    assert_same_models,
+    kill_after_updates,
+    largest_relative_difference,
+    launch,
+    launch_sharded,
+    metrics,
+)
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
@@ -26,17 +34,6 @@ from diffusers_tbcm.training.run import Run
 
 
 CALL = {"guidance_scale": 1.0, "use_resolution_binning": False, "height": 64, "width": 64, "max_sequence_length": 16}
-
-
-def assert_same_models(broken, whole):
-    """Checkpoints hold the same student, critic, average and optimisers, bit for bit."""
-    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
-        expected, actual = load_file(whole / name), load_file(broken / name)
-        assert len(expected) > 20 and all(torch.equal(actual[key], expected[key]) for key in expected)
-    for name in ("optimizer.bin", "optimizer_1.bin"):
-        expected, actual = (torch.load(folder / name, weights_only=True)["state"] for folder in (whole, broken))
-        assert len(expected) > 20
-        assert all(torch.equal(actual[key][part], expected[key][part]) for key in expected for part in expected[key])
 
 
 def test_the_student_steps_every_second_time_and_the_critic_always(cdm_flags, teacher, tmp_path):

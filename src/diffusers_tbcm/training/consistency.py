@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..backbones import Backbone
+from ..backbones import Backbone, find_backbone
 from ..dual import checkpoint_dual
+from ..errors import in_a_line
 from ..evaluation.generate import PROGRAM
 from ..export.folders import save_student_lora, save_student_pipeline
-from ..lora import make_lora_student
+from ..flow import FlowTransformer
+from ..lora import copy_trained, make_lora_student
 from ..loss import LogvarHead, StudentWithLogvar
+from ..pipeline_folder import TRANSFORMER, digest_component, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
@@ -66,15 +70,12 @@ class ConsistencyDistillation(Distillation):
             The prepared model, giving F and the log-variance, 0 without a head.
         """
         run, settings = self.run, self.settings
-        transformer = self._make_student()
-        if settings.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing(checkpoint_dual)
-        student = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
+        student = self._make_network()
         head = LogvarHead(self.inner_dim) if weighting == "learned" else None
         model = StudentWithLogvar(student, head).to(run.device)
         self.teacher.to(run.weight_dtype)
         self._print_memory_plan({"student": model}, rows_per_prompt, guided=True)
-        self._compile(self.teacher.transformer, transformer)
+        self._compile(self.teacher.transformer, student.transformer)
         return run.add(
             "student",
             model,
@@ -82,6 +83,62 @@ class ConsistencyDistillation(Distillation):
             lr_scheduler=settings.lr_scheduler,
             ema=settings.use_ema,
         )
+
+    def add_student_and_critic(
+        self, rows_per_prompt: int, *, start: str | None, every: int, critic_learning_rate: float
+    ) -> tuple[nn.Module, nn.Module]:
+        """Make a student and its critic, which begins as the teacher, and add them; the memory plan is printed.
+
+        Args:
+            rows_per_prompt: rows that both will see of every prompt.
+            start: folder or Hub id of the student to begin with; None for the teacher.
+            every: the student is updated in every so many steps of the run, the critic in every one.
+            critic_learning_rate: after the warm-up, which is the student's.
+
+        Returns:
+            The prepared student, giving F, and critic, giving the velocity v; both take guidance.
+
+        Raises:
+            ValueError: for a start that is no consistency student of this teacher.
+        """
+        run, settings = self.run, self.settings
+        student = self._make_network().to(run.device)
+        critic = FlowTransformer(copy_trained(student.transformer), self.teacher.timestep_scale).to(run.device)
+        if start is not None:
+            self._load_start(student.transformer, start)
+        self.teacher.to(run.weight_dtype)
+        self._print_memory_plan({"student": student, "critic": critic}, rows_per_prompt, guided=True)
+        self._compile(self.teacher.transformer, student.transformer, critic.transformer)
+        schedule = settings.lr_scheduler
+        prepared = run.add(
+            "student", student, exported="transformer", lr_scheduler=schedule, every=every, ema=settings.use_ema
+        )
+        return prepared, run.add("critic", critic, learning_rate=critic_learning_rate, lr_scheduler=schedule)
+
+    @cached_property
+    def velocity(self) -> FlowTransformer:
+        """The teacher seen as the velocity v."""
+        return FlowTransformer(self.teacher.transformer, self.teacher.timestep_scale)
+
+    def _make_network(self) -> TrigFlowTransformer:
+        transformer = self._make_student()
+        if self.settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing(checkpoint_dual)
+        return TrigFlowTransformer(transformer, self.teacher.timestep_scale)
+
+    def _load_start(self, transformer: nn.Module, start: str) -> None:
+        """Give a network the weights of a student."""
+        try:
+            folder = resolve_teacher(start)
+            self.run.depends_on(start=digest_component(folder, TRANSFORMER))
+            weights, own = find_backbone(folder).load_transformer(folder).state_dict(), transformer.state_dict()
+            if {name: weights[name].shape for name in weights} != {name: own[name].shape for name in own}:
+                raise ValueError("its transformer has other layers")
+            transformer.load_state_dict(weights)
+        except ValueError as error:
+            raise ValueError(
+                f"`student_model_name_or_path` {start!r} is no consistency student of this teacher: {in_a_line(error)}"
+            ) from error
 
     def _find_backbone(self) -> Backbone:
         backbone = super()._find_backbone()
