@@ -27,7 +27,14 @@ from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.evaluation.features import MobileNetFeatures
 from diffusers_tbcm.export.record import load_metrics
 from diffusers_tbcm.lora import make_lora_student, save_lora
-from diffusers_tbcm.scripts import evaluate_student, prepare_teacher, train_cdm, train_sana_sprint, train_tbcm_distill
+from diffusers_tbcm.scripts import (
+    evaluate_student,
+    prepare_teacher,
+    train_cdm,
+    train_dmd,
+    train_sana_sprint,
+    train_tbcm_distill,
+)
 from diffusers_tbcm.training.memory import activation_bytes
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.transfer import HostCopy, to_device
@@ -170,18 +177,24 @@ def waits_of_step(monkeypatch):
     return lambda step: seen[step] - seen[step - 1]
 
 
-@pytest.mark.parametrize("method", ["tbcm", "cdm", "sana_sprint"])
+def dmd_flags(prompts_file, shared):
+    dmd = {"prompts_file": prompts_file, "route_steps": 3, "student_every": 2, "critic_learning_rate": 1e-3}
+    return lambda **changes: arguments(**(shared | dmd | changes))
+
+
+@pytest.mark.parametrize("method", ["tbcm", "cdm", "dmd", "sana_sprint"])
 def test_training_there_is_training_on_the_cpu(
-    method, flags, cdm_flags, picture_flags, on, waits_of_step, tmp_path, capsys
+    method, flags, cdm_flags, picture_flags, prompts_file, shared_flags, on, waits_of_step, tmp_path, capsys
 ):
     """The same weights and figures; it resumes bit for bit; and no step waits but for what it has to know."""
     common = EVERYTHING | {"max_train_steps": 4, "checkpointing_steps": 2, "logging_steps": 4}
     main, build, quiet_step = {
         "tbcm": (train_tbcm_distill.main, flags, 3),
         "cdm": (train_cdm.main, cdm_flags, 4),
+        "dmd": (train_dmd.main, dmd_flags(prompts_file, shared_flags), 4),
         "sana_sprint": (train_sana_sprint.main, picture_flags, 3),
     }[method]
-    if method == "cdm":
+    if method in ("cdm", "dmd"):
         common |= {"max_train_steps": 6, "checkpointing_steps": 3, "logging_steps": 6}
     on("cpu")
     main(build(output_dir=tmp_path / "cpu", **common))
