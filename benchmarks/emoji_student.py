@@ -4,9 +4,10 @@
     python -m benchmarks.emoji_student --save     # and writes examples/tbcm/sana_emoji_mini_tbcm
 
 One run of `train_tbcm_distill.py` on all 5,179 prompts, every row to its trajectory's end at a constant learning rate,
-and two that go on from its last checkpoint at a falling one: by the same loss, and by the consistency loss. The
-averaged student at the end of each stage draws the quickstart's 500 evaluation prompts. Distances are to what the
-teacher draws of them in 20 steps from other noises. Writes benchmarks/results/emoji_student.json, .md and .png.
+and two that go on from its last checkpoint at a falling one: by the same loss, and by the consistency loss. Then
+`train_dmd.py` finishes the former. The averaged student at the end of each stage draws the quickstart's 500 evaluation
+prompts. Distances are to what the teacher draws of them in 20 steps from other noises. Writes
+benchmarks/results/emoji_student.json, .md and .png.
 """
 
 import argparse
@@ -46,7 +47,9 @@ SHIPPED = EXAMPLES / "sana_emoji_mini_tbcm"
 STAGES = (100, 200, 400, 800)  # steps at the end of each, by the endpoint loss
 FINAL_STEPS = 200  # then at a falling rate
 FINAL_LOSSES = ("consistency", "endpoint")
-SAVED = "endpoint"  # the nearer one
+MARKERS = {"endpoint": "v", "consistency": "*", "DMD": "D"}
+FINISHED = "endpoint"  # the nearer one
+DMD_STEPS = 3000  # of the critic
 FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
@@ -67,7 +70,21 @@ FLAGS: Mapping[str, Any] = {
     "logging_steps": 20,
     "report_to": "none",
 }
-ROWS_A_STEP = FLAGS["train_batch_size"] * (FLAGS["route_steps"] - 1)
+DMD_FLAGS: Mapping[str, Any] = {
+    **{name: FLAGS[name] for name in ("max_sequence_length", "no-complex_human_instruction", "route_steps")},
+    "train_batch_size": 2,
+    "replay_buffer_size": 480,
+    "teacher_batch_size": 48,
+    "student_every": 3,
+    "learning_rate": 3e-4,
+    "critic_learning_rate": 5e-4,
+    "lr_warmup_steps": 20,
+    "endpoint_weight": 0.25,
+    **{name: FLAGS[name] for name in ("use_ema", "checkpoints_total_limit", "logging_steps", "report_to")},
+    "ema_decay": 0.99,
+    "checkpointing_steps": 300,
+}
+ROWS_A_STEP, DMD_ROWS_A_STEP = (flags["train_batch_size"] * (flags["route_steps"] - 1) for flags in (FLAGS, DMD_FLAGS))
 
 
 def train(folder: Path, steps: int, endpoint_steps: int, *, start: Path | None = None) -> SanaTBCMPipeline:
@@ -102,6 +119,32 @@ def train(folder: Path, steps: int, endpoint_steps: int, *, start: Path | None =
     return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
 
 
+def finish(folder: Path, start: Path, steps: int) -> SanaTBCMPipeline:
+    """Let distribution matching finish a student, or go on with that; the averaged student.
+
+    Args:
+        folder: of the run.
+        start: the student's folder.
+        steps: of the critic.
+
+    Returns:
+        The student.
+    """
+    flags = {
+        "pretrained_model_name_or_path": EMBEDDED_TEACHER,
+        "student_model_name_or_path": start,
+        "prompts_file": many().prompts_file,
+        "output_dir": folder,
+        "max_train_steps": steps,
+        "validation_prompts": GRID_PROMPTS,
+        "validation_steps": steps,
+        **DMD_FLAGS,
+        "resume_from_checkpoint": "latest" if list_checkpoints(folder) else False,
+    }
+    subprocess.run([sys.executable, str(EXAMPLES / "train_dmd.py"), *arguments(flags)], check=True)
+    return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
+
+
 def power_law(rows: Sequence[float], excess: Sequence[float]) -> tuple[float, float]:
     """Fit excess = scale rows^exponent by least squares of the logarithms; gives scale and exponent."""
     line = linregress(numpy.log(rows), numpy.log(excess))
@@ -127,7 +170,7 @@ def plot(table: pandas.DataFrame, others: Mapping[int, float], floor: float, fil
         label = "1 step" if steps == 1 else f"{steps} steps"
         constant = points[points["rate"] == "constant"]
         axes.plot(constant["rows"], constant[DISTANCE], "o-", color=colour, label=label)
-        for loss, marker in (("endpoint", "v"), ("consistency", "*")):
+        for loss, marker in MARKERS.items():
             last = points[(points["rate"] == "falling") & (points["loss"] == loss)]
             axes.plot(last["rows"], last[DISTANCE], marker, color=colour)
         axes.axhline(others[steps], color=colour, linestyle=":", linewidth=1)
@@ -135,7 +178,7 @@ def plot(table: pandas.DataFrame, others: Mapping[int, float], floor: float, fil
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="trained rows (falling rate: v endpoint, * consistency)",
+        xlabel="trained rows (falling rate: v endpoint, * consistency, D distribution matching)",
         ylabel=DISTANCE,
     )
     axes.legend()
@@ -163,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=STAGES, help="steps at the end of each")
     parser.add_argument("--final_steps", type=int, default=FINAL_STEPS, help="at a falling rate")
+    parser.add_argument("--dmd_steps", type=int, default=DMD_STEPS, help="then, of the critic")
     parser.add_argument("--prompts", type=int, default=EVALUATION_PROMPTS)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/emoji_student"))
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
@@ -172,42 +216,50 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows: list[dict[str, Any]] = []
 
-    def measure(name: str, step: int, load: Callable[[], SanaTBCMPipeline], **labels: str) -> list[Measurement]:
+    def measure(name: str, trained: int, load: Callable[[], SanaTBCMPipeline], **labels: str) -> list[Measurement]:
         drawn = judge.draw(name, load)
         described = [judge.describe("student", *of_steps) for of_steps in drawn.items()]
-        rows.extend({"rows": ROWS_A_STEP * step, **labels, **flat(each)} for each in described)
+        rows.extend({"rows": trained, **labels, **flat(each)} for each in described)
         return described
 
     for stage in args.stages:
         load = partial(train, run, stage, args.stages[-1])
-        measure(f"stage_{stage}", stage, load, loss="endpoint", rate="constant")
-    steps, finals = args.stages[-1] + args.final_steps, {}
+        measure(f"stage_{stage}", ROWS_A_STEP * stage, load, loss="endpoint", rate="constant")
+    steps = args.stages[-1] + args.final_steps
     for loss in FINAL_LOSSES:
         endpoint_steps = steps if loss == "endpoint" else args.stages[-1]
         start = run / f"{CHECKPOINT}{args.stages[-1]}"
         load = partial(train, args.work_dir / loss, steps, endpoint_steps, start=start)
-        finals[loss] = measure(f"stage_{steps}_{loss}", steps, load, loss=loss, rate="falling")
+        measure(f"stage_{steps}_{loss}", ROWS_A_STEP * steps, load, loss=loss, rate="falling")
+    finished = args.work_dir / "dmd"
+    load = partial(finish, finished, args.work_dir / FINISHED, args.dmd_steps)
+    trained = ROWS_A_STEP * steps + DMD_ROWS_A_STEP * (args.dmd_steps // DMD_FLAGS["student_every"])
+    final = measure(f"stage_{steps}_dmd_{args.dmd_steps}", trained, load, loss="DMD", rate="falling")
 
     table = pandas.DataFrame(rows)
     details = {"prompts": args.prompts, "batch": ROWS_A_STEP, **machine(default_device())}
     more = {
         "controls": [flat(each) for each in judge.controls],
         "laws": extrapolate(table, judge.floor),
-        "flags": FLAGS,
+        "flags": {"tbcm": FLAGS, "dmd": DMD_FLAGS},
     }
     write_results("emoji_student", table, details, args.output_dir, **more)
     others = {each.num_inference_steps: each.metrics[DISTANCE] for each in judge.controls[1:]}
     plot(table, others, judge.floor, args.output_dir / "emoji_student.png")
     if args.save:
-        saved = args.work_dir / SAVED
         save_metrics(
-            saved,
-            [*judge.controls, *finals[SAVED]],
+            finished,
+            [*judge.controls, *final],
             dataset=f"{args.prompts} evaluation prompts of the embedded emoji teacher",
             command="python -m benchmarks.emoji_student",
-            details={"seed": SEED, "rows": int(table["rows"].max()), "loss": SAVED, **machine(default_device())},
+            details={
+                "seed": SEED,
+                "rows": int(table["rows"].max()),
+                "loss": "endpoint, then DMD",
+                **machine(default_device()),
+            },
         )
-        save(saved, SHIPPED)
+        save(finished, SHIPPED)
 
 
 if __name__ == "__main__":

@@ -38,21 +38,22 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(emoji_student, "GRID_PROMPTS", ("noto owl",))
     monkeypatch.setattr(emoji_student, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(emoji_student, "ROOT", tmp_path)
-    command = ["--stages", "1", "2", "--final_steps", "1", "--prompts", "6"]
+    monkeypatch.setattr(emoji_student, "DMD_FLAGS", {**emoji_student.DMD_FLAGS, **LITTLE})
+    command = ["--stages", "1", "2", "--final_steps", "1", "--dmd_steps", "3", "--prompts", "6"]
     command += ["--work_dir", f"{tmp_path / 'work'}", "--output_dir", f"{tmp_path}", "--save"]
     emoji_student.main(command)
     result = json.loads((tmp_path / "emoji_student.json").read_text())
     assert [(row["loss"], row["steps"]) for row in result["rows"]] == [
-        (loss, steps) for loss in ("endpoint", "endpoint", "consistency", "endpoint") for steps in (1, 2, 4)
+        (loss, steps) for loss in ("endpoint", "endpoint", "consistency", "endpoint", "DMD") for steps in (1, 2, 4)
     ]
-    assert len({row["FD to the teacher"] for row in result["rows"]}) == 12  # each stage has other weights
+    assert len({row["FD to the teacher"] for row in result["rows"]}) == 15  # each stage has other weights
 
     card = (tmp_path / "shipped" / "README.md").read_text()
     assert 'from_pretrained("shipped")' in card and "FD to the teacher" in card and "noto owl" in card
     with safe_open(tmp_path / "shipped" / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
     shipped, trained = (
-        SanaTBCMPipeline.from_pretrained(folder) for folder in (tmp_path / "shipped", tmp_path / "work" / "endpoint")
+        SanaTBCMPipeline.from_pretrained(folder) for folder in (tmp_path / "shipped", tmp_path / "work" / "dmd")
     )
     for (name, ours), theirs in zip(
         shipped.transformer.state_dict().items(), trained.transformer.state_dict().values(), strict=True
