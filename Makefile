@@ -4,7 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 COMPAT := .venv-compat
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --editable
-SOURCES := src tests examples benchmarks setup.py
+PYTEST := -m pytest -q -n 2 --dist worksteal
+SOURCES := src tests examples benchmarks setup.py conftest.py
 
 .PHONY: quickstart quickstart-full test test-compat quality style bench
 
@@ -15,10 +16,10 @@ quickstart-full: $(STAMP)  ## the same of all 5,179 prompts
 	$(BIN)/python examples/tbcm/quickstart.py --full --output_dir outputs/quickstart-full
 
 test: $(STAMP)  ## the whole suite, offline, on a CPU
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(PYTEST)
 
 test-compat: $(COMPAT)/.installed  ## the same with the oldest versions that are supported
-	$(COMPAT)/bin/python -m pytest -q
+	$(COMPAT)/bin/python $(PYTEST)
 
 quality: $(STAMP)  ## what a change must pass
 	$(BIN)/ruff check $(SOURCES)

@@ -42,7 +42,7 @@ extras = {
     ],
     # Together with eval: what benchmarks/paper/figures.py draws with.
     "paper": ["scikit-learn>=1.9"],
-    "test": ["markdown-it-py>=4", "playwright>=1.65", "pytest>=9", "torchao>=0.13,<1"],
+    "test": ["markdown-it-py>=4", "playwright>=1.65", "pytest>=9", "pytest-xdist>=3.8", "torchao>=0.13,<1"],
     "quality": ["mypy>=2.4", "ruff>=0.17"],
 }
 extras["dev"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
