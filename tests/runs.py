@@ -1,6 +1,7 @@
 """Starting the training scripts as users do, and comparing what they leave."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -8,13 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from shard_on_cpu import shard_on_cpu
+from torch.multiprocessing import ProcessExitedException
+
+from diffusers_tbcm.training.run import Run
 
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "tbcm"
+UNWRITTEN = "could not be written"
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 # What `accelerate config` writes for FSDP2, as the environment that `accelerate launch` makes of it.
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -23,33 +31,6 @@ FSDP2 = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "SanaTransformerBlock",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
-# accelerate shards on accelerators only: this lets it do so on a CPU, with everything else as it is.
-SHARD_ON_CPU = """
-import runpy, sys
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
-import diffusers_tbcm.training.averaging as averaging
-
-initialise, plugins = AcceleratorState.__init__, []
-
-def initialise_sharded(self, *args, fsdp_plugin=None, **kwargs):
-    initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    plugins.extend([fsdp_plugin] if fsdp_plugin is not None else [])
-    if plugins:  # the state is made anew, from the processes' own, wherever accelerate asks for it
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[-1]
-
-AcceleratorState.__init__ = initialise_sharded
-full_weights = averaging.ShardedEMA.full_weights
-
-def full_weights_of_shards(self):
-    assert all(isinstance(weight, DTensor) for weight in self.shadow_params)
-    return full_weights(self)
-
-averaging.ShardedEMA.full_weights = full_weights_of_shards
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def metrics(folder):
@@ -93,30 +74,41 @@ def assert_same_models(broken, whole):
         assert all(torch.equal(actual[key][part], expected[key][part]) for key in expected for part in expected[key])
 
 
-# Kills the process, as the kernel does, after so many updates of a run.
-KILLED_AT_AN_UPDATE = """
-import os, runpy, signal, sys
-from diffusers_tbcm.training.run import Run
+def fork(number, function, *arguments):
+    """Call a function in processes of its own that have imported what this one has: gives none of that anew.
 
-update, calls = Run.update, []
-
-def update_and_die(self, *args, **kwargs):
-    update(self, *args, **kwargs)
-    calls.append(None)
-    if len(calls) == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Run.update = update_and_die
-number, sys.argv = int(sys.argv[1]), sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    Args:
+        number: of processes, each of which gets its rank as the first argument.
+        function: what they do; an error in one of them is raised here, with its traceback.
+        arguments: the others.
+    """
+    torch.multiprocessing.start_processes(_in_one_thread, (function, *arguments), number, start_method="fork")
 
 
-def kill_after_updates(number, arguments, script):
-    """Start a script and kill it with signal 9 after so many calls of `Run.update`."""
-    command = [sys.executable, "-c", KILLED_AT_AN_UPDATE, str(number), str(script), *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr[-5000:]
+def _in_one_thread(rank, function, *arguments):
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
+    AcceleratorState._reset_state(reset_partial_state=True)
+    function(rank, *arguments)
+
+
+def kill_after_updates(number, main, arguments):
+    """Start a script's `main` and kill it, as the kernel does, after so many calls of `Run.update`."""
+    with pytest.raises(ProcessExitedException) as ended:
+        fork(1, _die_after_updates, number, main, arguments)
+    assert ended.value.exit_code == -signal.SIGKILL
+
+
+def _die_after_updates(_, number, main, arguments):
+    update, calls = Run.update, []
+
+    def update_and_die(self, *args, **kwargs):
+        update(self, *args, **kwargs)
+        calls.append(None)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.update = update_and_die
+    main(arguments)
 
 
 def run_until(arguments, folder, step, number):
@@ -144,7 +136,7 @@ def launch(arguments, *wrappers, script=SCRIPTS / "train_tbcm_distill.py", nodes
     `accelerate launch` itself starts several on a CPU only by MPI.
     """
     command = [sys.executable, "-m", "torch.distributed.run"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | CPU | environment
     if nodes == 1:
         launchers = [[*command, "--standalone", "--nproc_per_node", "2"]]
     else:
@@ -164,15 +156,36 @@ def launch(arguments, *wrappers, script=SCRIPTS / "train_tbcm_distill.py", nodes
     ]
     for process in started:
         output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0 and "could not be written" not in output, output[-5000:]
+        assert process.returncode == 0 and UNWRITTEN not in output, output[-5000:]
 
 
-def launch_sharded(arguments, script=SCRIPTS / "train_tbcm_distill.py"):
+def launch_sharded(arguments):
     """Two processes that share every weight by FSDP2."""
-    with TemporaryDirectory() as folder:
-        launcher = Path(folder) / "shard_on_cpu.py"
-        launcher.write_text(SHARD_ON_CPU)
-        launch(arguments, launcher, script=script, **FSDP2)
+    launch(arguments, Path(__file__).with_name("shard_on_cpu.py"), **FSDP2)
+
+
+def fork_two(main, arguments, *, sharded=False):
+    """Two processes as `launch` and `launch_sharded` start them, forked: a tenth of the time.
+
+    Args:
+        main: of the script.
+        arguments: its command line.
+        sharded: whether they share every weight by FSDP2.
+    """
+    fork(2, _run_rank, free_port(), main, arguments, sharded)
+
+
+def _run_rank(rank, port, main, arguments, sharded):
+    os.environ |= CPU | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if sharded:
+        os.environ |= FSDP2
+        shard_on_cpu()
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("diffusers_tbcm").addHandler(handler)
+    main(arguments)
+    assert not [record for record in records if UNWRITTEN in record.getMessage()]
 
 
 def largest_relative_difference(actual, expected):

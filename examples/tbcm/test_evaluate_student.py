@@ -4,9 +4,6 @@ import ast
 import csv
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import torch
 from diffusers import SanaPipeline
 from PIL import Image
+from runs import fork_two
 from tiny import save_tiny_clip, tiny_tbcm_pipeline, tiny_transformer, write_tiny_flow_lora
 from transformers import Dinov2Config, Dinov2Model
 
@@ -309,14 +307,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(arguments, tmp_pat
 
 def test_two_processes_draw_the_pictures_of_one(arguments, tmp_path):
     main(arguments(max_prompts=7, num_images_per_prompt=2, output_dir=tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    flags = arguments(max_prompts=7, num_images_per_prompt=2, output_dir=tmp_path / "two", batch_size=3)
-    finished = subprocess.run(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, env=environment
-    )
-    assert finished.returncode == 0, finished.stdout[-5000:]
+    fork_two(main, arguments(max_prompts=7, num_images_per_prompt=2, output_dir=tmp_path / "two", batch_size=3))
     one, two = (pictures(tmp_path / run / "pictures" / "student-1-steps") for run in ("one", "two"))
     assert one.keys() == two.keys() and len(one) == 14
     assert max(np.abs(one[name] - two[name]).max() for name in one) <= 1  # batches round differently

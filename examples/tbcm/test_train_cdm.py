@@ -8,15 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
 from PIL import Image
-from runs import (
-    SCRIPTS,
-    assert_same_models,
-    kill_after_updates,
-    largest_relative_difference,
-    launch,
-    launch_sharded,
-    metrics,
-)
+from runs import assert_same_models, fork_two, kill_after_updates, largest_relative_difference, metrics
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
@@ -66,14 +58,14 @@ def test_kill_9_and_resume_give_the_uninterrupted_run_bit_for_bit(cdm_flags, tmp
     """The updates of steps 1 to 4 are: critic; critic, student; critic; critic, student."""
     long = {"use_ema": True, "max_train_steps": 8, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
     main(cdm_flags(**long))
-    broken, script = tmp_path / "broken", SCRIPTS / "train_cdm.py"
+    broken = tmp_path / "broken"
     arguments = cdm_flags(output_dir=broken, **long)
-    kill_after_updates(4, arguments, script)  # in step 3
+    kill_after_updates(4, main, arguments)  # in step 3
     assert list_checkpoints(broken)[-1].name == "checkpoint-3"
     arguments += ["--resume_from_checkpoint", "latest"]
-    kill_after_updates(1, arguments, script)  # in step 4, between the critic's update and the student's
+    kill_after_updates(1, main, arguments)  # in step 4, between the critic's update and the student's
     assert list_checkpoints(broken)[-1].name == "checkpoint-3"
-    kill_after_updates(2, arguments, script)  # in step 4, after both
+    kill_after_updates(2, main, arguments)  # in step 4, after both
     assert list_checkpoints(broken)[-1].name == "checkpoint-4"
     main(arguments)
     assert_same_models(broken / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
@@ -122,7 +114,7 @@ def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tm
     whole = {"train_batch_size": 4, **rates}
     main(cdm_flags(output_dir=tmp_path / "one", **whole))
     main(cdm_flags(output_dir=tmp_path / "cut", train_batch_size=2, gradient_accumulation_steps=2, **rates))
-    launch(cdm_flags(output_dir=tmp_path / "two", **rates), script=SCRIPTS / "train_cdm.py")
+    fork_two(main, cdm_flags(output_dir=tmp_path / "two", **rates))
     for other in ("cut", "two"):
         assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
 
@@ -132,14 +124,14 @@ def test_fsdp2_gives_the_weights_of_one_process_and_resumes_bit_for_bit(cdm_flag
     rates = {"learning_rate": 5e-5, "critic_learning_rate": 5e-5, "use_ema": True, "ema_decay": 0.5}
     main(cdm_flags(output_dir=one, train_batch_size=4, **rates))
     arguments = cdm_flags(output_dir=run, **rates)
-    launch_sharded(arguments, script=SCRIPTS / "train_cdm.py")
+    fork_two(main, arguments, sharded=True)
     whole = student_weights(run)
     assert largest_relative_difference(whole, student_weights(one)) < 1e-5
     critic = torch.load(run / "checkpoint-4" / "pytorch_model_fsdp_1.bin", weights_only=True)
     assert largest_relative_difference(critic, load_file(one / "checkpoint-4" / "model_1.safetensors")) < 1e-5
     for checkpoint in ("checkpoint-3", "checkpoint-1"):  # after a critic's step; before any of the student's
         (run / "model_index.json").unlink()
-        launch_sharded([*arguments, "--resume_from_checkpoint", checkpoint], script=SCRIPTS / "train_cdm.py")
+        fork_two(main, [*arguments, "--resume_from_checkpoint", checkpoint], sharded=True)
         assert all(torch.equal(weight, whole[name]) for name, weight in student_weights(run).items()), checkpoint
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from runs import SCRIPTS, largest_relative_difference, launch
+from runs import fork_two, largest_relative_difference
 from safetensors.torch import load_file
 from tiny import LATENT_CHANNELS, TEXT_HIDDEN_SIZE, student_weights
 
@@ -116,7 +116,7 @@ def test_two_processes_and_two_micro_steps_give_the_weights_of_one(cdm_flags, tm
     shared = {**LORA, "merge_lora": True, "learning_rate": 5e-5, "critic_learning_rate": 5e-5}
     main(cdm_flags(output_dir=tmp_path / "one", train_batch_size=4, **shared))
     main(cdm_flags(output_dir=tmp_path / "cut", train_batch_size=2, gradient_accumulation_steps=2, **shared))
-    launch(cdm_flags(output_dir=tmp_path / "two", **shared), script=SCRIPTS / "train_cdm.py")
+    fork_two(main, cdm_flags(output_dir=tmp_path / "two", **shared))
     one, adapters = student_weights(tmp_path / "one"), load_file(tmp_path / "one" / "lora" / ADAPTERS)
     for other in ("cut", "two"):
         assert largest_relative_difference(student_weights(tmp_path / other), one) < 1e-5

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import largest_relative_difference, launch, launch_sharded
+from runs import fork_two, largest_relative_difference, launch, launch_sharded
 from tiny import student_weights
 
 from diffusers_tbcm.scripts.train_tbcm_distill import main
@@ -53,7 +53,7 @@ def test_fsdp2_gives_the_weights_of_one_process_and_resumes(long_flags, one_proc
     assert list((tmp_path / "sharded").rglob("*.distcp")) == []  # whose index is a pickle that may hold code
     for leftover in ("checkpoint-10", "model_index.json"):
         (tmp_path / "sharded" / leftover).rename(tmp_path / leftover)
-    launch_sharded([*arguments, "--resume_from_checkpoint", "latest"])
+    fork_two(main, [*arguments, "--resume_from_checkpoint", "latest"], sharded=True)
     resumed = student_weights(tmp_path / "sharded")
     assert largest_relative_difference(resumed, one_process) < 1e-4
     assert all(torch.isfinite(value).all() for value in resumed.values())

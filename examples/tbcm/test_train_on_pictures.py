@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers import SanaTransformer2DModel
 from huggingface_hub import ModelCard
-from runs import assert_same_state, largest_relative_difference, launch, metrics
+from runs import assert_same_state, fork_two, largest_relative_difference, metrics
 from safetensors.torch import load_file
 from tiny import student_weights
 
@@ -362,10 +362,10 @@ def test_heads_on_blocks_that_the_teacher_does_not_have_are_refused(picture_flag
         train_sana_sprint.main(picture_flags(head_block_ids=[2]))
 
 
-def test_two_processes_with_heads_give_the_students_weights_of_one_without(picture_flags, tmp_path, pictures):
+def test_two_processes_with_heads_give_the_students_weights_of_one_without(picture_flags, tmp_path):
     options = {"max_train_steps": 4, "learning_rate": 1e-4}
     train_scm.main(picture_flags(output_dir=tmp_path / "one", train_batch_size=4, **options))
     arguments = picture_flags(output_dir=tmp_path / "two", adv_lambda=0, train_largest_timestep=True, **options)
-    launch(arguments, script=train_sana_sprint.__file__, HF_DATASETS_CACHE=str(pictures.parent))
+    fork_two(train_sana_sprint.main, arguments)
     weights = [student_weights(tmp_path / name) for name in ("two", "one")]
     assert largest_relative_difference(*weights) < 1e-5

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from runs import assert_same_state, largest_relative_difference, launch, launch_sharded, metrics
+from runs import assert_same_state, fork_two, largest_relative_difference, metrics
 from safetensors.torch import load_file
 from tiny import student_weights
 
@@ -59,8 +59,8 @@ def test_weights_and_shares_are_the_same_however_a_step_is_divided(flags, tmp_pa
 
     main(arguments("one", train_batch_size=4))
     main(arguments("sum", train_batch_size=1, gradient_accumulation_steps=4))  # some of them drop all their rows
-    launch(arguments("two", train_batch_size=2))
-    launch_sharded(arguments("sharded", train_batch_size=2, checkpointing_steps=6))
+    fork_two(main, arguments("two", train_batch_size=2))
+    fork_two(main, arguments("sharded", train_batch_size=2, checkpointing_steps=6), sharded=True)
     expected, lines = student_weights(tmp_path / "one"), metrics(tmp_path / "one")
     assert 0.1 < lines[-1]["filtered_share"] < 0.9
     for name, tolerance in (("sum", 1e-5), ("two", 1e-5), ("sharded", 1e-4)):
