@@ -2,9 +2,11 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import run_forked
 from safetensors.torch import load_file
 
 from benchmarks import cdm_emoji, cdm_variants
@@ -141,6 +143,7 @@ def test_a_table_in_little(monkeypatch, tmp_path):
             }
         },
     )
+    monkeypatch.setattr(cdm_emoji, "subprocess", SimpleNamespace(run=run_forked))
     command = ["few", "--max_train_steps", "2", "--work_dir", f"{tmp_path / 'runs'}", "--output_dir", f"{tmp_path}"]
     cdm_emoji.main(command)
     result = json.loads((tmp_path / "cdm_emoji_few.json").read_text())

@@ -2,10 +2,12 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from runs import run_forked
 from safetensors import safe_open
 
 from benchmarks import emoji_judge, emoji_student
@@ -38,6 +40,7 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(emoji_student, "GRID_PROMPTS", ("noto owl",))
     monkeypatch.setattr(emoji_student, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(emoji_student, "ROOT", tmp_path)
+    monkeypatch.setattr(emoji_student, "subprocess", SimpleNamespace(run=run_forked))
     monkeypatch.setattr(emoji_student, "DMD_FLAGS", {**emoji_student.DMD_FLAGS, **LITTLE})
     command = ["--stages", "1", "2", "--final_steps", "1", "--dmd_steps", "3", "--prompts", "6"]
     command += ["--work_dir", f"{tmp_path / 'work'}", "--output_dir", f"{tmp_path}", "--save"]

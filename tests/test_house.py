@@ -240,6 +240,12 @@ def test_an_example_script_can_be_copied_alone(script):
     assert not roots & {*beside, "examples", "benchmarks"}
 
 
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_the_test_command_of_make(document):
+    command = re.search(r"^PYTEST := -m (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert re.search(rf"^(?:python -m )?{re.escape(command)}$", (ROOT / document).read_text(), re.MULTILINE)
+
+
 def test_the_commit_hooks_run_what_make_quality_runs():
     recipe = re.search(r"^quality:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     commands = re.findall(r"^\t\$\(BIN\)/(.*?)(?: \$\(SOURCES\))?$", recipe, re.MULTILINE)

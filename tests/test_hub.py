@@ -49,6 +49,13 @@ for arguments in json.loads(sys.argv[1]):
         result = [type(error).__name__, str(error)]
     print(json.dumps(result))
 """
+COMMANDS = """
+import json, sys
+from diffusers_tbcm.__main__ import main
+
+for command in json.loads(sys.argv[1]):
+    main(command)
+"""
 DOWNLOAD = """
 import sys
 from huggingface_hub import snapshot_download
@@ -427,19 +434,23 @@ def test_a_lora_repository_makes_the_teachers_stock_pipeline_the_student(place, 
 def test_flow_students_and_loras_of_the_hub_draw_what_their_folders_do(
     place, hub, pushed, teacher, dense_teacher, flow_student, flow_adapters, adapters, tmp_path
 ):
-    pictures = []
-    for hub_model, hub_lora, model, lora in (
+    rows = (
         ("me/flow", None, flow_student, None),
-        (teacher, "me/flow-lora", teacher, flow_adapters),
-        (dense_teacher, "me/adapters", dense_teacher, adapters),
-    ):
-        out = tmp_path / f"{len(pictures)}.png"
-        flags = ["--prompt", "a dolphin", "--steps", "2", "--out", out, *(["--lora", hub_lora] if hub_lora else [])]
-        environment = hub.environment(xet=True, offline=place == OFFLINE)
-        run("-m", "diffusers_tbcm", "generate", "--model", hub_model, *flags, "--device", "cpu", **environment)
+        (str(teacher), "me/flow-lora", teacher, flow_adapters),
+        (str(dense_teacher), "me/adapters", dense_teacher, adapters),
+    )
+    commands = []
+    for number, (hub_model, hub_lora, *_) in enumerate(rows):
+        command = ["generate", "--model", hub_model, "--prompt", "a dolphin", "--steps", "2", "--device", "cpu"]
+        commands.append(
+            [*command, "--out", f"{tmp_path / str(number)}.png", *(["--lora", hub_lora] if hub_lora else [])]
+        )
+    run("-c", COMMANDS, json.dumps(commands), **hub.environment(xet=True, offline=place == OFFLINE))
+    pictures = []
+    for number, (*_, model, lora) in enumerate(rows):
         pipeline = load_pipeline(model, lora=lora, device="cpu")
         (expected,) = draw(pipeline, ["a dolphin"], steps=[2], seeds=[0], **call_options(pipeline))
-        pictures.append(np.asarray(Image.open(out)))
+        pictures.append(np.asarray(Image.open(tmp_path / f"{number}.png")))
         assert np.array_equal(pictures[-1], expected.image)
     assert len({picture.tobytes() for picture in pictures}) == 3
 

@@ -2,9 +2,11 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pandas
 import pytest
+from runs import run_forked
 
 from benchmarks import emoji_judge, late_consistency
 from benchmarks.late_consistency import CONTROL, START, differences
@@ -47,6 +49,7 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(late_consistency, "few", lambda: task)
     monkeypatch.setattr(late_consistency, "STEPS", {"few": (2, 1)})
     monkeypatch.setattr(late_consistency, "FLAGS", {"few": {**late_consistency.FLAGS["few"], **LITTLE}})
+    monkeypatch.setattr(late_consistency, "subprocess", SimpleNamespace(run=run_forked))
     command = ["few", "--seeds", "0", "--ways", "endpoint", "consistency, lower rate"]
     command += ["--work_dir", f"{tmp_path / 'work'}", "--output_dir", f"{tmp_path}"]
     late_consistency.main(command)

@@ -6,6 +6,7 @@ import ast
 import sys
 import textwrap
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 
@@ -36,6 +37,7 @@ def standalone_pipeline_source() -> str:
 '''
 
 
+@cache
 def standalone_pipeline_source() -> str:
     """Write out `SanaTBCMPipeline` and every definition of this package that it needs, and no others.
 
