@@ -2,8 +2,10 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from runs import run_forked
 
 from benchmarks import emoji_judge
 from benchmarks.paper import few_prompts, study_runs
@@ -62,6 +64,7 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setitem(OF_METHOD, "tbcm", {**OF_METHOD["tbcm"], **LITTLE})
     table4 = few_prompts.TABLES["table4"]
     monkeypatch.setitem(few_prompts.TABLES, "table4", {name: table4[name] for name in ("random", "reference")})
+    monkeypatch.setattr(study_runs, "subprocess", SimpleNamespace(run=run_forked))
     command = ["table4", "--seeds", "0", "--max_train_steps", "1"]
     command += ["--work_dir", f"{tmp_path / 'work'}", "--output_dir", f"{tmp_path}"]
     few_prompts.main(command)
