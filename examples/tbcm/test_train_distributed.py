@@ -41,8 +41,9 @@ def one_process(long_flags, tmp_path):
 def test_two_processes_two_nodes_and_accumulation_give_the_weights_of_one_process(long_flags, one_process, tmp_path):
     main(long_flags(output_dir=tmp_path / "sum", train_batch_size=2, gradient_accumulation_steps=2))
     assert largest_relative_difference(student_weights(tmp_path / "sum"), one_process) < 1e-5
-    for nodes, name in ((1, "two"), (2, "nodes")):
-        launch(long_flags(output_dir=tmp_path / name, train_batch_size=2), nodes=nodes)
+    fork_two(main, long_flags(output_dir=tmp_path / "two", train_batch_size=2))
+    launch(long_flags(output_dir=tmp_path / "nodes", train_batch_size=2), nodes=2)
+    for name in ("two", "nodes"):
         assert largest_relative_difference(student_weights(tmp_path / name), one_process) < 1e-5
 
 
