@@ -49,7 +49,7 @@ FINAL_STEPS = 200  # then at a falling rate
 FINAL_LOSSES = ("consistency", "endpoint")
 MARKERS = {"endpoint": "v", "consistency": "*", "DMD": "D"}
 FINISHED = "endpoint"  # the nearer one
-DMD_STEPS = 3000  # of the critic
+DMD_STEPS = 1500  # of the critic
 FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
@@ -72,14 +72,17 @@ FLAGS: Mapping[str, Any] = {
 }
 DMD_FLAGS: Mapping[str, Any] = {
     **{name: FLAGS[name] for name in ("max_sequence_length", "no-complex_human_instruction", "route_steps")},
+    "flow_shift": 5,  # half of the rows at t above 1.4
+    "guidance_scales": 4.5,
     "train_batch_size": 2,
     "replay_buffer_size": 480,
+    "replay_steps": 2,
     "teacher_batch_size": 48,
     "student_every": 3,
-    "learning_rate": 3e-4,
-    "critic_learning_rate": 5e-4,
+    "learning_rate": 1e-4,
+    "critic_learning_rate": 3e-4,
     "lr_warmup_steps": 20,
-    "endpoint_weight": 0.25,
+    "endpoint_weight": 0.1,
     **{name: FLAGS[name] for name in ("use_ema", "checkpoints_total_limit", "logging_steps", "report_to")},
     "ema_decay": 0.99,
     "checkpointing_steps": 300,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaSprintPipeline
-from runs import assert_same_models
+from runs import assert_same_models, fork_two, largest_relative_difference
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
@@ -128,6 +128,15 @@ def test_predictions_are_on_unit_scale_and_their_noise_is_flow_matchings(dmd_fla
     train_dmd.main(dmd_flags(max_train_steps=1))
     assert torch.equal(seen[0][0], drawn[0]) and not seen[0][0].requires_grad
     assert seen[0][1].std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_two_processes_and_two_micro_steps_give_the_weights_of_one(dmd_flags, tmp_path):
+    rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "max_train_steps": 2}
+    train_dmd.main(dmd_flags(output_dir=tmp_path / "one", **{**rates, "train_batch_size": 4}))
+    train_dmd.main(dmd_flags(output_dir=tmp_path / "cut", gradient_accumulation_steps=2, **rates))
+    fork_two(train_dmd.main, dmd_flags(output_dir=tmp_path / "two", **rates))
+    for other in ("cut", "two"):
+        assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
 
 
 def test_adapters_begin_as_the_teacher_and_are_drawn(dmd_flags, tmp_path):

@@ -406,7 +406,7 @@ class Run:
         return self._weight > 0
 
     def generators(self, count: int, *, stream: int) -> list[torch.Generator]:
-        """Make the generators of what else is random about a micro-step, one a row: they know (seed, draw) only.
+        """Make the generators of what else is random about a micro-step, one a row: they know the seed and its number.
 
         Args:
             count: rows.
@@ -415,7 +415,7 @@ class Run:
         Returns:
             CPU generators.
         """
-        first = self._stream.draw(self._micro_step) * self.settings.train_batch_size
+        first = self._stream.draw(self._micro_step) * self._stream.rows_per_micro_step
         return [draw_generator(first + index, self.settings.seed, stream=stream) for index in range(count)]
 
     def update(self, *models: nn.Module, then: Callable[[], None] | None = None) -> None:
