@@ -29,22 +29,27 @@ class Backbone(Protocol):
       (batch, channels, height, width) whatever the network packs them to;
     - what the network computes: `velocity` is v = e - x_0 at s times `timestep_scale`, with the sign and the time of
       this package whatever the network's own are. Guidance is added outside, from both branches;
-    - how it is trained: `blocks`, which are checkpointed and compiled, and LoRA's layers.
+    - how time gets in: `embed_time` and its parts, and `in_dense_time`, which consistency training wants;
+    - how it is trained: `make_student`, `blocks`, which are checkpointed and compiled, and LoRA's layers.
 
     `tests/test_backbones.py` asks all of that of every family; a tiny pipeline of it goes into `tests/families.py`.
 
     Attributes:
         TRANSFORMER_CLASS: diffusers' class of the network.
         PIPELINE_CLASS: the stock pipeline of a teacher, and of a flow student.
-        STUDENT_PIPELINE_CLASS: the stock pipeline that draws with a consistency student; None where there is none, and
-            the family has flow students only.
+        STUDENT_PIPELINE_CLASS: the stock pipeline that draws with a consistency student.
+        STUDENT_EMBEDS_GUIDANCE: whether a consistency student takes the guidance scale as an input. One that does not
+            learns one guidance, and is drawn by `PIPELINE_CLASS` with a `FlowStudentScheduler`.
         TAG: the family's name on the Hub.
         COPIED_COMPONENTS: what a student takes over from its teacher's folder.
         OPTIONAL_COMPONENTS: what it takes over where the teacher has it, and what drawing does not take.
         INSTRUCTION: lines that the stock pipelines put before a prompt; None for none.
         READING_OPTIONS: arguments of the stock pipeline's call that say how prompts are read.
         CALL_OPTIONS: what the call is always given.
+        GUIDED_OPTIONS: what a guided call is given, so that it guides by the plain formula, as training does.
         LORA_TARGET_MODULES: the layers that LoRA adapts by default, by the ends of their names.
+        DENSE_TIME_SCALE: what s is multiplied by before a network in dense time sees it.
+        TIME_EMBEDDER: the layers that embed a teacher's time, by their module path.
     """
 
     @property
@@ -55,6 +60,9 @@ class Backbone(Protocol):
 
     @property
     def STUDENT_PIPELINE_CLASS(self) -> Any: ...
+
+    @property
+    def STUDENT_EMBEDS_GUIDANCE(self) -> bool: ...
 
     @property
     def TAG(self) -> str: ...
@@ -75,7 +83,16 @@ class Backbone(Protocol):
     def CALL_OPTIONS(self) -> Mapping[str, Any]: ...
 
     @property
+    def GUIDED_OPTIONS(self) -> Mapping[str, Any]: ...
+
+    @property
     def LORA_TARGET_MODULES(self) -> tuple[str, ...]: ...
+
+    @property
+    def DENSE_TIME_SCALE(self) -> float: ...
+
+    @property
+    def TIME_EMBEDDER(self) -> str: ...
 
     def load_transformer(self, folder: Path, variant: str | None = None) -> Any: ...
 
@@ -129,7 +146,13 @@ class Backbone(Protocol):
 
     def embed_time(self, transformer: Any, time: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor: ...
 
+    def time_features(self, transformer: Any, time: torch.Tensor) -> torch.Tensor: ...
+
+    def modulation(self, transformer: Any, embedded: torch.Tensor) -> torch.Tensor: ...
+
     def timestep_scale(self, transformer: Any) -> float: ...
+
+    def in_dense_time(self, transformer: Any, scale: float) -> bool: ...
 
     def name_timestep_scale(self, transformer: Any, scale: float) -> None: ...
 

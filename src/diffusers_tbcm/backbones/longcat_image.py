@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
+from diffusers.models.transformers.transformer_longcat_image import LongCatImageTimestepEmbeddings
 from torch import nn
 
 from ..text import Text
@@ -18,17 +20,21 @@ from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
+from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import modulation as modulation_of
 
 
 TRANSFORMER_CLASS = LongCatImageTransformer2DModel
 PIPELINE_CLASS = LongCatImagePipeline
-STUDENT_PIPELINE_CLASS = None
+STUDENT_PIPELINE_CLASS = LongCatImagePipeline
+STUDENT_EMBEDS_GUIDANCE = False
 TAG = "longcat-image"
 COPIED_COMPONENTS = ("text_encoder", "tokenizer", "vae")
 OPTIONAL_COMPONENTS = ("text_processor",)  # which rewrites prompts
 INSTRUCTION = None
 READING_OPTIONS: tuple[str, ...] = ()
 CALL_OPTIONS: dict[str, Any] = {"enable_prompt_rewrite": False}  # prompts were learned as they are
+GUIDED_OPTIONS: dict[str, Any] = {"enable_cfg_renorm": False}  # guidance was learned as it is
 
 # Attention and feed-forward of both streams, and of the blocks in which they are one. `proj_out` follows both there;
 # the network's last layer has that name too.
@@ -39,6 +45,8 @@ LORA_TARGET_MODULES = (
 )  # fmt: skip
 
 TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
+DENSE_TIME_SCALE = TIME_SCALE
+TIME_EMBEDDER = "time_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # the stock pipeline's, which cannot be told another number; pictures' places count from it
 NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
 PATCH = 2  # latent pixels a side of a token
@@ -256,7 +264,7 @@ def embed_time(
     Returns:
         The conditioning vector, (batch, inner_dim).
     """
-    return transformer.time_embed(time * 1000, transformer.dtype)
+    return transformer.time_embed(time * PROJECTED_TIME, transformer.dtype)
 
 
 def timestep_scale(transformer: LongCatImageTransformer2DModel) -> float:
@@ -274,10 +282,62 @@ def infer_timestep_scale(transformer: LongCatImageTransformer2DModel, text: Text
     return TIME_SCALE
 
 
-def make_student(teacher: LongCatImageTransformer2DModel) -> LongCatImageTransformer2DModel:
-    """Refuse: a consistency student takes the guidance scale as an input, which this network has no place for.
+def time_features(transformer: LongCatImageTransformer2DModel, time: torch.Tensor) -> torch.Tensor:
+    """Give the sinusoids through which `TIME_EMBEDDER` sees time in a network in dense time.
 
-    Raises:
-        ValueError: always.
+    Args:
+        transformer: the network.
+        time: s, (batch,).
+
+    Returns:
+        (batch, channels), float32.
     """
-    raise ValueError("LongCatImageTransformer2DModel has no consistency students yet: it embeds no guidance")
+    return slow_features(transformer.time_embed.time_proj, time * PROJECTED_TIME)
+
+
+def modulation(transformer: LongCatImageTransformer2DModel, embedded: torch.Tensor) -> torch.Tensor:
+    """Give what the blocks are modulated by.
+
+    Args:
+        transformer: the network.
+        embedded: the conditioning vector, as `embed_time` gives it, (batch, inner_dim).
+
+    Returns:
+        Shifts, scales and gates, (batch, features).
+    """
+    return modulation_of(blocks(transformer), embedded)
+
+
+def in_dense_time(transformer: LongCatImageTransformer2DModel, scale: float) -> bool:
+    """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
+    return sees_slow_sinusoids_only(transformer.time_embed.time_proj, transformer.time_embed.timestep_embedder)
+
+
+class WideTimeEmbedding(LongCatImageTimestepEmbeddings):
+    """diffusers' embedding of time, in float32 under autocast too, as `WideTimestepEmbedding` is.
+
+    Args:
+        embed: whose parts it takes over.
+    """
+
+    def __init__(self, embed: LongCatImageTimestepEmbeddings) -> None:
+        nn.Module.__init__(self)
+        self.time_proj, self.timestep_embedder = embed.time_proj, WideTimestepEmbedding(embed.timestep_embedder)
+
+    def forward(self, timestep: torch.Tensor, hidden_dtype: torch.dtype) -> torch.Tensor:
+        """Embed times; `hidden_dtype`, the activations', is not followed."""
+        return self.timestep_embedder(self.time_proj(timestep))
+
+
+def make_student(teacher: LongCatImageTransformer2DModel) -> LongCatImageTransformer2DModel:
+    """Copy a teacher into a trainable student, which is equal to it.
+
+    Args:
+        teacher: the network to copy; it is left as it is.
+
+    Returns:
+        The student, on the teacher's device and in its dtype, every parameter trainable.
+    """
+    student = copy.deepcopy(teacher)
+    student.time_embed = WideTimeEmbedding(student.time_embed)
+    return student.requires_grad_(True)

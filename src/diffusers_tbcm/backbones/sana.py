@@ -24,18 +24,21 @@ from .sana_attention import share_prompts as share_prompts
 TRANSFORMER_CLASS = SanaTransformer2DModel
 PIPELINE_CLASS = SanaPipeline
 STUDENT_PIPELINE_CLASS = SanaSprintPipeline
+STUDENT_EMBEDS_GUIDANCE = True
 TAG = "sana"
 COPIED_COMPONENTS = ("text_encoder", "tokenizer", "vae")  # the student's are its teacher's, byte for byte
 OPTIONAL_COMPONENTS: tuple[str, ...] = ()
 INSTRUCTION: list[str] = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
 READING_OPTIONS: tuple[str, ...] = ("max_sequence_length", "complex_human_instruction")
 CALL_OPTIONS: dict[str, Any] = {"use_resolution_binning": False}  # draw the size that was asked for
+GUIDED_OPTIONS: dict[str, Any] = {}
 PROMPT_TOKENS = 300
 
 # diffusers' SanaPipeline feeds the network 1000 s times `config.timestep_scale`, and its SanaSprintPipeline feeds s
 # itself whatever the config says. A checkpoint with this scale is therefore one whose network was trained on s.
 DENSE_TIME_CONFIG_SCALE = 0.001
 PLAIN_SANA_SCALE = 1000.0
+DENSE_TIME_SCALE = 1.0
 
 # LoRA adapts every large matrix, as diffusers' LCM-LoRA script does: attention is only half of a Sana block's weights,
 # the pointwise convolutions of its Mix-FFN the other half, and a student answers to time otherwise than its teacher,
@@ -290,6 +293,19 @@ def timestep_scale(transformer: SanaTransformer2DModel) -> float:
     """
     scale = transformer.config["timestep_scale"]
     return 1.0 if scale == DENSE_TIME_CONFIG_SCALE else scale
+
+
+def in_dense_time(transformer: SanaTransformer2DModel, scale: float) -> bool:
+    """Say whether a network sees s itself, as consistency training wants it.
+
+    Args:
+        transformer: the network.
+        scale: the factor on s, as `infer_timestep_scale` finds it.
+
+    Returns:
+        Whether it is no larger than that of dense time.
+    """
+    return scale <= DENSE_TIME_SCALE
 
 
 def name_timestep_scale(transformer: SanaTransformer2DModel, scale: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,14 @@ from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
 from .patched import image_tokens as image_tokens
+from .time_embedding import WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import modulation as modulation_of
 
 
 TRANSFORMER_CLASS = SD3Transformer2DModel
 PIPELINE_CLASS = StableDiffusion3Pipeline
-STUDENT_PIPELINE_CLASS = None
+STUDENT_PIPELINE_CLASS = StableDiffusion3Pipeline
+STUDENT_EMBEDS_GUIDANCE = False
 TAG = "stable-diffusion-3"
 COPIED_COMPONENTS = (
     "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "vae",
@@ -32,6 +36,7 @@ OPTIONAL_COMPONENTS: tuple[str, ...] = ()
 INSTRUCTION = None
 READING_OPTIONS: tuple[str, ...] = ("max_sequence_length",)
 CALL_OPTIONS: dict[str, Any] = {}
+GUIDED_OPTIONS: dict[str, Any] = {}
 
 # Attention and feed-forward of both streams. The last block has no feed-forward for the text.
 LORA_TARGET_MODULES = (
@@ -40,6 +45,8 @@ LORA_TARGET_MODULES = (
 )  # fmt: skip
 
 TIME_SCALE = 1000.0  # the network sees 1000 s; nothing in a folder can say otherwise
+DENSE_TIME_SCALE = TIME_SCALE
+TIME_EMBEDDER = "time_text_embed.timestep_embedder"
 PROMPT_TOKENS, MAX_PROMPT_TOKENS = 256, 512  # that the stock pipeline gives T5, and the most that it allows
 
 
@@ -217,10 +224,48 @@ def infer_timestep_scale(transformer: SD3Transformer2DModel, text: Text) -> floa
     return TIME_SCALE
 
 
-def make_student(teacher: SD3Transformer2DModel) -> SD3Transformer2DModel:
-    """Refuse: a consistency student wants time in [0, 1] and, of several guidance scales, the one as an input.
+def time_features(transformer: SD3Transformer2DModel, time: torch.Tensor) -> torch.Tensor:
+    """Give the sinusoids through which `TIME_EMBEDDER` sees time in a network in dense time.
 
-    Raises:
-        ValueError: always.
+    Args:
+        transformer: the network.
+        time: 1000 s, (batch,).
+
+    Returns:
+        (batch, channels), float32.
     """
-    raise ValueError("SD3Transformer2DModel has no consistency students: its stock pipeline feeds it 1000 s")
+    return slow_features(transformer.time_text_embed.time_proj, time)
+
+
+def modulation(transformer: SD3Transformer2DModel, embedded: torch.Tensor) -> torch.Tensor:
+    """Give what the blocks are modulated by, beside the pooled prompt.
+
+    Args:
+        transformer: the network.
+        embedded: the conditioning vector, as `embed_time` gives it, (batch, inner_dim).
+
+    Returns:
+        Shifts, scales and gates, (batch, features).
+    """
+    return modulation_of(blocks(transformer), embedded)
+
+
+def in_dense_time(transformer: SD3Transformer2DModel, scale: float) -> bool:
+    """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
+    embed = transformer.time_text_embed
+    return sees_slow_sinusoids_only(embed.time_proj, embed.timestep_embedder)
+
+
+def make_student(teacher: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    """Copy a teacher into a trainable student, which is equal to it.
+
+    Args:
+        teacher: the network to copy; it is left as it is.
+
+    Returns:
+        The student, on the teacher's device and in its dtype, every parameter trainable.
+    """
+    student = copy.deepcopy(teacher)
+    embed = student.time_text_embed
+    embed.timestep_embedder = WideTimestepEmbedding(embed.timestep_embedder)
+    return student.requires_grad_(True)

@@ -1,0 +1,102 @@
+"""Time embedded through sinusoids of 1000 s, as many families do, and what consistency training makes of it.
+
+Sinusoids of periods from 6 to 60,000 let the embedding, and the network with it, jitter between neighbouring s. A
+network in dense time sees the slow ones alone, and is still given 1000 s by its stock pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
+from torch import nn
+
+
+PROJECTED_TIME = 1000.0  # times s: what the sinusoids are of
+STEEPEST = math.pi  # slope in s of a slow sinusoid: half a period over [0, 1]
+POINTS = 4001  # times in [0, 1] that slopes are measured between
+
+
+def slow_sinusoids(projection: Timesteps) -> torch.Tensor:
+    """Say which sinusoids of 1000 s are smooth in s.
+
+    Args:
+        projection: diffusers' sinusoids.
+
+    Returns:
+        Whether the slope is `STEEPEST` at most, (channels,), on the CPU.
+    """
+    changes = projection(PROJECTED_TIME * torch.linspace(0, 1, POINTS)).diff(dim=0)
+    return changes.abs().amax(0) * (POINTS - 1) <= STEEPEST
+
+
+def slow_features(projection: Timesteps, time: torch.Tensor) -> torch.Tensor:
+    """Give what an embedder in dense time sees of times.
+
+    Args:
+        projection: diffusers' sinusoids.
+        time: 1000 s, (batch,).
+
+    Returns:
+        The slow sinusoids, and 0 for the fast ones, (batch, channels), float32.
+    """
+    return projection(time) * slow_sinusoids(projection).to(time.device)
+
+
+def sees_slow_sinusoids_only(projection: Timesteps, embedder: TimestepEmbedding) -> bool:
+    """Say whether an embedder gives fast sinusoids no weight.
+
+    Args:
+        projection: diffusers' sinusoids.
+        embedder: what sees them.
+
+    Returns:
+        Whether it is one in dense time.
+    """
+    weight = embedder.linear_1.weight
+    return not weight[:, ~slow_sinusoids(projection).to(weight.device)].any()
+
+
+def modulation(blocks: Iterable[nn.Module], embedded: torch.Tensor) -> torch.Tensor:
+    """Give what blocks are modulated by, were time all that modulates them.
+
+    Args:
+        blocks: of the network, with adaptive layer norms.
+        embedded: the conditioning vector, (batch, inner_dim).
+
+    Returns:
+        Shifts, scales and gates of all blocks, (batch, features).
+    """
+    norms: list[Any] = [
+        norm
+        for block in blocks
+        for norm in block.children()
+        if isinstance(norm, AdaLayerNormZero | AdaLayerNormZeroSingle)
+    ]
+    return torch.cat([norm.linear(norm.silu(embedded)) for norm in norms], dim=1)
+
+
+class WideTimestepEmbedding(TimestepEmbedding):
+    """diffusers' embedding of sinusoids, in float32 under autocast too: its tangent spikes in bf16.
+
+    Sinusoids without weight stay so in training: Adam would soon give the fast ones as much as the slow ones.
+
+    Args:
+        embedder: whose layers it takes over.
+    """
+
+    seen: torch.Tensor
+
+    def __init__(self, embedder: TimestepEmbedding) -> None:
+        super().__init__(embedder.linear_1.in_features, embedder.linear_1.out_features)
+        self.linear_1, self.linear_2 = embedder.linear_1, embedder.linear_2
+        self.register_buffer("seen", embedder.linear_1.weight.detach().any(dim=0), persistent=False)
+
+    def forward(self, sample: torch.Tensor, condition: None = None) -> torch.Tensor:
+        """Embed sinusoids, (batch, channels), in the layers' own dtype."""
+        with torch.autocast(sample.device.type, enabled=False):
+            return super().forward((sample * self.seen).to(self.linear_1.weight.dtype))
