@@ -134,7 +134,7 @@ def build_page(pipeline: DiffusionPipeline, name: str) -> "Blocks":
         return result.pictures, result.seed, result.report
 
     own_guidance = call_options(pipeline)["guidance_scale"]
-    method = "CDM" if has_learned_guidance(pipeline) else "TBCM"
+    method = "TBCM" if pipeline.scheduler.config.get("stochastic_sampling", True) else "CDM"
     largest_guidance = max(MAX_GUIDANCE, 2 * own_guidance)
     with gr.Blocks(title=method, analytics_enabled=False) as page:
         gr.Markdown(f"# Pictures in 1, 2 or 4 steps\n`{name}`, distilled by {method}")

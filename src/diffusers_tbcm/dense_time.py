@@ -1,8 +1,9 @@
-"""A teacher that sees s itself made from one that sees 1000 s, without a picture: v'(x, s) = v(x, 1000 s).
+"""A teacher that answers smoothly to s made from one that sees 1000 s, without a picture: v'(x, s) = v(x, 1000 s).
 
-Only the embedding of time has to change, and that is a function of one number. A plain Sana embeds 1000 s through
-sinusoids with periods from 6 to 60,000, so that its embedding e jitters between neighbouring s, and de/ds with it. The
-new one sees s through the same sinusoids, all of which are nearly straight on [0, 1]: what it fits is the smooth part.
+Only the embedding of time has to change, and that is a function of one number. A plain teacher embeds 1000 s through
+sinusoids with periods from 6 to 60,000, so that its embedding e jitters between neighbouring s, and de/ds with it. A
+Sana's new one sees s itself through the same sinusoids, those of other families the slow ones of 1000 s alone, as their
+pipelines feed nothing else. All of these are nearly straight on [0, 1]: what it fits is the smooth part.
 What the fit leaves is trained away where the teacher goes by itself: mean ||v'(x, s) - v(x, 1000 s)||^2 at points of
 its own trajectories, for both branches of its guidance. The recipe is ours; no paper has it.
 """
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .backbones import sana
 from .dual import Dual
 from .flow import FlowTransformer, flow_step
 from .guidance import combine_branches, guidance_branches
@@ -88,7 +88,7 @@ def fit_embedder(target: torch.Tensor, features: torch.Tensor, s: torch.Tensor, 
 
 @torch.no_grad()
 def to_dense_time(teacher: FlowTransformer) -> FlowTransformer:
-    """Make a Sana that sees s itself of the very parameters of one that does not, but for the embedder of time.
+    """Make a network in dense time of the very parameters of one that is not, but for the embedder of time.
 
     The teacher is not run; its embedder is. The fit is computed in float64 on the CPU.
 
@@ -96,21 +96,21 @@ def to_dense_time(teacher: FlowTransformer) -> FlowTransformer:
         teacher: v, without a guidance embedder, in float32; it is left as it is.
 
     Returns:
-        v', whose network shares all parameters with the teacher's but the embedder's, and whose config has the mark of
-        dense time.
+        v', whose network shares all parameters with the teacher's but the embedder's, and whose config has its family's
+        mark of dense time, if there is one.
     """
-    network = teacher.transformer
-    shared = [part for name, part in network.named_parameters() if not name.startswith(sana.TIME_EMBEDDER)]
+    network, backbone = teacher.transformer, teacher.backbone
+    shared = [part for name, part in network.named_parameters() if not name.startswith(backbone.TIME_EMBEDDER)]
     prepared = copy.deepcopy(network, {id(part): part for part in shared})
-    embedder = prepared.get_submodule(sana.TIME_EMBEDDER)
+    embedder = prepared.get_submodule(backbone.TIME_EMBEDDER)
     s = torch.linspace(0, 1, FIT_POINTS, dtype=torch.float64)
     times = s.float().to(network.device)
-    target = sana.embed_time(network, times * teacher.timestep_scale, None)
-    features = sana.time_features(network, times)
+    target = backbone.embed_time(network, times * teacher.timestep_scale, None)
+    features = backbone.time_features(network, times * backbone.DENSE_TIME_SCALE)
     units = embedder.linear_1.out_features
     embedder.load_state_dict(fit_embedder(target.cpu().double(), features.cpu().double(), s, units))
-    teacher.backbone.name_timestep_scale(prepared, 1.0)
-    return FlowTransformer(prepared, 1.0)
+    backbone.name_timestep_scale(prepared, backbone.DENSE_TIME_SCALE)
+    return FlowTransformer(prepared, backbone.DENSE_TIME_SCALE)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class EmbeddingFit:
 
     Args:
         residual: ||e' - e|| / ||e||.
-        modulation_residual: the same of what the modulation layer makes of them, which the blocks see.
+        modulation_residual: the same of what the modulation layers make of them, which the blocks see.
         slope_before: median of |de/ds| / |e|.
         slope_after: that of e'.
     """
@@ -141,14 +141,14 @@ def compare_embeddings(teacher: FlowTransformer, prepared: FlowTransformer) -> E
     Returns:
         The figures.
     """
-    embedded, slopes = [], []
+    backbone, embedded, slopes = teacher.backbone, [], []
     for network in (teacher, prepared):
         s = torch.linspace(0, 1, FIT_POINTS, device=network.transformer.device)
         times = Dual(s, torch.ones_like(s)) * network.timestep_scale
-        value: Any = sana.embed_time(network.transformer, times, None)  # type: ignore[arg-type]
+        value: Any = backbone.embed_time(network.transformer, times, None)  # type: ignore[arg-type]
         embedded.append(value.primal)
         slopes.append((value.tangent.norm(dim=1) / value.primal.norm(dim=1)).median().item())
-    modulations = [sana.modulation(teacher.transformer, value) for value in embedded]
+    modulations = [backbone.modulation(teacher.transformer, value) for value in embedded]
     return EmbeddingFit(
         relative_error(embedded[1], embedded[0]), relative_error(modulations[1], modulations[0]), *slopes
     )

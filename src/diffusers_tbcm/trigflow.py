@@ -138,7 +138,7 @@ class TrigFlowTransformer(FlowTransformer):
         self, transformer: nn.Module, timestep_scale: float | None = None, backbone: Backbone | None = None
     ) -> None:
         super().__init__(transformer, timestep_scale, backbone)
-        if self.timestep_scale > 1:
+        if self.timestep_scale > 1 and not self.backbone.in_dense_time(transformer, self.timestep_scale):
             logger.warning(
                 f"This transformer sees the time s in [0, 1] multiplied by timestep_scale={self.timestep_scale:g}, "
                 "which multiplies dF/dt as well: the tangent explodes and training will be unstable. Fine-tune the "

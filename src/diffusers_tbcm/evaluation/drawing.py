@@ -71,7 +71,7 @@ def load_pipeline(
 
     Returns:
         The pipeline, without progress bars of its own: a `SanaTBCMPipeline` or, of a flow student such as CDM's, its
-        own class with a `FlowStudentScheduler`. `call_options` says how to draw with it.
+        own class with a `FlowStudentScheduler`. `call_options` says how to draw with it, and `draw_pictures` draws.
 
     Raises:
         ValueError: where `model` or `lora` is not found or damaged, `model` without `lora` is no student, or `device`
@@ -92,7 +92,9 @@ def load_pipeline(
         )
     if lora is not None and flow_adapter is not None:
         with loading("lora", lora):
-            flow_scheduler = FlowStudentScheduler(flow_adapter["shift"], flow_adapter["call_options"])
+            flow_scheduler = FlowStudentScheduler(
+                flow_adapter["shift"], flow_adapter["call_options"], flow_adapter.get("stochastic_sampling", False)
+            )
     if not is_tbcm and flow_scheduler is None and lora is None:
         raise ValueError(
             f"model {str(model)!r} is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes"
@@ -113,10 +115,7 @@ def load_pipeline(
     if lora is not None:
         named = {"weight_name": LORA_FILE} if record.get("adapter") else {}  # which the Hub's offline mode asks for
         with loading_by_name("lora", lora, "LoRA weights"):
-            if hasattr(pipeline, "load_lora_weights"):
-                pipeline.load_lora_weights(str(lora), **named)
-            else:
-                pipeline.transformer.load_lora_adapter(str(lora), **{"weight_name": LORA_FILE, **named})
+            load_lora(pipeline, lora, **named)
             if flow_adapter is not None and flow_adapter["timestep_scale"] is not None:
                 # The teacher's config may not say in what time it was trained
                 pipeline.transformer.register_to_config(timestep_scale=flow_adapter["timestep_scale"])
@@ -128,6 +127,20 @@ def _flow_scheduler(model: str | PathLike[str]) -> FlowStudentScheduler | None:
     """What a flow student is drawn with; None of any other pipeline."""
     config = FlowStudentScheduler.load_config(str(model), subfolder=SCHEDULER)
     return FlowStudentScheduler.from_config(config) if is_flow_student(config) else None
+
+
+def load_lora(pipeline: DiffusionPipeline, lora: str | PathLike[str], **options: Any) -> None:
+    """Load LoRA weights into a pipeline, or into the transformer of one that knows of none.
+
+    Args:
+        pipeline: of a known family.
+        lora: folder, file or Hub id.
+        options: of diffusers' method, such as `weight_name`.
+    """
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(str(lora), **options)
+    else:
+        pipeline.transformer.load_lora_adapter(str(lora), **{"weight_name": LORA_FILE, **options})
 
 
 def lora_record(lora: str | PathLike[str]) -> dict[str, Any]:
@@ -248,6 +261,7 @@ def draw_pictures(
     """
     generators = iter(generators)
     batch_size = batch_size or max(1, len(prompts))
+    scheduler = pipeline.scheduler
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         asked: dict[str, Any]
@@ -255,10 +269,13 @@ def draw_pictures(
             asked = {**backbone_of(pipeline.transformer).text_arguments(batch)}
         else:
             asked = {"prompt": list(batch)}
+        noises = list(islice(generators, len(batch)))
+        if isinstance(scheduler, FlowStudentScheduler):
+            scheduler.generator = noises
         pixels = pipeline(
             **asked,
             num_inference_steps=num_inference_steps,
-            generator=list(islice(generators, len(batch))),
+            generator=noises,
             output_type="pt",
             **options,
         ).images

@@ -321,6 +321,7 @@ def save_flow_lora(
             "pipeline": backbone_of(student).PIPELINE_CLASS.__name__,
             "scheduler": FLOW_SCHEDULER,
             "shift": scheduler.config["shift"],
+            "stochastic_sampling": scheduler.config["stochastic_sampling"],
             "timestep_scale": student.config.get("timestep_scale"),
             "call_options": scheduler.default_call_options,
         }

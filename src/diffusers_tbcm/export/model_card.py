@@ -20,9 +20,8 @@ from ..files import read_json
 from ..owned import OwnedFolder
 from ..pipeline_folder import CARD, SAMPLE_GRID, SCHEDULER, TRAINING_RECORD, TRANSFORMER, VARIANTS
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
-from ..scheduling_flow import FlowStudentScheduler, even_sigmas, is_flow_student
+from ..scheduling_flow import FlowStudentScheduler, is_flow_student, student_sigmas
 from ..scheduling_tbcm import TBCMScheduler
-from ..trigflow import trig_to_flow_timestep
 from .record import Metrics, check_record, is_flow_adapter, load_metrics
 
 
@@ -70,6 +69,15 @@ def render_model_card(
     else:
         flow = is_flow_adapter(record)
         backbone = backbone_of_pipeline(adapter.get("pipeline", SanaPipeline.__name__))
+    scheduler: FlowStudentScheduler | TBCMScheduler
+    if adapter is None:
+        scheduler = (FlowStudentScheduler if flow else TBCMScheduler).from_pretrained(folder / SCHEDULER)
+        call_options = scheduler.default_call_options
+    else:
+        stochastic = adapter.get("stochastic_sampling", False)
+        scheduler = FlowStudentScheduler(stochastic_sampling=stochastic) if flow else TBCMScheduler()
+        call_options = adapter.get("call_options", {})
+    matched = flow and not scheduler.config["stochastic_sampling"]
     card_data = ModelCardData(
         base_model=record["base_model"],
         base_model_relation=record["base_model"] and relation,
@@ -79,20 +87,14 @@ def render_model_card(
             *TAGS[:2],
             backbone.TAG,
             *TAGS[2:],
-            *_image_free_tags(record, flow),
+            *_image_free_tags(record, matched),
             *([] if adapter is None else ["lora"]),
         ],
         widget=_widget(samples),
         **(record["license"] if license is None else {"license": license}),
         **({} if metrics is None else _eval_results(metrics, model_id)),
     )
-    scheduler_class = FlowStudentScheduler if flow else TBCMScheduler
-    scheduler = scheduler_class() if adapter else scheduler_class.from_pretrained(folder / SCHEDULER)
-    call_options = scheduler.default_call_options if adapter is None else adapter.get("call_options", {})
-    timesteps = {}
-    for steps in SHOWN_STEPS:
-        scheduler.set_timesteps(steps)
-        timesteps[steps] = scheduler.timesteps[:steps]
+    scheduler.set_timesteps(2)
     return ModelCard.from_template(
         card_data,
         template_path=str(_template_path(TEMPLATE)),
@@ -101,15 +103,16 @@ def render_model_card(
         prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
         adapter=adapter,
         flow=flow,
+        matched=matched,
         standalone=(folder / CUSTOM_PIPELINE_FILE_NAME).is_file(),
         call_options=_beyond_stock(call_options),
         call=backbone.CALL_OPTIONS,
         left_out=backbone.OPTIONAL_COMPONENTS,
         loads_adapters=hasattr(backbone.PIPELINE_CLASS, "load_lora_weights"),
-        intermediate=_rounded(timesteps[2])[1],
+        intermediate=round(scheduler.timesteps[1].item(), 4),
         sigmas={
-            steps: even_sigmas(steps) if flow else _rounded(trig_to_flow_timestep(angles))
-            for steps, angles in timesteps.items()
+            steps: [round(s, 6) for s in student_sigmas(steps, stochastic_sampling=not matched)]
+            for steps in SHOWN_STEPS
         },
         samples=_samples_by_prompt(samples),
         sample_steps=sorted({sample["num_inference_steps"] for sample in samples}),
@@ -129,12 +132,13 @@ def _render_prepared(
     model_id: str,
 ) -> ModelCard:
     """The card of a teacher that was prepared for consistency training, and is no student."""
+    backbone = find_backbone(folder)
     card_data = ModelCardData(
         base_model=record["base_model"],
         base_model_relation=record["base_model"] and "finetune",
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=[*TAGS[:3], "dense-time"],
+        tags=[*TAGS[:2], backbone.TAG, "distillation", "dense-time"],
         widget=_widget(samples),
         **(record["license"] if license is None else {"license": license}),
     )
@@ -144,6 +148,10 @@ def _render_prepared(
         **{name: record[name] for name in ("teacher", "training", "resolution")},
         model_id=model_id,
         prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
+        pipeline=backbone.PIPELINE_CLASS.__name__,
+        call=backbone.CALL_OPTIONS,
+        left_out=backbone.OPTIONAL_COMPONENTS,
+        one_guidance=not backbone.STUDENT_EMBEDS_GUIDANCE,
         samples={_caption(sample["prompt"]): sample["file"] for sample in samples},
         variants=_variants(folder),
     )
@@ -154,8 +162,8 @@ def _variants(folder: Path) -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in VARIANTS.items() if [*folder.glob(f"{TRANSFORMER}/*.{name}*")]}
 
 
-def _image_free_tags(record: Mapping[str, Any], flow: bool) -> tuple[str, ...]:
-    return ("cdm" if flow else "tbcm", "image-free-distillation") if record["image_free"] else ()
+def _image_free_tags(record: Mapping[str, Any], matched: bool) -> tuple[str, ...]:
+    return ("cdm" if matched else "tbcm", "image-free-distillation") if record["image_free"] else ()
 
 
 def save_model_card(folder: str | PathLike[str], *, license: str | None = None, model_id: str | None = None) -> Path:
@@ -218,10 +226,6 @@ def _beyond_stock(call_options: Mapping[str, Any]) -> dict[str, str]:
 def _caption(prompt: str) -> str:
     """A prompt as the card shows it, which a page of text would make unreadable."""
     return prompt if len(prompt) <= MAX_CAPTION else prompt[:MAX_CAPTION].rstrip() + " ..."
-
-
-def _rounded(times: torch.Tensor) -> list[float]:
-    return [round(time, 4) for time in times.tolist()]
 
 
 def _samples_by_prompt(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, str]]:

@@ -98,8 +98,8 @@ def _is_tbcm(folder: Path) -> bool:
     """Whether `SanaTBCMPipeline` draws with what a folder holds; a flow student has its teacher's own class."""
     if not (folder / MODEL_INDEX).is_file():
         return False
-    student_class = find_backbone(folder).STUDENT_PIPELINE_CLASS
-    return student_class is not None and read_object(folder / MODEL_INDEX).get("_class_name") == student_class.__name__
+    backbone, name = find_backbone(folder), read_object(folder / MODEL_INDEX).get("_class_name")
+    return backbone.STUDENT_EMBEDS_GUIDANCE and name == backbone.STUDENT_PIPELINE_CLASS.__name__
 
 
 def publishable(path: Path, secrets: Collection[str] = ()) -> Path | bytes:
@@ -181,7 +181,7 @@ def _pipeline_files(folder: Path) -> list[Path]:
     index = check_file(folder / MODEL_INDEX)
     model_index = read_object(index)
     backbone = find_backbone(folder)
-    classes = [cls.__name__ for cls in (backbone.STUDENT_PIPELINE_CLASS, backbone.PIPELINE_CLASS) if cls is not None]
+    classes = [*dict.fromkeys(cls.__name__ for cls in (backbone.STUDENT_PIPELINE_CLASS, backbone.PIPELINE_CLASS))]
     if model_index.get("_class_name") not in classes:
         raise ValueError(
             f"{MODEL_INDEX} has the class {model_index.get('_class_name')}, and not {' or '.join(classes)}"

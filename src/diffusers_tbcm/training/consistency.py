@@ -16,12 +16,13 @@ from ..backbones import Backbone, find_backbone
 from ..dual import checkpoint_dual
 from ..errors import in_a_line
 from ..evaluation.generate import PROGRAM
-from ..export.folders import save_student_lora, save_student_pipeline
+from ..export.folders import save_flow_lora, save_flow_student, save_student_lora, save_student_pipeline
 from ..flow import FlowTransformer
-from ..lora import copy_trained, make_lora_student
+from ..lora import adapt, copy_trained, make_lora_student
 from ..loss import LogvarHead, StudentWithLogvar
 from ..pipeline_folder import TRANSFORMER, digest_component, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
+from ..scheduling_flow import FlowStudentScheduler
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
 from .distillation import Distillation
@@ -30,16 +31,19 @@ from .settings import RowSettings
 
 
 class ConsistencyDistillation(Distillation):
-    """A teacher seen as the TrigFlow network F, and students that embed guidance; as `Distillation`.
+    """A teacher seen as the TrigFlow network F, and students of it; as `Distillation`.
+
+    A student takes the guidance scale as an input where its family has one, and learns a single scale where not.
 
     Attributes:
         teacher: the frozen network F.
         scheduler: what a student is drawn with.
+
+    Raises:
+        ValueError: for a teacher that is not in dense time, and for several guidance scales that the student could not
+            tell apart, too.
     """
 
-    BESIDE_LORA = ", guidance embedder"
-    SAVE_PIPELINE = staticmethod(save_student_pipeline)
-    SAVE_LORA = staticmethod(save_student_lora)
     settings: RowSettings
     teacher: TrigFlowTransformer
 
@@ -48,11 +52,17 @@ class ConsistencyDistillation(Distillation):
     ) -> None:
         super().__init__(run, settings, prompts, method=method, image_free=image_free)
         size = ("height", "width") if settings.resolution is None else ()
-        self.scheduler = TBCMScheduler(
-            sigma_data=SIGMA_DATA,
-            guidance_scales=settings.guidance_scales,
-            call_options={name: value for name, value in self._drawn_with.items() if name not in size},
-        )
+        drawn_with = {name: value for name, value in self._drawn_with.items() if name not in size}
+        self.scheduler: TBCMScheduler | FlowStudentScheduler
+        if self.backbone.STUDENT_EMBEDS_GUIDANCE:
+            self.scheduler = TBCMScheduler(
+                sigma_data=SIGMA_DATA, guidance_scales=settings.guidance_scales, call_options=drawn_with
+            )
+            self.save_pipeline, self.save_lora = save_student_pipeline, save_student_lora
+            self.beside_lora = ", guidance embedder"
+        else:
+            self.scheduler = FlowStudentScheduler(call_options=drawn_with, stochastic_sampling=True)
+            self.save_pipeline, self.save_lora = save_flow_student, save_flow_lora
 
     @property
     def inner_dim(self) -> int:
@@ -141,23 +151,27 @@ class ConsistencyDistillation(Distillation):
             ) from error
 
     def _find_backbone(self) -> Backbone:
-        backbone = super()._find_backbone()
-        if backbone.STUDENT_PIPELINE_CLASS is None:
+        backbone, scales = super()._find_backbone(), self.settings.guidance_scales
+        if not backbone.STUDENT_EMBEDS_GUIDANCE and len({*scales}) > 1:
             raise ValueError(
-                f"`pretrained_model_name_or_path` names a teacher of {backbone.PIPELINE_CLASS.__name__}, which has no"
-                " consistency students here: distil it by CDM with train_cdm.py"
+                f"`guidance_scales` is {scales}: a student of {backbone.PIPELINE_CLASS.__name__} does not embed"
+                " guidance and learns one scale: give one, such as 4.5"
             )
         return backbone
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> TrigFlowTransformer:
-        if timestep_scale > 1 and not self.settings.allow_plain_teacher:
+        if self.backbone.in_dense_time(transformer, timestep_scale):
+            return TrigFlowTransformer(transformer, timestep_scale)
+        prepare = f"Prepare it first, and give what comes out as teacher: {self._prepare()}"
+        if timestep_scale == 1:
+            self.run.say(f"This teacher is given s in [0, 1] and embeds 1000 s: its tangent may be rough. {prepare}")
+        elif not self.settings.allow_plain_teacher:
             raise ValueError(
                 "`pretrained_model_name_or_path` names a plain teacher, which sees time multiplied by"
-                f" {timestep_scale:g}: consistency training wants dense time. Prepare it first, and give what comes"
-                f" out as teacher: {self._prepare()} -- or distil it by CDM with train_cdm.py (`allow_plain_teacher`"
-                " trains on it as it is)"
+                f" {timestep_scale:g}: consistency training wants dense time. {prepare} -- or distil it by CDM with"
+                " train_cdm.py (`allow_plain_teacher` trains on it as it is)"
             )
-        if timestep_scale > 1 and self.settings.validation_prompts:
+        elif self.settings.validation_prompts and self.backbone.STUDENT_EMBEDS_GUIDANCE:
             raise ValueError(
                 f"`validation_prompts` cannot be drawn: the teacher sees time multiplied by {timestep_scale:g}, which"
                 " the Sana-Sprint pipelines do not; leave them out"
@@ -175,23 +189,29 @@ class ConsistencyDistillation(Distillation):
         return shlex.join([PROGRAM, "train", "prepare_teacher", *words])
 
     def _make_student(self) -> Any:
+        embeds_guidance = self.backbone.STUDENT_EMBEDS_GUIDANCE
         if self.settings.rank is None:
             student = self.backbone.make_student(self.teacher.transformer)
         else:
-            student = self._adapted(make_lora_student)
-        student.register_to_config(timestep_scale=self.teacher.timestep_scale)
+            student = self._adapted(make_lora_student if embeds_guidance else adapt)
+        if embeds_guidance:  # its pipeline feeds s itself whatever the config says, and LoRA's record asks for the time
+            student.register_to_config(timestep_scale=self.teacher.timestep_scale)
         return student
 
     def _first_output(self, transformer: Any, noise: torch.Tensor) -> torch.Tensor:
-        return TrigFlowTransformer(transformer, self.teacher.timestep_scale)(
-            noise,
-            torch.full((1,), math.pi / 2, device=noise.device),
-            **self.negative_text.arguments(),
-            guidance=torch.full((1,), self.settings.guidance_scales[0], device=noise.device),
+        network = TrigFlowTransformer(transformer, self.teacher.timestep_scale)
+        t, guidance = (
+            torch.full((1,), value, device=noise.device) for value in (math.pi / 2, self.settings.guidance_scales[0])
         )
+        embedded = guidance if network.guidance_embeds else None
+        return network(noise, t, **self.negative_text.arguments(), guidance=embedded)
 
-    def _pipeline(self, vae: Any, transformer: Any) -> SanaTBCMPipeline:
-        return SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
+    def _pipeline(self, vae: Any, transformer: Any) -> Any:
+        if self.backbone.STUDENT_EMBEDS_GUIDANCE:
+            return SanaTBCMPipeline(None, None, vae, transformer, self.scheduler)
+        return self.backbone.make_pipeline(vae, transformer, self.scheduler)
 
     def _how_to_draw(self, folder: Path) -> str:
-        return f'SanaTBCMPipeline.from_pretrained("{folder}")("a prompt").images[0]'
+        if self.backbone.STUDENT_EMBEDS_GUIDANCE:
+            return f'SanaTBCMPipeline.from_pretrained("{folder}")("a prompt").images[0]'
+        return f'{PROGRAM} generate --model "{folder}" --steps 4 --prompt "a prompt" --out picture.png'

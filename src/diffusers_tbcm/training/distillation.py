@@ -103,9 +103,9 @@ class Distillation(ABC):
         timestep_scale = self.backbone.infer_timestep_scale(transformer, self.negative_text)
         self.teacher = self._see_teacher(transformer, timestep_scale)
 
-    BESIDE_LORA = ""  # what trains with the adapters, for the card
-    SAVE_PIPELINE: Callable[..., Path]  # of `export.folders`
-    SAVE_LORA: Callable[..., Path]
+    beside_lora = ""  # what trains with the adapters, for the card
+    save_pipeline: Callable[..., Path]  # of `export.folders`
+    save_lora: Callable[..., Path]
     scheduler: Any  # what a student is drawn with
 
     def _find_backbone(self) -> Backbone:
@@ -280,12 +280,12 @@ class Distillation(ABC):
         if settings.rank is not None:
             adapters = folder / LORA
             named = replace(description, model_id=f"{folder.name}/{LORA}")
-            self.SAVE_LORA(transformer, teacher, adapters, named, **common)
+            self.save_lora(transformer, teacher, adapters, named, **common)
             self._tell(f"Adapters for a pipeline of the teacher, whose card shows how to load them: {adapters}")
             if not settings.merge_lora:
                 return adapters
             transformer = merge_lora(transformer)
-        self.SAVE_PIPELINE(transformer, teacher, folder, description, variants=settings.export_variants, **common)
+        self.save_pipeline(transformer, teacher, folder, description, variants=settings.export_variants, **common)
         self._tell(f"Done. Draw with it:\n  {self._how_to_draw(folder)}")
         return folder
 
@@ -425,7 +425,7 @@ class Distillation(ABC):
             **settings.describe(),
             "prompt": reading,
             "optimiser": f"{optimiser}, clip {settings.max_grad_norm:g}",
-            "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}{self.BESIDE_LORA}",
+            "weights": "all" if settings.rank is None else f"LoRA of rank {settings.rank}{self.beside_lora}",
             "EMA": settings.ema_decay if settings.use_ema else "off",
             "precision": run.accelerator.mixed_precision,
             "seed": settings.seed,

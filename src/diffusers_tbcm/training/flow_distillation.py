@@ -37,8 +37,8 @@ class FlowDistillation(Distillation):
         ValueError: for a teacher that embeds guidance, too.
     """
 
-    SAVE_PIPELINE = staticmethod(save_flow_student)
-    SAVE_LORA = staticmethod(save_flow_lora)
+    save_pipeline = staticmethod(save_flow_student)
+    save_lora = staticmethod(save_flow_lora)
     teacher: FlowTransformer
 
     def __init__(

@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from torch import nn
 
-from ..backbones import Backbone, sana
+from ..backbones import Backbone
 from ..dense_time import (
     EmbeddingFit,
     branch_inputs,
@@ -27,7 +27,7 @@ from ..dense_time import (
 )
 from ..digests import digest_texts
 from ..errors import loading_by_name
-from ..evaluation.drawing import draw_pictures, lora_record, numbered_generators
+from ..evaluation.drawing import draw_pictures, load_lora, lora_record, numbered_generators
 from ..evaluation.features import pictures_to_tensor
 from ..evaluation.generate import PROGRAM
 from ..export.folders import save_prepared_teacher, stock_scheduler
@@ -48,7 +48,7 @@ DRAWN_STEPS = 20  # of the validation's pictures, by both networks
 
 
 class Preparation(Distillation):
-    """A plain teacher v, which sees 1000 s, and the network v' of s that is to be equal to it; as `Distillation`.
+    """A plain teacher v and the network v' in dense time that is to be equal to it; as `Distillation`.
 
     v' is fitted as soon as the teacher is known to be fit; it has the teacher's weights, but for the embedder of time.
 
@@ -128,20 +128,11 @@ class Preparation(Distillation):
             "student", model, exported="transformer", lr_scheduler=settings.lr_scheduler, ema=settings.use_ema
         )
 
-    def _find_backbone(self) -> Backbone:
-        backbone = super()._find_backbone()
-        if backbone.TRANSFORMER_CLASS is not sana.TRANSFORMER_CLASS:
-            raise ValueError(
-                "`pretrained_model_name_or_path` names a teacher of"
-                f" {backbone.PIPELINE_CLASS.__name__}: only a Sana can be prepared"
-            )
-        return backbone
-
     def _load_teacher(self) -> Any:
         transformer = super()._load_teacher()
         if self._lora is None:
             return transformer
-        merge = partial(merge_teachers_lora, self.backbone.PIPELINE_CLASS, transformer, self.folder)
+        merge = partial(merge_teachers_lora, self.backbone, transformer, self.folder)
         self.run.depends_on(lora=merge(self._lora, self._lora_scale))
         return transformer
 
@@ -152,7 +143,7 @@ class Preparation(Distillation):
                 "`pretrained_model_name_or_path` names a teacher that embeds guidance: only one with an unconditional"
                 " branch can be prepared"
             )
-        if timestep_scale == 1:
+        if self.backbone.in_dense_time(transformer, timestep_scale):
             raise ValueError(
                 "`pretrained_model_name_or_path` names a teacher that is in dense time already: distil it as it is"
                 f" ({PROGRAM} train tbcm_distill)"
@@ -164,20 +155,19 @@ class Preparation(Distillation):
         if self.settings.rank is None:
             student = copy.deepcopy(fitted).float().requires_grad_(True)
             # The embedder is as good as it gets, and Adam would move it far
-            student.get_submodule(sana.TIME_EMBEDDER).requires_grad_(False)
+            student.get_submodule(self.backbone.TIME_EMBEDDER).requires_grad_(False)
             return student
         return self._adapted(lambda teacher, **options: adapt(fitted, **options))
 
     def _first_output(self, transformer: Any, noise: torch.Tensor) -> torch.Tensor:
         one = torch.ones(1, device=noise.device)
-        embeds = self.negative_text.embeds.to(transformer.dtype)
-        return FlowTransformer(transformer, self.prepared.timestep_scale)(noise, one, embeds, self.negative_text.mask)
+        return self._see_prepared(transformer)(noise, one, **self.negative_text.arguments())
 
     def _pipeline(self, vae: Any, transformer: Any) -> Any:
         return self.backbone.make_pipeline(vae, transformer, copy.deepcopy(self.scheduler))
 
     def _how_to_draw(self, folder: Path) -> str:
-        return f'SanaPipeline.from_pretrained("{folder}")("a prompt").images[0]'
+        return f'{self.backbone.PIPELINE_CLASS.__name__}.from_pretrained("{folder}")("a prompt").images[0]'
 
     def _draw_columns(
         self, transformer: Any, prompts: Sequence[str]
@@ -186,6 +176,7 @@ class Preparation(Distillation):
         vae = self.backbone.load_vae(self.folder, self.settings.variant).to(transformer.device)
         both = Text.cat([self.negative_text.expand(len(prompts)), self.encode([*prompts])])
         negative, text = both[: len(prompts)], both[len(prompts) :]
+        unprompted = {f"negative_{name}": part for name, part in self.backbone.text_arguments(negative).items()}
         drawn = []
         for label, network in (("teacher", self.teacher.transformer), ("prepared", transformer)):
             pipeline = self._pipeline(vae, network)
@@ -196,11 +187,11 @@ class Preparation(Distillation):
                 numbered_generators(self.run.settings.seed),
                 num_inference_steps=DRAWN_STEPS,
                 negative_prompt=None,
-                negative_prompt_embeds=negative.embeds,
-                negative_prompt_attention_mask=negative.mask,
+                **unprompted,
                 height=self.resolution,
                 width=self.resolution,
-                use_resolution_binning=False,
+                **self.backbone.CALL_OPTIONS,
+                **self.backbone.GUIDED_OPTIONS,
             )
             drawn.append(list(pictures))
             yield f"{label}, {DRAWN_STEPS} steps", None if label == "teacher" else DRAWN_STEPS, drawn[-1]
@@ -215,7 +206,7 @@ class Preparation(Distillation):
 
     def _closer(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Weights of the alignment, or those that it began with where it has come no closer to v."""
-        aligned = self._measure(FlowTransformer(self._whole(self._load_student(weights)), 1.0))
+        aligned = self._measure(self._see_prepared(self._whole(self._load_student(weights))))
         self._measured["aligned"] = aligned
         if aligned[0] < self._measured["before"][0]:
             return weights
@@ -229,6 +220,10 @@ class Preparation(Distillation):
         fresh = FlowTransformer(self._load_teacher().to(self.run.device), self.teacher.timestep_scale)
         return to_dense_time(fresh).transformer.state_dict()
 
+    def _see_prepared(self, transformer: Any) -> FlowTransformer:
+        """A network v' as a velocity."""
+        return FlowTransformer(transformer, self.prepared.timestep_scale)
+
     def _whole(self, transformer: Any) -> Any:
         """A network without adapters."""
         return transformer if self.settings.rank is None else merge_lora(transformer)
@@ -237,7 +232,7 @@ class Preparation(Distillation):
         """Save v', its adapters merged, as a pipeline; the folder to publish."""
         settings, folder = self.settings, self.run.output_dir
         whole = self._whole(transformer)
-        self._measured["saved"] = self._measure(FlowTransformer(whole, 1.0))
+        self._measured["saved"] = self._measure(self._see_prepared(whole))
         table = {**description.training, **self._how_close()}
         save_prepared_teacher(
             whole,
@@ -294,11 +289,11 @@ class Preparation(Distillation):
         return {**super()._training_table(), **merged}
 
 
-def merge_teachers_lora(pipeline_class: Any, transformer: Any, folder: Path, lora: str, scale: float) -> str:
+def merge_teachers_lora(backbone: Backbone, transformer: Any, folder: Path, lora: str, scale: float) -> str:
     """Add LoRA weights to a teacher's network, in place, as its stock pipeline loads them.
 
     Args:
-        pipeline_class: the stock pipeline.
+        backbone: the teacher's family.
         transformer: the network, in float32.
         folder: the teacher's pipeline folder.
         lora: folder, file or Hub id of the weights.
@@ -314,9 +309,9 @@ def merge_teachers_lora(pipeline_class: Any, transformer: Any, folder: Path, lor
         raise ValueError(
             f"`lora` {lora!r} makes a few-step student of its teacher: give a LoRA of the many-step model, or none"
         )
-    pipeline = pipeline_class(None, None, None, transformer, stock_scheduler(folder))
+    pipeline = backbone.make_pipeline(None, transformer, stock_scheduler(folder))
     with loading_by_name("lora", lora, "LoRA weights"):
-        pipeline.load_lora_weights(lora)
+        load_lora(pipeline, lora)
     if not getattr(transformer, "peft_config", {}):
         raise ValueError(f"`lora` {lora!r} has no layer of the teacher's transformer: it is another model's")
     (adapter,) = transformer.peft_config
@@ -324,6 +319,6 @@ def merge_teachers_lora(pipeline_class: Any, transformer: Any, folder: Path, lor
     digest = digest_texts(
         f"{name} {tensor.double().sum().item()!r} {tensor.double().norm().item()!r}" for name, tensor in tensors
     )
-    pipeline.fuse_lora(lora_scale=scale)
-    pipeline.unload_lora_weights()
+    transformer.fuse_lora(lora_scale=scale)
+    transformer.unload_lora()
     return digest

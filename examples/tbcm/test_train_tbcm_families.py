@@ -1,0 +1,184 @@
+"""TBCM on teachers that are no Sana: prepared, trained, resumed, exported, and drawn by diffusers alone."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from runs import metrics
+from safetensors.torch import load_file
+from tiny import student_weights
+
+from diffusers_tbcm.backbones import find_backbone
+from diffusers_tbcm.evaluation.drawing import call_options, draw_pictures, load_pipeline
+from diffusers_tbcm.export.selection import select_files
+from diffusers_tbcm.pipeline_folder import copied_components
+from diffusers_tbcm.scheduling_flow import student_sigmas
+from diffusers_tbcm.scripts import prepare_teacher, train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
+
+
+NAMES = [name for name in FAMILIES if name != "sana"]
+TEACHERS = {"sd3": "prepared", "longcat_image": "teacher"}  # what each is distilled from
+NOT_PREPARATIONS = dict.fromkeys(
+    ("tangent_warmup_steps", "tangent_cooldown_start_step", "tangent_cooldown_steps"),
+)  # flags
+ADAPTERS = "pytorch_lora_weights.safetensors"
+# Runs the examples of all cards without this package, then draws with their arguments and fixed noises.
+PLAIN_DIFFUSERS = """
+import re, sys
+sys.modules["diffusers_tbcm"] = None  # importing it is an error
+import numpy as np, torch
+from diffusers.schedulers import scheduling_flow_match_euler_discrete as stock
+
+pictures = {}
+for folder in sys.argv[1:]:
+    card = open(f"{folder}/README.md", encoding="utf-8").read()
+    exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
+    assert image.size == (64, 64), image.size
+    generator = torch.Generator().manual_seed(3)
+    noise = lambda sample, *_, **__: torch.randn(getattr(sample, "shape", sample), generator=generator)
+    stock.randn_tensor = torch.randn_like = noise  # the pipelines give their generator to the first noise alone
+    sigmas = eval(re.search(r"sigmas=(\\[.*?\\])", card.split("image = ")[2])[1])
+    drawn = pipe(prompt, sigmas=sigmas, generator=generator, output_type="np", **options)
+    pictures[folder.replace("/", "-")] = drawn.images
+np.savez("pictures.npz", **pictures)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture
+def tbcm(root, flags, monkeypatch):
+    """The flags of a family's short run."""
+    monkeypatch.chdir(root)
+
+    def family_flags(name, **changes):
+        own = {
+            "pretrained_model_name_or_path": f"{name}/{TEACHERS[name]}", "resolution": 64,
+            "max_sequence_length": FAMILIES[name].tokens, "precompute_embeddings": f"{name}/embeddings",
+            "max_train_steps": 3, "guidance_scales": 4.5, "learning_rate": 1e-2, "checkpointing_steps": 1,
+            "logging_steps": 1,
+        }  # fmt: skip
+        return flags(**(own | changes))
+
+    return family_flags
+
+
+@pytest.fixture
+def trained(root, tbcm):
+    """Prepare and train a family's teacher, all weights and adapters, once."""
+
+    def train(name):
+        if not (root / name).is_dir():
+            FAMILIES[name].make_pipeline().save_pretrained(root / name / "teacher")
+            prepare = {
+                "pretrained_model_name_or_path": f"{name}/teacher", "output_dir": f"{name}/prepared",
+                "held_out_prompts": 2, "max_train_steps": 1, "validation_prompts": "a dog", "learning_rate": 1e-4,
+                **NOT_PREPARATIONS,
+            }  # fmt: skip
+            prepare_teacher.main(tbcm(name, **prepare))
+            full = {"gradient_checkpointing": True, "use_ema": True, "ema_decay": 0.5, "validation_prompts": "a dog"}
+            train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/run", **full))
+            train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/broken", **full, max_train_steps=2))
+            again = {"resume_from_checkpoint": "latest"}
+            train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/broken", **full, **again))
+            lora = {"rank": 2, "lora_alpha": 4, "merge_lora": True, "endpoint_warmup_steps": 1}
+            train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/adapted", **lora))
+        return root / name
+
+    return train
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_is_trained_resumed_and_exported(name, trained):
+    folder, backbone = trained(name), FAMILIES[name].backbone
+    run = folder / "run"
+    for file in ("model.safetensors", "ema.safetensors"):
+        expected, found = (load_file(folder / each / "checkpoint-3" / file) for each in ("run", "broken"))
+        assert len(expected) > 20 and all(torch.equal(found[key], expected[key]) for key in expected)
+    after, before = student_weights(run), student_weights(folder / TEACHERS[name])
+    assert after.keys() == before.keys() and any(not torch.equal(after[key], before[key]) for key in before)
+    assert {"error", "tangent_norm", "tangent_ratio"} <= metrics(run)[1].keys()
+    index, stock = (json.loads((folder / each / "model_index.json").read_text()) for each in ("run", "teacher"))
+    assert index["_class_name"] == stock["_class_name"] == backbone.PIPELINE_CLASS.__name__
+    assert {path.name for path in run.iterdir()} >= {"transformer", *copied_components(folder / "teacher")}
+    assert (run / "validation" / "step-3.png").is_file() and not (run / "pipeline.py").exists()
+    scheduler = json.loads((run / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler" and scheduler["stochastic_sampling"] is True
+    assert all(".lora_" in key for key in load_file(folder / "adapted" / "lora" / ADAPTERS))
+    for each in (run, folder / "adapted", folder / "adapted" / "lora"):
+        assert {"README.md", "training.json"} <= select_files(each).files.keys()
+        card = (each / "README.md").read_text()
+        for line in (f"- {backbone.TAG}", "- tbcm", "| guidance scales | 4.5 |"):
+            assert re.search(rf"^{re.escape(line)}$", card, re.MULTILINE), line
+        assert "CDM" not in card and "tang2025tbcm" in card and "Sana" not in card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prepared_teacher_and_its_student_see_no_fast_sinusoid(name, trained, tbcm):
+    folder, backbone = trained(name), FAMILIES[name].backbone
+    load = partial(find_backbone(folder / "teacher").load_transformer)
+    teacher, prepared = load(folder / "teacher"), load(folder / "prepared")
+    assert not backbone.in_dense_time(teacher, backbone.TIME_SCALE)
+    assert backbone.in_dense_time(prepared, backbone.TIME_SCALE)
+    assert "dense-time" in (folder / "prepared" / "README.md").read_text()
+    assert (folder / "prepared" / "validation" / "step-1.png").is_file()
+    changes = {"pretrained_model_name_or_path": f"{name}/prepared", "output_dir": f"{name}/dense"}
+    train_tbcm_distill.main(tbcm(name, **changes))
+    student = load(folder / "dense")
+    assert backbone.in_dense_time(student, backbone.TIME_SCALE)
+    embedders = (network.get_submodule(backbone.TIME_EMBEDDER).linear_1.weight for network in (student, prepared))
+    assert not torch.equal(*embedders)  # the slow ones' weights are trained
+
+
+def test_plain_diffusers_draws_what_we_draw(trained):
+    folders = [f"{trained(name).name}/{each}" for name in NAMES for each in ("run", "adapted", "adapted/lora")]
+    subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, *folders], check=True, timeout=600)
+    with np.load("pictures.npz") as pictures:
+        for folder in folders:
+            name, lora = folder.partition("/")[0], folder if folder.endswith("lora") else None
+            model = f"{name}/{TEACHERS[name]}" if lora else folder
+            pipeline = load_pipeline(model, lora=lora, device="cpu")
+            generators = [torch.Generator().manual_seed(3)]
+            (picture,) = draw_pictures(
+                pipeline, ["a dog"], generators, num_inference_steps=2, **call_options(pipeline)
+            )
+            assert pipeline.scheduler.sigmas[:-1].tolist() == student_sigmas(2, stochastic_sampling=True)
+            drawn = np.asarray(picture, dtype=np.float32) / 255
+            # Rounded to 8 bits, and the card's times to 6 digits
+            np.testing.assert_allclose(pictures[folder.replace("/", "-")][0], drawn, rtol=0, atol=0.6 / 255)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_cannot_be_distilled_is_refused_before_anything_is_computed(name, trained, tbcm, root):
+    trained(name)
+    there = {path.name for path in (root / name).iterdir()}
+    train_tbcm_distill.main(
+        tbcm(name, output_dir=f"{name}/dry", dry_run=True, precompute_embeddings=None, mixed_precision="bf16")
+    )
+    with pytest.raises(ValueError, match=r"`guidance_scales` is \[4.0, 5.0\]: .* learns one scale: give one"):
+        train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/several", guidance_scales=[4.0, 5.0]))
+    if name == "sd3":
+        with pytest.raises(ValueError, match=r"plain teacher, which sees time multiplied by 1000: .*prepare_teacher"):
+            train_tbcm_distill.main(
+                tbcm(name, output_dir=f"{name}/plain", pretrained_model_name_or_path=f"{name}/teacher")
+            )
+    with pytest.raises(ValueError, match="is in dense time already"):
+        prepare_teacher.main(
+            tbcm(
+                name,
+                pretrained_model_name_or_path=f"{name}/prepared",
+                output_dir=f"{name}/two",
+                **NOT_PREPARATIONS,
+            )
+        )
+    assert {path.name for path in (root / name).iterdir()} == there
