@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -15,22 +16,27 @@ from toy_networks import SIGMA_DATA
 
 from diffusers_tbcm import backbones, dual
 from diffusers_tbcm.backbones import Backbone, backbone_of, backbone_of_pipeline, find_backbone
+from diffusers_tbcm.backbones.time_embedding import slow_sinusoids
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
+from diffusers_tbcm.dense_time import compare_embeddings, to_dense_time
 from diffusers_tbcm.dual import Dual, checkpoint_dual
-from diffusers_tbcm.evaluation.drawing import load_pipeline
+from diffusers_tbcm.evaluation.drawing import draw_pictures, load_pipeline
 from diffusers_tbcm.export.folders import save_flow_student
 from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.flow import FlowTransformer, flow_step
 from diffusers_tbcm.guidance import guidance_branches, guided_output
 from diffusers_tbcm.lora import LORA_FILE, adapt, merge_lora, save_adapters
+from diffusers_tbcm.images import pixels_to_pil
 from diffusers_tbcm.pipeline_folder import copied_components, flow_shift
 from diffusers_tbcm.rollout import record_rollout
 from diffusers_tbcm.scheduling_flow import FlowStudentScheduler, even_sigmas
+from diffusers_tbcm.scheduling_tbcm import TBCMScheduler
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.training.memory import activation_bytes, recomputed_bytes
+from diffusers_tbcm.training.preparation import merge_teachers_lora
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, rotate
-from diffusers_tbcm.trigflow import TrigFlowTransformer
+from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
 
 
 PROMPTS = ["a red fox", "", "three little birds and a dog"]
@@ -224,6 +230,90 @@ def test_latents_are_encoded_and_decoded_as_by_the_stock_classes(family, pipelin
     torch.testing.assert_close(picture, drawn[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_consistency_student_is_drawn_by_its_angles(family, pipeline, shape, encode, steps):
+    """The stock pipeline and its scheduler draw what f(x_t, t) = cos t x_t - sin t sigma_data F gives, noised anew."""
+    backbone, student = family.backbone, copy.copy(pipeline)
+    student.scheduler = FlowStudentScheduler(stochastic_sampling=True)
+    scheduler, network, text = TBCMScheduler(), TrigFlowTransformer(pipeline.transformer), encode(["a dog", "an owl"])
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+    def noise():
+        drawn = torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators])
+        return SIGMA_DATA * drawn
+
+    scheduler.set_timesteps(steps)
+    sample = noise()
+    for number, t in enumerate(scheduler.timesteps[:-1]):
+        with torch.no_grad():
+            output = network(sample / SIGMA_DATA, t.expand(2), **text.arguments())
+        sample = consistency_output(sample, output, t.expand(2))
+        if number < steps - 1:
+            after = scheduler.timesteps[number + 1]
+            packed = family.stock_latents(  # noise has no order, but the stock pipeline's latents have one
+                torch.cat([torch.randn(1, *stock_shape(family, shape), generator=each) for each in generators])
+            )
+            sample = after.cos() * sample + after.sin() * SIGMA_DATA * packed
+    expected = pixels_to_pil(backbone.decode_latents(pipeline.vae, sample / SIGMA_DATA) / 2 + 0.5)
+    found = draw_pictures(
+        student, ["a dog", "an owl"], [torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        num_inference_steps=steps, guidance_scale=1.0, height=64, width=64, **family.unguided_call,
+    )  # fmt: skip
+    for picture, other in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(other)).max() <= 1  # rounded to 8 bits
+
+
+def stock_shape(family, shape):
+    """Of the stock pipeline's latents of a picture, packed where it packs them."""
+    packed = torch.zeros(1, (shape[1] // 2) * (shape[2] // 2), 4 * shape[0])
+    return packed.shape[1:] if family.stock_latents(packed).shape == (1, *shape) else shape
+
+
+# -- time
+
+
+def test_a_student_starts_as_its_teacher_and_embeds_time_in_float32(family, pipeline, shape):
+    backbone, text = family.backbone, text_of(family)
+    student = backbone.make_student(copy.deepcopy(pipeline.transformer).requires_grad_(False))
+    assert all(weight.requires_grad for weight in student.parameters())
+    guidance = torch.tensor([4.0, 5.0]) if backbone.STUDENT_EMBEDS_GUIDANCE else None
+    assert backbone.embeds_guidance(student) is backbone.STUDENT_EMBEDS_GUIDANCE
+    inputs, networks = (noise_of(shape), torch.tensor([0.4, 1.3])), (student, pipeline.transformer)
+    with torch.no_grad():
+        found, expected = (
+            TrigFlowTransformer(network, 1.0)(*inputs, **text.arguments(), guidance=told)
+            for network, told in zip(networks, (guidance, None), strict=True)
+        )
+        assert torch.equal(found, expected)
+        time = torch.tensor([0.31, 0.77])
+        exact = backbone.embed_time(student, time, guidance)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(backbone.embed_time(student, time, guidance), exact)
+    if not backbone.STUDENT_EMBEDS_GUIDANCE:  # then its pipeline is the teacher's
+        assert student.state_dict().keys() == pipeline.transformer.state_dict().keys()
+
+
+def test_a_prepared_network_is_close_to_the_plain_one_and_answers_smoothly(family, pipeline, folder, shape):
+    """The plain one is made of a smooth embedding of time and a little jitter."""
+    backbone, transformer = family.backbone, copy.deepcopy(pipeline.transformer)
+    embedder = transformer.get_submodule(backbone.TIME_EMBEDDER)
+    projection = transformer.get_submodule(f"{backbone.TIME_EMBEDDER.rpartition('.')[0]}.time_proj")
+    with torch.no_grad():
+        embedder.linear_1.weight[:, ~slow_sinusoids(projection)] *= 0.05
+        embedder.linear_1.weight[:, slow_sinusoids(projection)] *= 5
+    scale = 1000.0 if backbone.STUDENT_EMBEDS_GUIDANCE else backbone.timestep_scale(transformer)  # Sana's is in dense time
+    plain = FlowTransformer(transformer.requires_grad_(False), scale)
+    assert not backbone.in_dense_time(transformer, scale)
+    prepared = to_dense_time(plain)
+    fit = compare_embeddings(plain, prepared)
+    assert backbone.in_dense_time(prepared.transformer, prepared.timestep_scale)
+    assert fit.residual < 0.1 and fit.modulation_residual < 0.1 and fit.slope_after < 0.5 * fit.slope_before
+    sample, s, text = noise_of(shape), torch.tensor([0.2, 0.9]), text_of(family)
+    with torch.no_grad():
+        found, expected = (network(sample, s, **text.arguments()) for network in (prepared, plain))
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 # -- training
 
 
@@ -390,6 +480,24 @@ def test_saved_adapters_make_the_stock_pipeline_the_merged_network(family, pipel
             for network in (stock.transformer, merge_lora(adapted), pipeline.transformer)
         )
     assert (merged - before).norm() > 1e-2 * before.norm()
+    assert (found - merged).norm() < 1e-5 * merged.norm()
+
+
+def test_a_lora_is_merged_into_the_teacher(family, pipeline, folder, shape, tmp_path):
+    adapted = adapt(copy.deepcopy(pipeline.transformer), rank=2, alpha=4)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    save_adapters(adapted, tmp_path)
+    transformer = family.backbone.load_transformer(folder)
+    digest = merge_teachers_lora(family.backbone, transformer, folder, str(tmp_path), 1.0)
+    assert len(digest) == 16 and transformer.state_dict().keys() == pipeline.transformer.state_dict().keys()
+    inputs, text = (noise_of(shape), torch.rand(2)), text_of(family)
+    with torch.no_grad():
+        found, merged = (
+            FlowTransformer(network)(*inputs, **text.arguments()) for network in (transformer, merge_lora(adapted))
+        )
     assert (found - merged).norm() < 1e-5 * merged.norm()
 
 

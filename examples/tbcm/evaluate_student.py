@@ -25,9 +25,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline, SanaPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffusers_tbcm.backbones import backbone_of, backbone_of_index, find_backbone
 from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
 from diffusers_tbcm.components import MODEL_CONFIG, SCHEDULER_CONFIG
 from diffusers_tbcm.data.columns import MJHQ_30K
@@ -87,7 +88,7 @@ class Settings:
     model: str = field(metadata={"help": "pipeline folder or Hub id of a student"})
     output_dir: Path
     lora: str | None = flag(None, "LoRA weights to load into it; --model may then be their teacher")
-    teacher: str | None = flag(None, "pipeline folder or Hub id of a SanaPipeline to measure beside it")
+    teacher: str | None = flag(None, "pipeline folder or Hub id of its teacher, to measure beside it")
     variant: Literal["fp16", "bf16"] | None = flag(None, "half-precision weights to load of the teacher")
     steps: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "the student's"})
     teacher_steps: list[int] = field(
@@ -244,7 +245,8 @@ class Task:
 def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     """Load it all; whatever can be wrong is found before anything is drawn."""
     with loading_by_name("model", settings.model, "a pipeline folder"):
-        DiffusionPipeline.load_config(settings.model)
+        model_index = DiffusionPipeline.load_config(settings.model)
+    backbone = backbone_of_index(model_index, settings.model)
     check_installed()
     if settings.teacher is not None:
         folder = resolve_teacher(settings.teacher, settings.variant)
@@ -254,6 +256,8 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
             raise ValueError(
                 f"teacher {settings.teacher!r} is a few-step student: give the teacher that it was distilled from"
             )
+        if find_backbone(folder) is not backbone:
+            raise ValueError(f"teacher {settings.teacher!r} is of another family than model {settings.model!r}")
     if settings.update_card:
         render_model_card(settings.model)
     benchmark: GenEval | DPGBench | None = None
@@ -348,7 +352,8 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     )
     learned = has_learned_guidance(student)
     only_teachers = learned and settings.teacher is not None
-    options = {
+    backbone = backbone_of(student.transformer)
+    options: dict[str, Any] = {
         **call_options(
             student,
             guidance_scale=None if only_teachers else settings.guidance_scale,
@@ -357,7 +362,7 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
             max_sequence_length=settings.max_sequence_length,
             complex_human_instruction=settings.complex_human_instruction,
         ),
-        "use_resolution_binning": False,
+        **backbone.CALL_OPTIONS,
     }
     if task.real is not None and accelerator.is_main_process:
         task.real.check((options["width"], options["height"]))
@@ -383,8 +388,11 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
         return drawn
     del student
     folder = resolve_teacher(settings.teacher, settings.variant)
+    absent = dict.fromkeys(backbone.OPTIONAL_COMPONENTS)
     with loading("teacher", folder):
-        teacher = SanaPipeline.from_pretrained(folder, variant=settings.variant, **dtype_argument(dtype))
+        teacher = backbone.PIPELINE_CLASS.from_pretrained(
+            folder, variant=settings.variant, **absent, **dtype_argument(dtype)
+        )
     teacher.to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]
     if settings.reference_teacher:
@@ -392,7 +400,7 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
     if learned:  # the student's 1 would leave the teacher without guidance
         guidance_scale = settings.guidance_scale
         options["guidance_scale"] = STOCK_CALL_OPTIONS["guidance_scale"] if guidance_scale is None else guidance_scale
-    return draw(teacher, runs, options) + drawn
+    return draw(teacher, runs, {**options, **backbone.GUIDED_OPTIONS}) + drawn
 
 
 # 3. Measurements -----------------------------------------------------------------------------------------------------
@@ -497,7 +505,7 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
     details = {
         "seed": settings.seed,
         "features": settings.features,
-        **{name: drawn[0].pictures.settings[name] for name in DRAWN_WITH},
+        **{name: drawn[0].pictures.settings.get(name) for name in DRAWN_WITH},
         "student_guidance_scale": drawn[-1].pictures.settings["guidance_scale"],
         "pictures": len(drawn[0].pictures),
         "real_pictures": len(references[0].features) if references else None,

@@ -17,10 +17,12 @@ from tiny import student_weights
 
 from diffusers_tbcm.backbones import find_backbone
 from diffusers_tbcm.evaluation.drawing import call_options, draw_pictures, load_pipeline
+from diffusers_tbcm.export.record import load_metrics
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.pipeline_folder import copied_components
 from diffusers_tbcm.scheduling_flow import student_sigmas
-from diffusers_tbcm.scripts import prepare_teacher, train_lcm, train_sana_sprint, train_scm, train_tbcm_distill
+from diffusers_tbcm.scripts import evaluate_student, prepare_teacher, train_tbcm_distill
+from examples.tbcm.conftest import arguments
 
 
 NAMES = [name for name in FAMILIES if name != "sana"]
@@ -31,14 +33,17 @@ NOT_PREPARATIONS = dict.fromkeys(
 ADAPTERS = "pytorch_lora_weights.safetensors"
 # Runs the examples of all cards without this package, then draws with their arguments and fixed noises.
 PLAIN_DIFFUSERS = """
-import re, sys
+import os, re, sys
 sys.modules["diffusers_tbcm"] = None  # importing it is an error
 import numpy as np, torch
 from diffusers.schedulers import scheduling_flow_match_euler_discrete as stock
 
 pictures = {}
+root = os.getcwd()
 for folder in sys.argv[1:]:
-    card = open(f"{folder}/README.md", encoding="utf-8").read()
+    name, _, student = folder.partition("/")
+    os.chdir(f"{root}/{name}")  # the cards name students as in the run's place
+    card = open(f"{student}/README.md", encoding="utf-8").read()
     exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
     assert image.size == (64, 64), image.size
     generator = torch.Generator().manual_seed(3)
@@ -47,7 +52,7 @@ for folder in sys.argv[1:]:
     sigmas = eval(re.search(r"sigmas=(\\[.*?\\])", card.split("image = ")[2])[1])
     drawn = pipe(prompt, sigmas=sigmas, generator=generator, output_type="np", **options)
     pictures[folder.replace("/", "-")] = drawn.images
-np.savez("pictures.npz", **pictures)
+np.savez(f"{root}/pictures.npz", **pictures)
 """
 
 
@@ -159,12 +164,27 @@ def test_plain_diffusers_draws_what_we_draw(trained):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_student_and_its_teacher_are_measured(name, trained, prompts_file, root):
+    trained(name)
+    evaluate_student.main(
+        arguments(
+            model=f"{name}/run", teacher=f"{name}/{TEACHERS[name]}", steps=[1, 2], teacher_steps=[2],
+            num_images_per_prompt=2, prompts_file=prompts_file, output_dir=f"{name}/measured", debug=True,
+        )
+    )  # fmt: skip
+    folder = root / name / "measured"
+    rows = load_metrics(folder).measurements
+    assert [(row.model, row.num_inference_steps) for row in rows] == [("teacher", 2), ("student", 1), ("student", 2)]
+    assert {"diversity", "decisiveness"} <= rows[1].metrics.keys()
+    for model, scale, guided in (("student-2", 1.0, {}), ("teacher-2", 4.5, FAMILIES[name].backbone.GUIDED_OPTIONS)):
+        found = json.loads((folder / "pictures" / f"{model}-steps" / "settings.json").read_text())
+        assert found.items() >= {"guidance_scale": scale, "height": 64, "instruction": False, **guided}.items()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_cannot_be_distilled_is_refused_before_anything_is_computed(name, trained, tbcm, root):
     trained(name)
     there = {path.name for path in (root / name).iterdir()}
-    train_tbcm_distill.main(
-        tbcm(name, output_dir=f"{name}/dry", dry_run=True, precompute_embeddings=None, mixed_precision="bf16")
-    )
     with pytest.raises(ValueError, match=r"`guidance_scales` is \[4.0, 5.0\]: .* learns one scale: give one"):
         train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/several", guidance_scales=[4.0, 5.0]))
     if name == "sd3":
@@ -181,4 +201,7 @@ def test_what_cannot_be_distilled_is_refused_before_anything_is_computed(name, t
                 **NOT_PREPARATIONS,
             )
         )
+    train_tbcm_distill.main(
+        tbcm(name, output_dir=f"{name}/dry", dry_run=True, precompute_embeddings=None, mixed_precision="bf16")
+    )
     assert {path.name for path in (root / name).iterdir()} == there

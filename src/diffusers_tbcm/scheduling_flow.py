@@ -35,7 +35,8 @@ class FlowStudentScheduler(FlowMatchEulerDiscreteScheduler):
     (https://arxiv.org/abs/2511.20410) with `stochastic_sampling` steps to `x_{s'} = (1 - s') x_0 + s' e` from its
     prediction `x_0 = x_s - s v`. Both are those of [`FlowMatchEulerDiscreteScheduler`] for the `sigmas` that
     `student_sigmas` gives, and that the stock scheduler has to be given: by itself it spaces N steps down to its
-    smallest time.
+    smallest time. `LongCatImagePipeline` has to be given those of a student of TBCM: by itself it hands its scheduler
+    even ones.
 
     Args:
         shift (`float`, defaults to `1.0`):
@@ -190,7 +191,7 @@ def student_sigmas(num_inference_steps: int | None, *, stochastic_sampling: bool
         return even_sigmas(num_inference_steps)
     scheduler = TBCMScheduler()
     scheduler.set_timesteps(num_inference_steps)
-    return trig_to_flow_timestep(scheduler.timesteps[:-1]).tolist()
+    return trig_to_flow_timestep(scheduler.timesteps[:-1]).clamp(max=1).tolist()  # pi/2 is a little more in float32
 
 
 def even_sigmas(num_inference_steps: int | None) -> list[float]:

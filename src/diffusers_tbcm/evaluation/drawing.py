@@ -27,7 +27,7 @@ from ..images import pixels_to_pil
 from ..lora import LORA_FILE
 from ..pipeline_folder import SCHEDULER, TRAINING_RECORD
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS, SanaTBCMPipeline
-from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student
+from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student, student_sigmas
 from ..scheduling_tbcm import TBCMScheduler
 from ..text import Text
 from ..versions import dtype_argument
@@ -272,6 +272,9 @@ def draw_pictures(
         noises = list(islice(generators, len(batch)))
         if isinstance(scheduler, FlowStudentScheduler):
             scheduler.generator = noises
+            # LongCat-Image's pipeline gives its scheduler even times where it is given none
+            stochastic = scheduler.config["stochastic_sampling"]
+            asked["sigmas"] = student_sigmas(num_inference_steps, stochastic_sampling=stochastic)
         pixels = pipeline(
             **asked,
             num_inference_steps=num_inference_steps,

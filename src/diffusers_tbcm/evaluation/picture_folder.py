@@ -193,7 +193,7 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
     """Say which pipeline this is, whatever its folder is called: a value for each component that changes pictures.
 
     Args:
-        pipeline: any Sana pipeline, its LoRA loaded.
+        pipeline: of a known family, its LoRA loaded.
 
     Returns:
         A short text by component, the tokenizer's among them: two pipelines are equal where they would draw alike.

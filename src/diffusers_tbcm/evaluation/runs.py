@@ -44,7 +44,7 @@ def draw_runs(
 
     Args:
         accelerator: of the processes.
-        pipeline: any Sana pipeline.
+        pipeline: of a known family.
         runs: what to call each, its number of steps and its seed.
         prompts: what to draw.
         folder: that holds a folder for each run.
@@ -60,7 +60,7 @@ def draw_runs(
     """
     described = {**options, **pipeline_digests(pipeline)}
     # As the folders of earlier versions have it
-    described["instruction"] = bool(described.pop("complex_human_instruction", True))
+    described["instruction"] = bool(described.pop("complex_human_instruction", None))
     folders = []
     for model, steps, seed in runs:
         with accelerator.main_process_first():

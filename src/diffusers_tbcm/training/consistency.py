@@ -162,14 +162,14 @@ class ConsistencyDistillation(Distillation):
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> TrigFlowTransformer:
         if self.backbone.in_dense_time(transformer, timestep_scale):
             return TrigFlowTransformer(transformer, timestep_scale)
-        prepare = f"Prepare it first, and give what comes out as teacher: {self._prepare()}"
         if timestep_scale == 1:
-            self.run.say(f"This teacher is given s in [0, 1] and embeds 1000 s: its tangent may be rough. {prepare}")
+            self.run.say(f"This teacher embeds 1000 s: its tangent may be rough. To make it smooth: {self._prepare()}")
         elif not self.settings.allow_plain_teacher:
             raise ValueError(
                 "`pretrained_model_name_or_path` names a plain teacher, which sees time multiplied by"
-                f" {timestep_scale:g}: consistency training wants dense time. {prepare} -- or distil it by CDM with"
-                " train_cdm.py (`allow_plain_teacher` trains on it as it is)"
+                f" {timestep_scale:g}: consistency training wants dense time. Prepare it first, and give what comes"
+                f" out as teacher: {self._prepare()} -- or distil it by CDM with train_cdm.py (`allow_plain_teacher`"
+                " trains on it as it is)"
             )
         elif self.settings.validation_prompts and self.backbone.STUDENT_EMBEDS_GUIDANCE:
             raise ValueError(
