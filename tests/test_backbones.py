@@ -26,8 +26,8 @@ from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.flow import FlowTransformer, flow_step
 from diffusers_tbcm.guidance import guidance_branches, guided_output
-from diffusers_tbcm.lora import LORA_FILE, adapt, merge_lora, save_adapters
 from diffusers_tbcm.images import pixels_to_pil
+from diffusers_tbcm.lora import LORA_FILE, adapt, merge_lora, save_adapters
 from diffusers_tbcm.pipeline_folder import copied_components, flow_shift
 from diffusers_tbcm.rollout import record_rollout
 from diffusers_tbcm.scheduling_flow import FlowStudentScheduler, even_sigmas
@@ -293,6 +293,28 @@ def test_a_student_starts_as_its_teacher_and_embeds_time_in_float32(family, pipe
         assert student.state_dict().keys() == pipeline.transformer.state_dict().keys()
 
 
+def test_the_tangent_under_autocast_is_that_of_float32(family, pipeline, shape):
+    """To the rounding of activations: time itself is not rounded, where 1000 s would be by up to 2."""
+    transformer, text = copy.deepcopy(pipeline.transformer), text_of(family)
+    with torch.no_grad():  # the default initialisation hardly answers to time
+        for weight in transformer.get_submodule(family.backbone.TIME_EMBEDDER).parameters():
+            weight.mul_(3)
+    student = family.backbone.make_student(transformer)
+    guidance = torch.full((4,), 4.5) if family.backbone.STUDENT_EMBEDS_GUIDANCE else None
+    sample, t = noise_of(shape, 4), torch.tensor([0.3, 0.7, 1.1, 1.5])
+    network, directions = TrigFlowTransformer(student, 1.0), (noise_of(shape, 4).flip(0), torch.ones(4))
+    found = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            dual_inputs = Dual(sample, directions[0]), Dual(t, directions[1])
+            found.append(network(*dual_inputs, **text.arguments(), guidance=guidance))
+    for name in ("primal", "tangent"):
+        exact, rounded = (getattr(output, name).flatten(1) for output in found)
+        error = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
+        print(f"{type(transformer).__name__} {name}: {error.tolist()}")
+        assert error.max() < 0.05
+
+
 def test_a_prepared_network_is_close_to_the_plain_one_and_answers_smoothly(family, pipeline, folder, shape):
     """The plain one is made of a smooth embedding of time and a little jitter."""
     backbone, transformer = family.backbone, copy.deepcopy(pipeline.transformer)
@@ -301,7 +323,9 @@ def test_a_prepared_network_is_close_to_the_plain_one_and_answers_smoothly(famil
     with torch.no_grad():
         embedder.linear_1.weight[:, ~slow_sinusoids(projection)] *= 0.05
         embedder.linear_1.weight[:, slow_sinusoids(projection)] *= 5
-    scale = 1000.0 if backbone.STUDENT_EMBEDS_GUIDANCE else backbone.timestep_scale(transformer)  # Sana's is in dense time
+    scale = (
+        1000.0 if backbone.STUDENT_EMBEDS_GUIDANCE else backbone.timestep_scale(transformer)
+    )  # Sana's is in dense time
     plain = FlowTransformer(transformer.requires_grad_(False), scale)
     assert not backbone.in_dense_time(transformer, scale)
     prepared = to_dense_time(plain)

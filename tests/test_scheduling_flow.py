@@ -56,7 +56,7 @@ def drawn_by_angles(steps, noise):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_a_student_of_tbcm_is_drawn_in_flow_time_as_by_its_angles(steps, monkeypatch):
-    """By our scheduler and the stock one: the same latents from the same noises, the first of which has another scale."""
+    """By our scheduler and the stock one, from the same noises; the first one's scale is another."""
     shape, noises = (2, 3, 4, 4), iter(())
 
     def restart():
@@ -88,7 +88,9 @@ def test_a_student_of_tbcm_is_drawn_in_flow_time_as_by_its_angles(steps, monkeyp
 
 def test_a_student_of_tbcm_is_told_apart_and_takes_noise_of_its_generator():
     stock = FlowStudentScheduler(1.0, TRAINED, stochastic_sampling=True).to_stock()
-    assert stock.config["stochastic_sampling"] and is_flow_student({**stock.config, "_class_name": type(stock).__name__})
+    assert stock.config["stochastic_sampling"] and is_flow_student(
+        {**stock.config, "_class_name": type(stock).__name__}
+    )
     ours = FlowStudentScheduler.from_config(stock.config)
     assert ours.config["stochastic_sampling"] and ours.default_call_options == {"guidance_scale": 1.0, **TRAINED}
     assert not FlowStudentScheduler.from_config(FlowStudentScheduler().to_stock().config).config["stochastic_sampling"]

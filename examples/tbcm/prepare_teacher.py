@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-r"""Prepare a plain Sana for consistency training, without images: from a network of 1000 s to one of s itself.
+r"""Prepare a plain teacher for consistency training, without images: a network of 1000 s becomes smooth in s.
 
     accelerate launch examples/tbcm/prepare_teacher.py \
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_600M_1024px_diffusers --lora my-lora \
         --prompts_file prompts.txt --output_dir outputs/my-teacher --mixed_precision bf16 --gradient_checkpointing
 
-TBCM, sCM and Sana-Sprint differentiate in time, and want a teacher in dense time, which sees s in [0, 1]. What comes
-out is an ordinary SanaPipeline that draws what the teacher draws, and that their scripts take. The steps:
+TBCM, sCM and Sana-Sprint differentiate in time, and want a teacher in dense time, which answers smoothly to s in
+[0, 1]. What comes out is an ordinary pipeline that draws what the teacher draws, and that their scripts take. A plain
+Sana, Stable Diffusion 3 and LongCat-Image will do. The steps:
 
     1. a LoRA, where one is given, is merged into the teacher
     2. a new embedding of s is fitted to the teacher's embedding of 1000 s; the teacher is not run
     3. the teacher goes along its own trajectories -> x_s, s, v of both branches of its guidance
     4. mean ||v'(x, s) - v(x, 1000 s)||^2 there -> backward, clipping, optimiser, EMA
-    5. v', a plain SanaTransformer2DModel in dense time, inside the teacher's own pipeline class
+    5. v', a plain transformer of the teacher's class in dense time, inside the teacher's own pipeline class
 
 Step 2 is seconds, and often enough: --max_train_steps 0 leaves 4 out. The card says how close v' is to v on
 trajectories that no training has seen.

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,14 @@ from diffusers_tbcm.export.record import load_metrics
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.pipeline_folder import copied_components
 from diffusers_tbcm.scheduling_flow import student_sigmas
-from diffusers_tbcm.scripts import evaluate_student, prepare_teacher, train_tbcm_distill
+from diffusers_tbcm.scripts import (
+    evaluate_student,
+    prepare_teacher,
+    train_lcm,
+    train_sana_sprint,
+    train_scm,
+    train_tbcm_distill,
+)
 from examples.tbcm.conftest import arguments
 
 
@@ -161,6 +167,23 @@ def test_plain_diffusers_draws_what_we_draw(trained):
             drawn = np.asarray(picture, dtype=np.float32) / 255
             # Rounded to 8 bits, and the card's times to 6 digits
             np.testing.assert_allclose(pictures[folder.replace("/", "-")][0], drawn, rtol=0, atol=0.6 / 255)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("script", [train_scm, train_sana_sprint, train_lcm])
+def test_the_methods_on_pictures_train_it_too(name, script, trained, picture_flags, root, monkeypatch):
+    trained(name)
+    monkeypatch.chdir(root)
+    method = script.__name__.rpartition("_")[2]
+    script.main(
+        picture_flags(
+            pretrained_model_name_or_path=f"{name}/{TEACHERS[name]}", output_dir=f"{name}/{method}", resolution=64,
+            max_sequence_length=FAMILIES[name].tokens, latents_cache=f"{name}/latents", guidance_scales=4.5,
+        )
+    )  # fmt: skip
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in metrics(root / name / method))
+    card = (root / name / method / "README.md").read_text()
+    assert "stochastic_sampling" not in card and "sigmas=[1.0, 0.608978]" in card and "on captioned pictures" in card
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-r"""Distil a Sana text-to-image pipeline into a 1-4 step one, without images (TBCM, arXiv 2511.20410, Algorithm 1).
+r"""Distil a text-to-image pipeline into a 1-4 step one, without images (TBCM, arXiv 2511.20410, Algorithm 1).
 
     accelerate launch examples/tbcm/train_tbcm_distill.py \
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \
         --prompts_file prompts.txt --output_dir outputs/tbcm-sana-0.6b --mixed_precision bf16
 
+A Sana in dense time, LongCat-Image, and what prepare_teacher.py makes of a plain Sana or Stable Diffusion 3 will do.
 B prompts and N route steps give B (N - 1) training rows. The steps, as they are numbered below:
 
     1. prompts -> frozen text encoder -> text: embeddings (B, L, D) and mask (B, L); each prompt once
@@ -13,7 +14,7 @@ B prompts and N route steps give B (N - 1) training rows. The steps, as they are
     4. brightness filter on the trajectory's end -> rows kept, in a buffer that is trained on in random order
     5. the student with gradient and, in the same pass, its tangent along the teacher's velocity without
     6. loss, backward, clipping, optimiser, EMA
-    7. the student, a plain SanaTransformer2DModel, inside a pipeline folder that any diffusers user can load
+    7. the student, a plain transformer of the teacher's class, in a pipeline folder that any diffusers user can load
 
 The file needs nothing but installed packages: copy it and change what you like.
 """

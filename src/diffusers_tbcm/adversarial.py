@@ -73,8 +73,9 @@ def block_features(
     """
     features: dict[int, torch.Tensor] = {}
 
-    def keep(block: int, hidden_states: torch.Tensor) -> None:
-        features[block] = hidden_states
+    def keep(block: int, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
+        # A block that changes the text too gives it first
+        features[block] = output if isinstance(output, torch.Tensor) else output[1]
 
     def stop(*_: object) -> None:
         raise _LastBlockDone

@@ -1,9 +1,9 @@
 """A teacher that answers smoothly to s made from one that sees 1000 s, without a picture: v'(x, s) = v(x, 1000 s).
 
 Only the embedding of time has to change, and that is a function of one number. A plain teacher embeds 1000 s through
-sinusoids with periods from 6 to 60,000, so that its embedding e jitters between neighbouring s, and de/ds with it. A
-Sana's new one sees s itself through the same sinusoids, those of other families the slow ones of 1000 s alone, as their
-pipelines feed nothing else. All of these are nearly straight on [0, 1]: what it fits is the smooth part.
+sinusoids with periods from 6 to 60,000, so that its embedding e jitters between neighbouring s, and de/ds with it. The
+new one of a Sana sees s itself through the same sinusoids, that of other families the slow ones of 1000 s alone, as
+their pipelines feed nothing else. All of these are nearly straight on [0, 1]: what it fits is the smooth part.
 What the fit leaves is trained away where the teacher goes by itself: mean ||v'(x, s) - v(x, 1000 s)||^2 at points of
 its own trajectories, for both branches of its guidance. The recipe is ours; no paper has it.
 """
@@ -96,8 +96,8 @@ def to_dense_time(teacher: FlowTransformer) -> FlowTransformer:
         teacher: v, without a guidance embedder, in float32; it is left as it is.
 
     Returns:
-        v', whose network shares all parameters with the teacher's but the embedder's, and whose config has its family's
-        mark of dense time, if there is one.
+        v', whose network shares all parameters with the teacher's but the embedder's, and whose config has the mark of
+        dense time, if its family has one.
     """
     network, backbone = teacher.transformer, teacher.backbone
     shared = [part for name, part in network.named_parameters() if not name.startswith(backbone.TIME_EMBEDDER)]

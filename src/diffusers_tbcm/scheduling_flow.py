@@ -1,4 +1,4 @@
-"""The samplers of students that a flow-matching stock pipeline draws with: CDM's, and TBCM's of other families than Sana.
+"""The samplers of students that a flow-matching stock pipeline draws with: CDM's, and TBCM's that are no Sana.
 
 CDM's takes Euler steps, evenly spaced before the shift. TBCM's predicts x_0 and noises it to the next time, in the
 times of `TBCMScheduler`: x_t = cos t x_0 + sin t z is, times (1 - s) / (cos t sigma_data), x_s = (1 - s) x_0 + s e.

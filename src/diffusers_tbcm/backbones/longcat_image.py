@@ -208,7 +208,7 @@ def velocity(
     text: Text,
     guidance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Evaluate the network, v(x_s, s).
+    """Evaluate the network, v(x_s, s), s as it is: by itself the network rounds it to its activations' dtype.
 
     Args:
         transformer: the network.
@@ -226,14 +226,18 @@ def velocity(
     rows, columns = height // PATCH, width // PATCH
     tokens = sample.to(dtype).reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
     length = text.embeds.shape[1]
-    output = transformer(
-        tokens.reshape(batch, rows * columns, channels * PATCH**2),
-        encoder_hidden_states=text.embeds.to(dtype),
-        timestep=time,
-        txt_ids=_text_places(length, sample.device),
-        img_ids=_image_places(rows, columns, sample.device),
-        return_dict=False,
-    )[0]
+    exact = transformer.time_embed.register_forward_pre_hook(lambda _, args: (time * PROJECTED_TIME, *args[1:]))
+    try:
+        output = transformer(
+            tokens.reshape(batch, rows * columns, channels * PATCH**2),
+            encoder_hidden_states=text.embeds.to(dtype),
+            timestep=time,
+            txt_ids=_text_places(length, sample.device),
+            img_ids=_image_places(rows, columns, sample.device),
+            return_dict=False,
+        )[0]
+    finally:
+        exact.remove()
     output = output.reshape(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
     return output.reshape(batch, channels, height, width)
 
