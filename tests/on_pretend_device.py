@@ -221,18 +221,22 @@ def test_training_there_is_training_on_the_cpu(
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sana"])
-def test_other_families_train_there_as_on_the_cpu(name, cdm_flags, on, tmp_path):
+@pytest.mark.parametrize("method", ["tbcm", "cdm"])
+def test_other_families_train_there_as_on_the_cpu(method, name, flags, cdm_flags, on, tmp_path):
     FAMILIES[name].make_pipeline().save_pretrained(tmp_path / "teacher")
+    tbcm = {"guidance_scales": 4.5, "allow_plain_teacher": True, "logging_steps": 1, "learning_rate": 1e-4}
+    main, build, own = (train_tbcm_distill.main, flags, tbcm) if method == "tbcm" else (train_cdm.main, cdm_flags, {})
     for device in (DEVICE, "cpu"):
         on(device)
-        train_cdm.main(
-            cdm_flags(
+        main(
+            build(
                 pretrained_model_name_or_path=tmp_path / "teacher",
                 output_dir=tmp_path / str(device),
                 resolution=64,
                 max_sequence_length=FAMILIES[name].tokens,
                 max_train_steps=2,
                 validation_prompts=["a dog"],
+                **own,
             )
         )
     there, here = (metrics(tmp_path / str(device)) for device in (DEVICE, "cpu"))

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
+from PIL import Image
 from runs import metrics
 from safetensors.torch import load_file
 from tiny import student_weights
 
+from diffusers_tbcm.__main__ import main as command_line
 from diffusers_tbcm.backbones import find_backbone
-from diffusers_tbcm.evaluation.drawing import call_options, draw_pictures, load_pipeline
 from diffusers_tbcm.export.record import load_metrics
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.pipeline_folder import copied_components
-from diffusers_tbcm.scheduling_flow import student_sigmas
 from diffusers_tbcm.scripts import (
     evaluate_student,
     prepare_teacher,
@@ -93,8 +93,8 @@ def trained(root, tbcm):
             FAMILIES[name].make_pipeline().save_pretrained(root / name / "teacher")
             prepare = {
                 "pretrained_model_name_or_path": f"{name}/teacher", "output_dir": f"{name}/prepared",
-                "held_out_prompts": 2, "max_train_steps": 1, "validation_prompts": "a dog", "learning_rate": 1e-4,
-                **NOT_PREPARATIONS,
+                "held_out_prompts": 2, "max_train_steps": 1, "validation_prompts": ["a dog", "an owl"],
+                "learning_rate": 1e-4, **NOT_PREPARATIONS,
             }  # fmt: skip
             prepare_teacher.main(tbcm(name, **prepare))
             full = {"gradient_checkpointing": True, "use_ema": True, "ema_decay": 0.5, "validation_prompts": "a dog"}
@@ -156,15 +156,13 @@ def test_plain_diffusers_draws_what_we_draw(trained):
     subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, *folders], check=True, timeout=600)
     with np.load("pictures.npz") as pictures:
         for folder in folders:
-            name, lora = folder.partition("/")[0], folder if folder.endswith("lora") else None
-            model = f"{name}/{TEACHERS[name]}" if lora else folder
-            pipeline = load_pipeline(model, lora=lora, device="cpu")
-            generators = [torch.Generator().manual_seed(3)]
-            (picture,) = draw_pictures(
-                pipeline, ["a dog"], generators, num_inference_steps=2, **call_options(pipeline)
+            name, model = folder.partition("/")[0], ["--model", folder]
+            if folder.endswith("lora"):
+                model = ["--model", f"{name}/{TEACHERS[name]}", "--lora", folder]
+            command_line(
+                ["generate", *model, "--prompt", "a dog", "--steps", "2", "--seed", "3", "--out", f"{name}.png"]
             )
-            assert pipeline.scheduler.sigmas[:-1].tolist() == student_sigmas(2, stochastic_sampling=True)
-            drawn = np.asarray(picture, dtype=np.float32) / 255
+            drawn = np.asarray(Image.open(f"{name}.png"), dtype=np.float32) / 255
             # Rounded to 8 bits, and the card's times to 6 digits
             np.testing.assert_allclose(pictures[folder.replace("/", "-")][0], drawn, rtol=0, atol=0.6 / 255)
 
@@ -224,6 +222,13 @@ def test_what_cannot_be_distilled_is_refused_before_anything_is_computed(name, t
                 **NOT_PREPARATIONS,
             )
         )
+    assert {path.name for path in (root / name).iterdir()} == there
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_leaves_nothing(name, trained, tbcm, root):
+    trained(name)
+    there = {path.name for path in (root / name).iterdir()}
     train_tbcm_distill.main(
         tbcm(name, output_dir=f"{name}/dry", dry_run=True, precompute_embeddings=None, mixed_precision="bf16")
     )

@@ -20,6 +20,7 @@ from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
+from .patched import latent_size
 from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
 from .time_embedding import modulation as modulation_of
 
@@ -122,8 +123,8 @@ class EmbeddedPromptsPipeline(LongCatImagePipeline):
         prompt_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed prompts, or repeat what is embedded, as the stock method does."""
-        if prompt is None and prompt_embeds is not None:
-            prompt = [""] * len(prompt_embeds)  # of which it reads the number
+        if prompt_embeds is not None:
+            prompt = [""] * len(prompt_embeds)  # of which it reads the number; a negative prompt is one
         return super().encode_prompt(prompt, num_images_per_prompt, prompt_embeds)
 
 
@@ -146,11 +147,7 @@ def latent_shape(folder: Path, transformer: LongCatImageTransformer2DModel, reso
     Raises:
         ValueError: where the autoencoder and the packing do not allow the resolution.
     """
-    factor = vae_scale_factor(folder)
-    size = NATIVE_SIZE if resolution is None else resolution // factor
-    multiple = factor * PATCH
-    if resolution is not None and (resolution < multiple or resolution % multiple):
-        raise ValueError(f"`resolution` is {resolution}: it has to be a positive multiple of {multiple} pixels")
+    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PATCH)
     return transformer.config["in_channels"] // PATCH**2, size, size
 
 

@@ -19,6 +19,31 @@ def image_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
     return (shape[-2] // patch) * (shape[-1] // patch)
 
 
+def latent_size(resolution: int | None, *, native: int, factor: int, patch: int, largest: int | None = None) -> int:
+    """Say how many latent pixels a side a square picture has.
+
+    Args:
+        resolution: pixels a side; None for the network's own.
+        native: latent pixels a side of the network's own pictures.
+        factor: pixels a side that a latent pixel stands for.
+        patch: latent pixels a side of a token.
+        largest: most pixels a side that the network knows places of; None for no limit.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: for a resolution that is no multiple of a token, or too large.
+    """
+    if resolution is None:
+        return native
+    multiple = factor * patch
+    if resolution < multiple or resolution % multiple or (largest is not None and resolution > largest):
+        limit = "" if largest is None else f", {largest} at most"
+        raise ValueError(f"`resolution` is {resolution}: it has to be a positive multiple of {multiple} pixels{limit}")
+    return resolution // factor
+
+
 def blocks(transformer: Any) -> list[nn.Module]:
     """Give the network's blocks, in order."""
     return list(transformer.transformer_blocks)

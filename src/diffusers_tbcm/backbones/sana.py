@@ -16,6 +16,7 @@ from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
 from .patched import image_tokens as image_tokens
+from .patched import latent_size
 from .sana_attention import deal_out
 from .sana_attention import keep_text as keep_text
 from .sana_attention import share_prompts as share_prompts
@@ -179,14 +180,8 @@ def latent_shape(folder: Path, transformer: SanaTransformer2DModel, resolution: 
     Raises:
         ValueError: where the autoencoder or the position embedding does not allow the resolution.
     """
-    config = transformer.config
-    if resolution is None:
-        return config["in_channels"], config["sample_size"], config["sample_size"]
-    factor = vae_scale_factor(folder)
-    multiple = factor * config["patch_size"]
-    if resolution < multiple or resolution % multiple:
-        raise ValueError(f"`resolution` is {resolution}: it has to be a positive multiple of {multiple} pixels")
-    size = resolution // factor
+    config, factor = transformer.config, vae_scale_factor(folder)
+    size = latent_size(resolution, native=config["sample_size"], factor=factor, patch=config["patch_size"])
     if config["interpolation_scale"] is not None and size != config["sample_size"]:
         native = config["sample_size"] * factor
         raise ValueError(f"`resolution` is {resolution}: this teacher's position embedding is for {native} pixels")

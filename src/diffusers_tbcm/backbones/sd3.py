@@ -20,6 +20,7 @@ from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
 from .patched import image_tokens as image_tokens
+from .patched import latent_size
 from .time_embedding import WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
 from .time_embedding import modulation as modulation_of
 
@@ -130,12 +131,14 @@ def latent_shape(folder: Path, transformer: SD3Transformer2DModel, resolution: i
         ValueError: where the autoencoder or the position embedding does not allow the resolution.
     """
     config, factor = transformer.config, vae_scale_factor(folder)
-    size = native_size(transformer) if resolution is None else resolution // factor
-    multiple, largest = factor * config["patch_size"], factor * config["patch_size"] * config["pos_embed_max_size"]
-    if resolution is not None and (resolution < multiple or resolution % multiple or resolution > largest):
-        raise ValueError(
-            f"`resolution` is {resolution}: it has to be a multiple of {multiple} pixels, {largest} at most"
-        )
+    patch = config["patch_size"]
+    size = latent_size(
+        resolution,
+        native=native_size(transformer),
+        factor=factor,
+        patch=patch,
+        largest=factor * patch * config["pos_embed_max_size"],
+    )
     return config["in_channels"], size, size
 
 
