@@ -23,6 +23,7 @@ from diffusers_tbcm.pipeline_folder import copied_components
 from diffusers_tbcm.scripts import (
     evaluate_student,
     prepare_teacher,
+    train_dmd,
     train_lcm,
     train_sana_sprint,
     train_scm,
@@ -182,6 +183,24 @@ def test_the_methods_on_pictures_train_it_too(name, script, trained, picture_fla
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in metrics(root / name / method))
     card = (root / name / method / "README.md").read_text()
     assert "sigmas=[1.0, 0.608979]" in card and "on captioned pictures" in card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_is_finished_by_distribution_matching(name, trained, tbcm):
+    folder = trained(name)
+    train_dmd.main(
+        tbcm(
+            name,
+            student_model_name_or_path=f"{name}/run",
+            output_dir=f"{name}/finished",
+            student_every=2,
+            **NOT_PREPARATIONS,
+        )
+    )
+    assert {"critic_loss", "dm_loss", "endpoint_loss"} <= metrics(folder / "finished")[1].keys()
+    after, before = student_weights(folder / "finished"), student_weights(folder / "run")
+    assert after.keys() == before.keys() and any(not torch.equal(after[key], before[key]) for key in before)
+    assert "sigmas=[1.0, 0.608979]" in (folder / "finished" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -156,16 +156,16 @@ def train(settings: DMDSettings, stop: StopRequest) -> Run:
         for rows in batch:
             # 4. The critic F learns the student's predictions b, on unit scale: mean ||F(z, tau) - (e - b)||^2
             with torch.no_grad():
-                _, prediction = predict(student, rows)
+                _, prediction = predict(distillation, student, rows)
             sample, tau, noise = noised(run, prediction, CRITIC)
-            velocity = critic(sample, tau, **rows.text.arguments(), guidance=rows.guidance_scale)
+            velocity = critic(sample, tau, **distillation.condition(rows))
             run.backward(critic_loss(velocity, prediction, noise), critic)
         run.update(critic)
 
         if run.due(student):
             for rows in batch:
                 # 5. dm_weight mean (b - sg[b + w (D_R - D_F)])^2 + endpoint_weight mean (b - x_0)^2
-                trig_output, prediction = predict(student, rows)
+                trig_output, prediction = predict(distillation, student, rows)
                 sample, tau, _ = noised(run, prediction, DM)
                 real, fake = judge(distillation, critic, rows, sample, tau)
                 dm_loss = distribution_loss(prediction, real, fake)
@@ -182,11 +182,11 @@ def train(settings: DMDSettings, stop: StopRequest) -> Run:
     return run
 
 
-def predict(student: nn.Module, rows: TrainingRows) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(
+    distillation: ConsistencyDistillation, student: nn.Module, rows: TrainingRows
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The student's F, and its prediction f(x_t, t) on unit scale."""
-    trig_output = student(
-        rows.latents / SIGMA_DATA, rows.timesteps, **rows.text.arguments(), guidance=rows.guidance_scale
-    )
+    trig_output = student(rows.latents / SIGMA_DATA, rows.timesteps, **distillation.condition(rows))
     return trig_output, consistency_output(rows.latents, trig_output, rows.timesteps) / SIGMA_DATA
 
 
@@ -209,7 +209,7 @@ def judge(
     """D_R(z, c) of the teacher under guidance, and D_F(z, c) of the critic."""
     branches = guidance_branches(distillation.velocity, rows.text, distillation.negative_text)
     real = guided_output(distillation.velocity, sample, tau, branches, rows.guidance_scale)
-    fake = critic(sample, tau, **rows.text.arguments(), guidance=rows.guidance_scale)
+    fake = critic(sample, tau, **distillation.condition(rows))
     return flow_prediction(sample, real, tau), flow_prediction(sample, fake, tau)
 
 

@@ -9,7 +9,9 @@ A row is the latent of a picture, noised to a time of the teacher's ODE solver; 
 agree with its own prediction one step of that solver later. The steps are those of train_tbcm_distill.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -115,11 +117,9 @@ def train(settings: LCMSettings, stop: StopRequest) -> Run:
         for rows in batch:
             # 5. The student at both ends of an interval, at the earlier one without gradient
             next_timesteps = grid.expand(len(rows), -1).where(grid < rows.timesteps.unsqueeze(1), 0).amax(1)
-            target = discrete_target(lambda *inputs, **text: student(*inputs, **text)[0], rows, next_timesteps)
-            sample = rows.latents / SIGMA_DATA
-            trig_output, logvar = student(
-                sample, rows.timesteps, **rows.text.arguments(), guidance=rows.guidance_scale
-            )
+            predict = partial(student, **distillation.condition(rows))
+            target = discrete_target(first_of(predict), rows, next_timesteps)
+            trig_output, logvar = predict(rows.latents / SIGMA_DATA, rows.timesteps)
 
             # 6. Loss: the distance between both predictions
             loss = discrete_loss(
@@ -138,6 +138,11 @@ def train(settings: LCMSettings, stop: StopRequest) -> Run:
     if not run.stopped:
         distillation.export(student)
     return run
+
+
+def first_of(predict: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """The student's F without its log-variance, for rows whose text and guidance it has."""
+    return lambda sample, timestep, **_: predict(sample, timestep)[0]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -163,7 +163,7 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
         for rows in batch:
             # 5. The student F with gradient and, in the same pass, its tangent g along the teacher's dx_t/dt
             sample, timesteps = dual_inputs(rows.latents, rows.velocity, rows.timesteps)
-            trig_output, logvar = student(sample, timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
+            trig_output, logvar = student(sample, timesteps, **distillation.condition(rows))
             ratio = tangent_ratio(run.step, settings.tangent_warmup_steps, None, 0, 1.0)
             tangent = normalized_tangent(
                 trig_output,
@@ -179,7 +179,7 @@ def train(settings: SanaSprintSettings, stop: StopRequest) -> Run:
             # 6. What the student predicts, noised and judged: its loss is scm_lambda sCM - adv_lambda mean D(fake)
             generators = run.generators(len(rows), stream=2)
             if settings.train_largest_timestep:
-                prediction = predict_elsewhere(settings, student, rows, generators)
+                prediction = predict_elsewhere(settings, distillation, student, rows, generators)
             else:
                 prediction = consistency_output(rows.latents, trig_output.primal, rows.timesteps)
             features = noised_features(settings, distillation, blocks, rows, generators)
@@ -221,6 +221,7 @@ def choose_blocks(settings: SanaSprintSettings, distillation: ConsistencyDistill
 
 def predict_elsewhere(
     settings: SanaSprintSettings,
+    distillation: ConsistencyDistillation,
     student: torch.nn.Module,
     rows: TrainingRows,
     generators: list[torch.Generator],
@@ -237,7 +238,7 @@ def predict_elsewhere(
     timesteps = to_device(timesteps, device)
     noise = draw_noise(rows.latents.shape[1:], generators, device=device)
     latents = diffuse(rows.pred_original_sample, noise, timesteps)
-    trig_output, _ = student(latents / SIGMA_DATA, timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
+    trig_output, _ = student(latents / SIGMA_DATA, timesteps, **distillation.condition(rows))
     return consistency_output(latents, trig_output, timesteps)
 
 

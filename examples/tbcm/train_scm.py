@@ -120,7 +120,7 @@ def train(settings: SCMSettings, stop: StopRequest) -> Run:
         for rows in batch:
             # 5. The student F with gradient and, in the same pass, its tangent g along the teacher's dx_t/dt
             sample, timesteps = dual_inputs(rows.latents, rows.velocity, rows.timesteps)
-            trig_output, logvar = student(sample, timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
+            trig_output, logvar = student(sample, timesteps, **distillation.condition(rows))
             ratio = tangent_ratio(run.step, settings.tangent_warmup_steps, None, 0, 1.0)
             tangent = normalized_tangent(
                 trig_output,

@@ -183,19 +183,15 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
     for batch in batches:
         for rows in batch:
             if run.step < settings.endpoint_warmup_steps:
-                trig_output, logvar = student(
-                    rows.latents / SIGMA_DATA,
-                    rows.timesteps,
-                    **rows.text.arguments(),
-                    guidance=rows.guidance_scale,
-                )
+                unscaled = rows.latents / SIGMA_DATA
+                trig_output, logvar = student(unscaled, rows.timesteps, **distillation.condition(rows))
                 loss = endpoint_loss(trig_output, rows.latents, rows.pred_original_sample, rows.timesteps)
                 run.backward(loss + 0 * logvar.sum(), student)  # DDP waits for the gradient of every parameter
                 continue
 
             # 5. The student F with gradient and, in the same pass, its tangent g along the teacher's dx_t/dt
             sample, timesteps = dual_inputs(rows.latents, rows.velocity, rows.timesteps)
-            trig_output, logvar = student(sample, timesteps, **rows.text.arguments(), guidance=rows.guidance_scale)
+            trig_output, logvar = student(sample, timesteps, **distillation.condition(rows))
             ratio = settings.tangent_ratio(run.step)
             tangent = normalized_tangent(
                 trig_output,

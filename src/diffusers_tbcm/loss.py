@@ -66,15 +66,13 @@ class StudentWithLogvar(nn.Module):
             timestep: t in radians, (batch,), dual where F is to be.
             encoder_hidden_states: prompt embeddings, (prompts, length, dim).
             encoder_attention_mask: 1 for a token, 0 for padding, (prompts, length).
-            guidance: unscaled classifier-free guidance weight, (batch,); a network that does not embed it, and so
-                learns one of it, is not told.
+            guidance: unscaled classifier-free guidance weight, (batch,), for a network that embeds it.
             pooled_projections: one embedding a prompt, (prompts, dim), for networks that read one.
 
         Returns:
             F, the shape of `sample`, and the log-variance, (batch,), 0 without a head.
         """
         text = (encoder_hidden_states, encoder_attention_mask)
-        guidance = guidance if self.student.guidance_embeds else None
         trig_output = self.student(sample, timestep, *text, guidance, pooled_projections)
         # Detached: until the head has converged, its gradient is larger than the tangent's by about the number of
         # latent elements, and would move the student's time embedding instead of the head.

@@ -22,6 +22,7 @@ from ..lora import adapt, copy_trained, make_lora_student
 from ..loss import LogvarHead, StudentWithLogvar
 from ..pipeline_folder import TRANSFORMER, digest_component, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
+from ..rows import TrainingRows
 from ..scheduling_flow import FlowStudentScheduler
 from ..scheduling_tbcm import TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
@@ -69,6 +70,18 @@ class ConsistencyDistillation(Distillation):
         """Size of the teacher's hidden states."""
         return self.backbone.inner_dim(self.teacher.transformer)
 
+    def condition(self, rows: TrainingRows) -> dict[str, torch.Tensor | None]:
+        """Give what a student is called with beside x_t and t: the text, and guidance where it embeds it.
+
+        Args:
+            rows: what it is called on.
+
+        Returns:
+            Arguments by name.
+        """
+        guidance = rows.guidance_scale if self.backbone.STUDENT_EMBEDS_GUIDANCE else None
+        return {**rows.text.arguments(), "guidance": guidance}
+
     def add_student(self, rows_per_prompt: int, *, weighting: str = "learned") -> nn.Module:
         """Make the student, with a logvar head if the weight is learnt, and add it; the memory plan is printed.
 
@@ -84,7 +97,7 @@ class ConsistencyDistillation(Distillation):
         head = LogvarHead(self.inner_dim) if weighting == "learned" else None
         model = StudentWithLogvar(student, head).to(run.device)
         self.teacher.to(run.weight_dtype)
-        self._print_memory_plan({"student": model}, rows_per_prompt, guided=True)
+        self._print_memory_plan({"student": model}, rows_per_prompt, guided=self.backbone.STUDENT_EMBEDS_GUIDANCE)
         self._compile(self.teacher.transformer, student.transformer)
         return run.add(
             "student",
@@ -106,7 +119,7 @@ class ConsistencyDistillation(Distillation):
             critic_learning_rate: after the warm-up, which is the student's.
 
         Returns:
-            The prepared student, giving F, and critic, giving the velocity v; both take guidance.
+            The prepared student, giving F, and critic, giving the velocity v; both are called with `condition`.
 
         Raises:
             ValueError: for a start that is no consistency student of this teacher.
@@ -117,7 +130,9 @@ class ConsistencyDistillation(Distillation):
         if start is not None:
             self._load_start(student.transformer, start)
         self.teacher.to(run.weight_dtype)
-        self._print_memory_plan({"student": student, "critic": critic}, rows_per_prompt, guided=True)
+        self._print_memory_plan(
+            {"student": student, "critic": critic}, rows_per_prompt, guided=self.backbone.STUDENT_EMBEDS_GUIDANCE
+        )
         self._compile(self.teacher.transformer, student.transformer, critic.transformer)
         schedule = settings.lr_scheduler
         prepared = run.add(
