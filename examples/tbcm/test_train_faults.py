@@ -18,8 +18,8 @@ from diffusers_tbcm.files import beside
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import main
+from diffusers_tbcm.training import consistency
 from diffusers_tbcm.training.checkpoints import MANIFEST, load_run_state
-from diffusers_tbcm.training.consistency import ConsistencyDistillation
 from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE
 
 
@@ -112,7 +112,7 @@ def test_kill_9_while_the_student_is_exported_leaves_its_checkpoint(flags, tmp_p
         raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ConsistencyDistillation, "SAVE_PIPELINE", staticmethod(killed))
+        patch.setattr(consistency, "save_student_pipeline", killed)
         with pytest.raises(SystemExit):
             main(flags())
     assert not (tmp_path / "run" / "model_index.json").exists()

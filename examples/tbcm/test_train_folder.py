@@ -17,7 +17,7 @@ from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.owned import LOCK, MARKER, OwnedFolder
 from diffusers_tbcm.pipeline_folder import list_checkpoints
 from diffusers_tbcm.scripts.train_tbcm_distill import main
-from diffusers_tbcm.training.consistency import ConsistencyDistillation
+from diffusers_tbcm.training import consistency
 from diffusers_tbcm.training.run import Run
 
 
@@ -319,7 +319,7 @@ def test_a_disk_that_cannot_rename_folders_is_found_before_training(line, tmp_pa
 
 def test_an_export_between_steps_that_fails_costs_a_warning(line, tmp_path, monkeypatch, caplog):
     save, failures = (
-        ConsistencyDistillation.SAVE_PIPELINE,
+        consistency.save_student_pipeline,
         [OSError(28, "No space left on device"), ValueError("README.md")],
     )
 
@@ -328,7 +328,7 @@ def test_an_export_between_steps_that_fails_costs_a_warning(line, tmp_path, monk
             raise failures.pop(0)
         return save(*args, **kwargs)
 
-    monkeypatch.setattr(ConsistencyDistillation, "SAVE_PIPELINE", staticmethod(fail_at_first))
+    monkeypatch.setattr(consistency, "save_student_pipeline", fail_at_first)
     monkeypatch.setattr(Run, "push_due", property(lambda run: run.step < 3))
     main(line(max_train_steps=3))
     assert "The student of step 1 was not saved, training goes on: [Errno 28]" in caplog.text

@@ -242,9 +242,10 @@ class Preparation(Distillation):
             variants=settings.export_variants,
             teacher_variant=settings.variant,
         )
+        guidance = "" if self.backbone.STUDENT_EMBEDS_GUIDANCE else " --guidance_scales 4.5"
         self._tell(
             f"Done. Distil it:\n  {PROGRAM} train tbcm_distill --pretrained_model_name_or_path {folder} --prompts_file"
-            " PROMPTS --output_dir OUT"
+            f" PROMPTS --output_dir OUT{guidance}"
         )
         return folder
 

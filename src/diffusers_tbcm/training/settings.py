@@ -246,7 +246,7 @@ class RowSettings(DistillationSettings):
         False,
         "train on a teacher that is not in dense time, for research: it is unstable",
     )
-    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt")
+    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt; of SD3 and LongCat-Image a single one")
     teacher_batch_size: int | None = setting(
         None, "prompts per process that the teacher runs on at once; default: train_batch_size"
     )
