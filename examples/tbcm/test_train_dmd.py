@@ -115,8 +115,8 @@ def test_predictions_are_on_unit_scale_and_their_noise_is_flow_matchings(dmd_fla
 
     drawn, predict = [], train_dmd.predict
 
-    def watch(student, rows):
-        trig_output, prediction = predict(student, rows)
+    def watch(distillation, student, rows):
+        trig_output, prediction = predict(distillation, student, rows)
         clean = rows.timesteps.cos().view(-1, 1, 1, 1) * rows.latents
         clean = clean - rows.timesteps.sin().view(-1, 1, 1, 1) * SIGMA_DATA * trig_output
         torch.testing.assert_close(prediction, clean / SIGMA_DATA)
