@@ -209,9 +209,7 @@ class ConsistencyDistillation(Distillation):
             student = self.backbone.make_student(self.teacher.transformer)
         else:
             student = self._adapted(make_lora_student if embeds_guidance else adapt)
-        if (
-            embeds_guidance
-        ):  # its pipeline feeds s itself whatever the config says, and LoRA's record asks for the time
+        if embeds_guidance:  # its pipeline feeds s itself whatever its config says; LoRA's record asks for the time
             student.register_to_config(timestep_scale=self.teacher.timestep_scale)
         return student
 
