@@ -49,7 +49,7 @@ FINAL_STEPS = 200  # then at a falling rate
 FINAL_LOSSES = ("consistency", "endpoint")
 MARKERS = {"endpoint": "v", "consistency": "*", "DMD": "D"}
 FINISHED = "endpoint"  # the nearer one
-DMD_STEPS = 1500  # of the critic
+DMD_STEPS = 800  # of the critic
 FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
@@ -181,7 +181,7 @@ def plot(table: pandas.DataFrame, others: Mapping[int, float], floor: float, fil
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="trained rows (falling rate: v endpoint, * consistency, D distribution matching)",
+        xlabel="trained rows (falling rate: v endpoint, * consistency, D DMD)",
         ylabel=DISTANCE,
     )
     axes.legend()
