@@ -20,7 +20,7 @@ FLAGS = {
 }
 FLAGS["num_inference_steps"] = "--steps"
 TRAINING_SCRIPTS = {  # of examples/tbcm, by the name that `train` knows them by
-    **{name: f"train_{name}" for name in ("tbcm_distill", "cdm", "scm", "sana_sprint", "lcm")},
+    **{name: f"train_{name}" for name in ("tbcm_distill", "dmd", "cdm", "scm", "sana_sprint", "lcm")},
     "prepare_teacher": "prepare_teacher",
 }
 

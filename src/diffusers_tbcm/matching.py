@@ -1,4 +1,6 @@
-"""CDM's losses: the critic's, and what the student is told by teacher and critic (arXiv 2605.06376, Sec. 3).
+"""Distribution matching's losses: the critic's, and what the student is told by it and the teacher.
+
+CDM's (arXiv 2605.06376, Sec. 3); DMD (arXiv 2311.18828) uses the same two, under guidance and without CA.
 
 Everything is told apart by clean predictions D(x_s, s) = x_s - s v: D_R is the teacher's, D_F the critic's, at
 z = (1 - tau) x_0 + tau e of the student's own prediction x_0.
@@ -94,7 +96,9 @@ def augmentation_loss(
 
 
 def distribution_loss(prediction: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Distribution matching (DM at anchors, CDM off the trajectory): Delta = D_R(z, c) - D_F(z, c), no guidance.
+    """Distribution matching (DM at anchors, CDM off the trajectory): Delta = D_R(z, c) - D_F(z, c).
+
+    CDM takes the teacher's D_R without guidance, and CA beside it; DMD takes it under guidance.
 
     Args:
         prediction: x_0 of the student, with gradient, (batch, ...).
