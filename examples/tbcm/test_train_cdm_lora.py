@@ -169,6 +169,7 @@ def test_the_teachers_stock_pipeline_draws_with_the_adapters_what_the_merged_stu
         "pipeline": "SanaPipeline",
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "shift": 2.0,
+        "stochastic_sampling": False,
         "timestep_scale": time_scale,
         "call_options": {
             "guidance_scale": 1.0, "complex_human_instruction": None, "max_sequence_length": 16, "height": 64,
