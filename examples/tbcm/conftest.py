@@ -11,6 +11,7 @@ from tiny import write_plain_pipeline, write_tiny_pipeline
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)  # tests elsewhere may have left one
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
