@@ -1,7 +1,6 @@
 """Students of the embedded teacher, judged by its own pictures: what the benchmarks on it draw, keep and say."""
 
 from collections.abc import Callable, Sequence
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pandas
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from scipy import stats
 
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.metrics import decisiveness, mirror_products
@@ -25,6 +23,7 @@ from examples.tbcm.quickstart import (
 )
 
 from .common import default_device
+from .seeds import seed_interval
 
 
 Tensors = dict[str, torch.Tensor]
@@ -130,9 +129,7 @@ def paired_differences(
         for steps in sorted(set(table["steps"])):
             row = {"way": model, "less": other, "steps": steps}
             for metric in metrics:
-                of_seeds = by_model.loc[model, steps][metric] - by_model.loc[other, steps][metric]
-                half = float(stats.t.ppf(0.975, len(of_seeds) - 1) * of_seeds.sem()) if len(of_seeds) > 1 else nan
-                mean = float(of_seeds.mean())
+                mean, half = seed_interval(by_model.loc[model, steps][metric] - by_model.loc[other, steps][metric])
                 row[metric] = f"{mean:+.3g} ({mean - half:+.3g} to {mean + half:+.3g})"
             rows.append(row)
     return pandas.DataFrame(rows)

@@ -90,6 +90,12 @@ DMD_FLAGS: Mapping[str, Any] = {
 ROWS_A_STEP, DMD_ROWS_A_STEP = (flags["train_batch_size"] * (flags["route_steps"] - 1) for flags in (FLAGS, DMD_FLAGS))
 
 
+def run_script(script: str, flags: Mapping[str, Any]) -> SanaTBCMPipeline:
+    """Run a training script with flags, in a process of its own; the student in its `output_dir`."""
+    subprocess.run([sys.executable, str(EXAMPLES / script), *arguments(flags)], check=True)
+    return SanaTBCMPipeline.from_pretrained(flags["output_dir"]).to(default_device())
+
+
 def train(folder: Path, steps: int, endpoint_steps: int, *, start: Path | None = None) -> SanaTBCMPipeline:
     """Train to a number of steps, from where the run stands, or at a falling rate from a start; the averaged student.
 
@@ -118,8 +124,7 @@ def train(folder: Path, steps: int, endpoint_steps: int, *, start: Path | None =
             "resume_from_checkpoint": "latest" if list_checkpoints(folder) else start,
             "resume_with_changed": ["lr_scheduler", "endpoint_warmup_steps"],  # stages may be added
         }
-    subprocess.run([sys.executable, str(EXAMPLES / "train_tbcm_distill.py"), *arguments(flags)], check=True)
-    return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
+    return run_script("train_tbcm_distill.py", flags)
 
 
 def finish(folder: Path, start: Path, steps: int) -> SanaTBCMPipeline:
@@ -144,8 +149,7 @@ def finish(folder: Path, start: Path, steps: int) -> SanaTBCMPipeline:
         **DMD_FLAGS,
         "resume_from_checkpoint": "latest" if list_checkpoints(folder) else False,
     }
-    subprocess.run([sys.executable, str(EXAMPLES / "train_dmd.py"), *arguments(flags)], check=True)
-    return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
+    return run_script("train_dmd.py", flags)
 
 
 def power_law(rows: Sequence[float], excess: Sequence[float]) -> tuple[float, float]:
@@ -255,12 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             [*judge.controls, *final],
             dataset=f"{args.prompts} evaluation prompts of the embedded emoji teacher",
             command="python -m benchmarks.emoji_student",
-            details={
-                "seed": SEED,
-                "rows": int(table["rows"].max()),
-                "loss": "endpoint, then DMD",
-                **machine(default_device()),
-            },
+            details={"seed": SEED, "rows": trained, "loss": "endpoint, then DMD", **machine(default_device())},
         )
         save(finished, SHIPPED)
 

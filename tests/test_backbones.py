@@ -484,13 +484,19 @@ def test_adapters_are_in_every_block_and_every_target_is_a_layer(family, pipelin
         assert any(".lora_A" in name for name, _ in block.named_parameters())
 
 
-def test_saved_adapters_make_the_stock_pipeline_the_merged_network(family, pipeline, folder, shape, tmp_path):
+def save_random_adapters(pipeline, folder):
+    """Adapters that change what a network computes; the network with them."""
     adapted = adapt(copy.deepcopy(pipeline.transformer), rank=2, alpha=4)
     generator = torch.Generator().manual_seed(0)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1, generator=generator)
-    save_adapters(adapted, tmp_path)
+    save_adapters(adapted, folder)
+    return adapted
+
+
+def test_saved_adapters_make_the_stock_pipeline_the_merged_network(family, pipeline, folder, shape, tmp_path):
+    adapted = save_random_adapters(pipeline, tmp_path)
     stock = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(family.backbone.OPTIONAL_COMPONENTS))
     if hasattr(stock, "load_lora_weights"):
         stock.load_lora_weights(tmp_path)
@@ -508,12 +514,7 @@ def test_saved_adapters_make_the_stock_pipeline_the_merged_network(family, pipel
 
 
 def test_a_lora_is_merged_into_the_teacher(family, pipeline, folder, shape, tmp_path):
-    adapted = adapt(copy.deepcopy(pipeline.transformer), rank=2, alpha=4)
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1, generator=generator)
-    save_adapters(adapted, tmp_path)
+    adapted = save_random_adapters(pipeline, tmp_path)
     transformer = family.backbone.load_transformer(folder)
     digest = merge_teachers_lora(family.backbone, transformer, folder, str(tmp_path), 1.0)
     assert len(digest) == 16 and transformer.state_dict().keys() == pipeline.transformer.state_dict().keys()

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import pandas
 import torch
-from scipy import stats
 
 from diffusers_tbcm.diffusion import diffuse
 from diffusers_tbcm.trajectory import record_trajectory
 from diffusers_tbcm.trigflow import SIGMA_DATA, TrigFlowTransformer
 
+from ..seeds import seed_interval
 from .mixture import empty_text, energy_distance, modes, real_samples, text_of
 
 
@@ -36,10 +36,10 @@ def over_seeds(values: pandas.Series, digits: int) -> str:
 def difference(first: pandas.Series, second: pandas.Series, digits: int) -> str:
     """The mean difference of runs with the same seed, with Student's 95% interval."""
     paired = (first - second).dropna()
-    if len(paired) < 2:
-        return f"{paired.mean():+.{digits}f}" if len(paired) else ""
-    half = stats.t.ppf(0.975, len(paired) - 1) * paired.std() / math.sqrt(len(paired))
-    return f"{paired.mean():+.{digits}f} ± {half:.{digits}f}"
+    if not len(paired):
+        return ""
+    mean, half = seed_interval(paired)
+    return f"{mean:+.{digits}f}" if len(paired) < 2 else f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def methods_table(runs: pandas.DataFrame) -> pandas.DataFrame:

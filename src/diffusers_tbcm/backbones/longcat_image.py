@@ -22,7 +22,7 @@ from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import latent_size
 from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
-from .time_embedding import modulation as modulation_of
+from .time_embedding import modulation as modulation
 
 
 TRANSFORMER_CLASS = LongCatImageTransformer2DModel
@@ -294,19 +294,6 @@ def time_features(transformer: LongCatImageTransformer2DModel, time: torch.Tenso
         (batch, channels), float32.
     """
     return slow_features(transformer.time_embed.time_proj, time * PROJECTED_TIME)
-
-
-def modulation(transformer: LongCatImageTransformer2DModel, embedded: torch.Tensor) -> torch.Tensor:
-    """Give what the blocks are modulated by.
-
-    Args:
-        transformer: the network.
-        embedded: the conditioning vector, as `embed_time` gives it, (batch, inner_dim).
-
-    Returns:
-        Shifts, scales and gates, (batch, features).
-    """
-    return modulation_of(blocks(transformer), embedded)
 
 
 def in_dense_time(transformer: LongCatImageTransformer2DModel, scale: float) -> bool:

@@ -22,7 +22,7 @@ from .patched import blocks as blocks
 from .patched import image_tokens as image_tokens
 from .patched import latent_size
 from .time_embedding import WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
-from .time_embedding import modulation as modulation_of
+from .time_embedding import modulation as modulation
 
 
 TRANSFORMER_CLASS = SD3Transformer2DModel
@@ -238,19 +238,6 @@ def time_features(transformer: SD3Transformer2DModel, time: torch.Tensor) -> tor
         (batch, channels), float32.
     """
     return slow_features(transformer.time_text_embed.time_proj, time)
-
-
-def modulation(transformer: SD3Transformer2DModel, embedded: torch.Tensor) -> torch.Tensor:
-    """Give what the blocks are modulated by, beside the pooled prompt.
-
-    Args:
-        transformer: the network.
-        embedded: the conditioning vector, as `embed_time` gives it, (batch, inner_dim).
-
-    Returns:
-        Shifts, scales and gates, (batch, features).
-    """
-    return modulation_of(blocks(transformer), embedded)
 
 
 def in_dense_time(transformer: SD3Transformer2DModel, scale: float) -> bool:

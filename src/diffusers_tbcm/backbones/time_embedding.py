@@ -7,7 +7,6 @@ network in dense time sees the slow ones alone, and is still given 1000 s by its
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,21 +60,18 @@ def sees_slow_sinusoids_only(projection: Timesteps, embedder: TimestepEmbedding)
     return not weight[:, ~slow_sinusoids(projection).to(weight.device)].any()
 
 
-def modulation(blocks: Iterable[nn.Module], embedded: torch.Tensor) -> torch.Tensor:
-    """Give what blocks are modulated by, were time all that modulates them.
+def modulation(transformer: nn.Module, embedded: torch.Tensor) -> torch.Tensor:
+    """Give what a network's blocks are modulated by, were time all that modulates them.
 
     Args:
-        blocks: of the network, with adaptive layer norms.
-        embedded: the conditioning vector, (batch, inner_dim).
+        transformer: whose blocks have adaptive layer norms.
+        embedded: the conditioning vector, as `embed_time` gives it, (batch, inner_dim).
 
     Returns:
         Shifts, scales and gates of all blocks, (batch, features).
     """
     norms: list[Any] = [
-        norm
-        for block in blocks
-        for norm in block.children()
-        if isinstance(norm, AdaLayerNormZero | AdaLayerNormZeroSingle)
+        norm for norm in transformer.modules() if isinstance(norm, AdaLayerNormZero | AdaLayerNormZeroSingle)
     ]
     return torch.cat([norm.linear(norm.silu(embedded)) for norm in norms], dim=1)
 

@@ -261,7 +261,11 @@ def draw_pictures(
     """
     generators = iter(generators)
     batch_size = batch_size or max(1, len(prompts))
-    scheduler = pipeline.scheduler
+    scheduler, of_student = pipeline.scheduler, {}
+    if isinstance(scheduler, FlowStudentScheduler):
+        # LongCat-Image's pipeline gives its scheduler even times where it is given none
+        stochastic = scheduler.config["stochastic_sampling"]
+        of_student["sigmas"] = student_sigmas(num_inference_steps, stochastic_sampling=stochastic)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         asked: dict[str, Any]
@@ -272,11 +276,9 @@ def draw_pictures(
         noises = list(islice(generators, len(batch)))
         if isinstance(scheduler, FlowStudentScheduler):
             scheduler.generator = noises
-            # LongCat-Image's pipeline gives its scheduler even times where it is given none
-            stochastic = scheduler.config["stochastic_sampling"]
-            asked["sigmas"] = student_sigmas(num_inference_steps, stochastic_sampling=stochastic)
         pixels = pipeline(
             **asked,
+            **of_student,
             num_inference_steps=num_inference_steps,
             generator=noises,
             output_type="pt",

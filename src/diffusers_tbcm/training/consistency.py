@@ -124,21 +124,19 @@ class ConsistencyDistillation(Distillation):
         Raises:
             ValueError: for a start that is no consistency student of this teacher.
         """
-        run, settings = self.run, self.settings
-        student = self._make_network().to(run.device)
-        critic = FlowTransformer(copy_trained(student.transformer), self.teacher.timestep_scale).to(run.device)
+        device = self.run.device
+        student = self._make_network().to(device)
+        critic = FlowTransformer(copy_trained(student.transformer), self.teacher.timestep_scale).to(device)
         if start is not None:
             self._load_start(student.transformer, start)
-        self.teacher.to(run.weight_dtype)
-        self._print_memory_plan(
-            {"student": student, "critic": critic}, rows_per_prompt, guided=self.backbone.STUDENT_EMBEDS_GUIDANCE
+        return self._add_pair(
+            student,
+            critic,
+            rows_per_prompt=rows_per_prompt,
+            every=every,
+            critic_learning_rate=critic_learning_rate,
+            guided=self.backbone.STUDENT_EMBEDS_GUIDANCE,
         )
-        self._compile(self.teacher.transformer, student.transformer, critic.transformer)
-        schedule = settings.lr_scheduler
-        prepared = run.add(
-            "student", student, exported="transformer", lr_scheduler=schedule, every=every, ema=settings.use_ema
-        )
-        return prepared, run.add("critic", critic, learning_rate=critic_learning_rate, lr_scheduler=schedule)
 
     @cached_property
     def velocity(self) -> FlowTransformer:

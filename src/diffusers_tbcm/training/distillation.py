@@ -345,6 +345,27 @@ class Distillation(ABC):
         student.load_state_dict(weights)
         return student.eval()
 
+    def _add_pair(
+        self,
+        student: FlowTransformer,
+        critic: FlowTransformer,
+        *,
+        rows_per_prompt: int,
+        every: int,
+        critic_learning_rate: float,
+        guided: bool = False,
+    ) -> tuple[nn.Module, nn.Module]:
+        """Add a student, updated in every so many steps, and its critic, updated in every one; gives both prepared."""
+        run, settings = self.run, self.settings
+        self.teacher.to(run.weight_dtype)  # both have copied it by now, or share it
+        self._print_memory_plan({"student": student, "critic": critic}, rows_per_prompt, guided=guided)
+        self._compile(self.teacher.transformer, student.transformer, critic.transformer)
+        schedule = settings.lr_scheduler
+        prepared = run.add(
+            "student", student, exported="transformer", lr_scheduler=schedule, every=every, ema=settings.use_ema
+        )
+        return prepared, run.add("critic", critic, learning_rate=critic_learning_rate, lr_scheduler=schedule)
+
     def _print_memory_plan(
         self, models: Mapping[str, nn.Module], rows_per_prompt: int, *, guided: bool = False
     ) -> None:

@@ -69,25 +69,13 @@ class FlowDistillation(Distillation):
         Returns:
             The prepared student and critic, giving v.
         """
-        settings, run = self.settings, self.run
         student = self._make_network()
         critic = copy_trained(student)  # adapters start alike too: what is merged of them are their factors
         if timed_critic:
-            critic = TimedCritic(critic, self.negative_text.embeds.shape[-1]).to(run.device)
-        self.teacher.to(run.weight_dtype)  # both have copied it by now, or share it
+            critic = TimedCritic(critic, self.negative_text.embeds.shape[-1]).to(self.run.device)
         # A prompt's rows in the student's pass: a point on the rollout and one off it
-        self._print_memory_plan({"student": student, "critic": critic}, rows_per_prompt=2)
-        self._compile(self.teacher.transformer, student.transformer, critic.transformer)
-        prepared = run.add(
-            "student",
-            student,
-            exported="transformer",
-            lr_scheduler=settings.lr_scheduler,
-            every=every,
-            ema=settings.use_ema,
-        )
-        return prepared, run.add(
-            "critic", critic, learning_rate=critic_learning_rate, lr_scheduler=settings.lr_scheduler
+        return self._add_pair(
+            student, critic, rows_per_prompt=2, every=every, critic_learning_rate=critic_learning_rate
         )
 
     def _make_network(self) -> FlowTransformer:
