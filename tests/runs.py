@@ -185,22 +185,23 @@ def launch_sharded(arguments):
     launch(arguments, Path(__file__).with_name("shard_on_cpu.py"), **FSDP2)
 
 
-def fork_two(main, arguments, *, sharded=False):
+def fork_two(main, arguments, *, sharded=False, **environment):
     """Two processes as `launch` and `launch_sharded` start them, forked: a tenth of the time.
 
     Args:
         main: of the script.
         arguments: its command line.
         sharded: whether they share every weight by FSDP2.
+        environment: variables that are other than there.
     """
-    fork(2, _run_rank, free_port(), main, arguments, sharded)
+    fork(2, _run_rank, free_port(), main, arguments, sharded, environment)
 
 
-def _run_rank(rank, port, main, arguments, sharded):
+def _run_rank(rank, port, main, arguments, sharded, environment):
     os.environ |= CPU | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if sharded:
-        os.environ |= FSDP2
+        os.environ |= FSDP2 | environment
         shard_on_cpu()
     records, handler = [], logging.Handler()
     handler.emit = records.append
