@@ -1,0 +1,179 @@
+"""What a student that has learned everything would draw: every step solves the guided teacher's ODE to its end.
+
+    python -m benchmarks.exact_map few|many     # some 15 minutes on a CPU core; can be resumed
+
+Consistency sampling noises the end of one solution and solves from there. The noised point is one of the teacher's
+forward process, not of its guided ODE, so that every further step guides what is guided already. With and without
+guidance, distances are to what the stock pipeline draws in 20 steps at that guidance from other noises. Writes
+benchmarks/results/exact_map_<prompts>.json and .md.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from diffusers import SanaPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from diffusers_tbcm import TBCMScheduler
+from diffusers_tbcm.backbones.sana import decode_latents
+from diffusers_tbcm.data.embeddings import UNCONDITIONAL, PromptEncoder
+from diffusers_tbcm.draws import draw_generator, draw_noise
+from diffusers_tbcm.evaluation.features import MobileNetFeatures
+from diffusers_tbcm.files import written_beside
+from diffusers_tbcm.trajectory import record_trajectory, reference_route
+from diffusers_tbcm.trigflow import SIGMA_DATA, TrigFlowTransformer
+from examples.tbcm.quickstart import (
+    BATCH_SIZE,
+    GUIDANCE_SCALE,
+    MAX_SEQUENCE_LENGTH,
+    REFERENCE_SEED,
+    SEED,
+    STUDENT_STEPS,
+    TEACHER_STEPS,
+    Task,
+    draw,
+    few,
+    many,
+)
+
+from .common import EMBEDDED_TEACHER, RESULTS, default_device, machine, write_results
+from .emoji_judge import DISTANCE
+
+
+TASKS = {"few": few, "many": many}
+SHIFT = 3.0  # of the stock pipeline's times
+LEAST_STEP = 0.02  # radians: a solution's first step is no shorter
+
+
+def times_from(t: float) -> torch.Tensor:
+    """The teacher's own times below t, t before them: where the ODE is solved from t on.
+
+    Args:
+        t: angle in radians.
+
+    Returns:
+        (n,), descending.
+    """
+    route = reference_route(TEACHER_STEPS, SHIFT)
+    return torch.cat([torch.tensor([t]), route[route < t - LEAST_STEP]])
+
+
+class ExactMap:
+    """The guided teacher's map from a point of noise level t to the end of its ODE, and sampling with it.
+
+    Args:
+        pipeline: the teacher.
+        guidance_scale: classifier-free guidance weight.
+    """
+
+    def __init__(self, pipeline: SanaPipeline, guidance_scale: float) -> None:
+        self._pipeline, self._guidance_scale = pipeline, guidance_scale
+        self._teacher = TrigFlowTransformer(pipeline.transformer)
+        self._encode = PromptEncoder(pipeline, max_sequence_length=MAX_SEQUENCE_LENGTH)
+
+    def draw(self, prompts: Sequence[str], first: int) -> dict[int, list[Image.Image]]:
+        """Draw prompts in every number of steps, from the same first noise.
+
+        Args:
+            prompts: of a batch.
+            first: place of the first one among all: the noises depend on it and the seed.
+
+        Returns:
+            Pictures by number of steps.
+        """
+        device, config = self._pipeline.device, self._pipeline.transformer.config
+        generators = [draw_generator(first + place, SEED) for place in range(len(prompts))]
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        text, negative = self._encode([*prompts]), self._encode([UNCONDITIONAL])
+        scale = torch.full((len(prompts),), self._guidance_scale, device=device)
+
+        def solve(sample: torch.Tensor, t: float) -> torch.Tensor:
+            times = times_from(t).to(device).expand(len(prompts), -1)
+            solution = record_trajectory(self._teacher, sample / SIGMA_DATA, times, text, negative, scale)
+            return solution.pred_original_sample
+
+        scheduler, drawn = TBCMScheduler(), {}
+        noise = SIGMA_DATA * draw_noise(shape, generators, device=device)
+        for steps in STUDENT_STEPS:
+            scheduler.set_timesteps(steps)
+            start, *others = scheduler.timesteps[:-1]
+            latents = drawn[1] if drawn else solve(noise, start.item())
+            for t in others:
+                fresh = SIGMA_DATA * draw_noise(shape, generators, device=device)
+                latents = solve(torch.cos(t) * latents + torch.sin(t) * fresh, t.item())
+            drawn[steps] = latents
+        processor = self._pipeline.image_processor
+        with torch.no_grad():
+            return {
+                steps: processor.postprocess(decode_latents(self._pipeline.vae, latents / SIGMA_DATA))
+                for steps, latents in drawn.items()
+            }
+
+
+def features_of(task: Task, guidance_scale: float, kept: Path) -> dict[str, torch.Tensor]:
+    """Features of the stock pipeline's pictures, and of the exact map's by number of steps, each drawn once."""
+    pipeline = SanaPipeline.from_pretrained(EMBEDDED_TEACHER).to(default_device())
+    extractor = MobileNetFeatures().to(default_device())
+
+    def keep(name: str, pictures: Iterator[dict[str, list[Image.Image]]]) -> dict[str, torch.Tensor]:
+        file = kept / f"{name}_{guidance_scale:g}.safetensors"
+        if not file.exists():
+            parts: dict[str, list[torch.Tensor]] = {}
+            for batch in pictures:
+                for key, drawn in batch.items():
+                    parts.setdefault(key, []).append(extractor.extract(drawn).cpu())
+            with written_beside(file) as partial:
+                save_file({key: torch.cat(part) for key, part in parts.items()}, partial)
+        return load_file(file)
+
+    def stock() -> Iterator[dict[str, list[Image.Image]]]:
+        for name, seed in (("teacher", SEED), ("reference", REFERENCE_SEED)):
+            yield {name: draw(pipeline, task.prompts, TEACHER_STEPS, guidance_scale=guidance_scale, seed=seed)}
+
+    def exact() -> Iterator[dict[str, list[Image.Image]]]:
+        exact_map = ExactMap(pipeline, guidance_scale)
+        for first in tqdm(range(0, len(task.prompts), BATCH_SIZE), desc="exact map", unit="batch"):
+            drawn = exact_map.draw(task.prompts[first : first + BATCH_SIZE], first)
+            yield {str(steps): pictures for steps, pictures in drawn.items()}
+
+    return keep("stock", stock()) | keep("exact", exact())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", choices=TASKS)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/exact_map"))
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    task = TASKS[args.prompts]()
+    kept = args.work_dir / args.prompts
+    kept.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for guidance_scale in (GUIDANCE_SCALE, 1.0):
+        features = features_of(task, guidance_scale, kept)
+        judge = task.judge(features.pop("reference"))
+        teacher = features.pop("teacher")
+        drawn = [("teacher", TEACHER_STEPS, teacher)]
+        drawn += [("exact map", steps, features[str(steps)]) for steps in STUDENT_STEPS]
+        for model, steps, each in drawn:
+            distance = judge.distance(each)
+            row = {"guidance": guidance_scale, "model": model, "steps": steps, DISTANCE: round(distance.value, 2)}
+            row["interval"] = f"{distance.low:.1f} to {distance.high:.1f}"
+            if model != "teacher":
+                less = judge.distance(each, features["1"])
+                row["less 1 step"] = "" if steps == 1 else f"{less.value:+.1f} ({less.low:+.1f} to {less.high:+.1f})"
+            row["diversity / teacher's"] = round(judge.diversity(each), 2)
+            row["top-5 retrieval"] = round(judge.retrieval(each), 3)
+            rows.append(row)
+    details = {"prompts": args.prompts, "pictures": len(task.prompts), "seed": SEED, **machine(default_device())}
+    write_results(f"exact_map_{args.prompts}", pandas.DataFrame(rows), details, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
