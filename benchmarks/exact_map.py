@@ -98,7 +98,8 @@ class ExactMap:
             solution = record_trajectory(self._teacher, sample / SIGMA_DATA, times, text, negative, scale)
             return solution.pred_original_sample
 
-        scheduler, drawn = TBCMScheduler(), {}
+        drawn: dict[int, torch.Tensor] = {}
+        scheduler = TBCMScheduler()
         noise = SIGMA_DATA * draw_noise(shape, generators, device=device)
         for steps in STUDENT_STEPS:
             scheduler.set_timesteps(steps)

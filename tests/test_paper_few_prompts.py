@@ -78,3 +78,15 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(study_runs.subprocess, "run", lambda *_, **__: pytest.fail("was trained again"))
     few_prompts.main(command)
     assert json.loads((tmp_path / "few_table4.json").read_text())["rows"] == result["rows"]
+    few_prompts.main([*command, "--work_dir", str(tmp_path / "another machine's")])
+    assert json.loads((tmp_path / "few_table4.json").read_text())["students"] == result["students"]
+
+
+def test_students_of_a_result_are_those_of_the_same_flags(tmp_path):
+    file, flags = tmp_path / "few_table4.json", {"random": {"learning_rate": 1e-4}, "reference": {"rank": 2}}
+    assert few_prompts.kept_students(file, flags) == []
+    students = [{"seed": seed, "model": name} for seed in (0, 1) for name in flags]
+    file.write_text(json.dumps({"flags": flags, "students": students}))
+    assert few_prompts.kept_students(file, flags) == students
+    changed = {**flags, "random": {"learning_rate": 2e-4}}
+    assert few_prompts.kept_students(file, changed) == [each for each in students if each["model"] == "reference"]

@@ -9,20 +9,23 @@ The settings are those of `study`, but every time counts alike in the consistenc
 of some minutes come near its teacher. The methods that train on pictures are given the teacher's own of the same
 prompts, from noises of their own. Runs and pictures are kept in --work_dir and shared by the tables. Writes
 benchmarks/paper/results/few_<table>.json and .md: each setting less the paper's TBCM in pairs of one seed, and every
-student.
+student. Students that are in the file already, trained with the same flags, are taken from there: seeds may be added
+one by one, on other machines too.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 from diffusers import SanaPipeline
 from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.files import read_json
 from examples.tbcm.quickstart import TEACHER_STEPS, Task, draw, few
 
 from ..common import EMBEDDED_TEACHER, default_device, machine, markdown, write_results
@@ -65,6 +68,23 @@ def draw_pictures(task: Task, folder: Path, each: int) -> None:
     captions.write_text(pandas.DataFrame(lines).to_json(orient="records", lines=True), encoding="utf-8")
 
 
+def kept_students(file: Path, flags: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read the students of a result.
+
+    Args:
+        file: the result; it may not exist.
+        flags: of all settings, by name.
+
+    Returns:
+        Those whose setting has the same flags there.
+    """
+    if not file.exists():
+        return []
+    result = read_json(file)
+    same = {name for name in flags if result["flags"].get(name) == flags[name]}
+    return [student for student in result["students"] if student["model"] in same]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=SHOWN)
@@ -81,9 +101,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(setting.needs_pictures for setting in settings.values()):
         draw_pictures(task, pictures, args.pictures)
 
-    students = []
+    file = args.output_dir / f"few_{args.table}.json"
+    flags = {name: setting.all_flags(args.max_train_steps, seed=0) for name, setting in settings.items()}
+    for each in flags.values():
+        del each["seed"]
+    students = [student for student in kept_students(file, flags) if student["seed"] in args.seeds]
+    done = {(student["seed"], student["model"]) for student in students}
     for seed in args.seeds:
         for name, setting in tqdm(settings.items(), desc=f"seed {seed}"):
+            if (seed, name) in done:
+                continue
             study.train(setting, args.max_train_steps, seed)
             folder = study.run_folder(setting, args.max_train_steps, seed)
             drawn = judge.draw(folder.name, partial(SanaTBCMPipeline.from_pretrained, folder))
@@ -99,15 +126,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows a step": ROWS_PER_STEP,
         **machine(default_device()),
     }
-    flags = {name: setting.all_flags(args.max_train_steps, args.seeds[0]) for name, setting in settings.items()}
     controls = [flat(each) for each in judge.controls]
-    name = f"few_{args.table}"
     more = {"students": students, "controls": controls, "flags": flags}
-    write_results(name, paired_differences(table, others, METRICS), details, args.output_dir, **more)
+    write_results(file.stem, paired_differences(table, others, METRICS), details, args.output_dir, **more)
     means = table.groupby(["model", "steps"], sort=False)[list(METRICS)].mean().round(3).reset_index()
     everyone = pandas.concat([pandas.DataFrame(controls)[["model", "steps", *METRICS]], means])
-    with (args.output_dir / f"{name}.md").open("a", encoding="utf-8") as file:
-        file.write(f"\nMeans over seeds:\n\n{markdown(everyone.set_index('model'))}")
+    with file.with_suffix(".md").open("a", encoding="utf-8") as page:
+        page.write(f"\nMeans over seeds:\n\n{markdown(everyone.set_index('model'))}")
 
 
 if __name__ == "__main__":
