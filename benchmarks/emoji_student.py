@@ -72,7 +72,6 @@ FLAGS: Mapping[str, Any] = {
 }
 DMD_FLAGS: Mapping[str, Any] = {
     **{name: FLAGS[name] for name in ("max_sequence_length", "no-complex_human_instruction", "route_steps")},
-    "flow_shift": 5,  # half of the rows at t above 1.4
     "guidance_scales": 4.5,
     "train_batch_size": 2,
     "replay_buffer_size": 480,

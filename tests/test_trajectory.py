@@ -166,6 +166,23 @@ def test_recorded_trajectory_converges_to_the_closed_form_of_a_gaussian():
     assert errors[2] < 0.02 * DATA_STD * noise.abs().max()
 
 
+def test_first_rows_may_be_the_noise_with_the_velocity_there():
+    noise, timesteps, text, negative, weight = cfg_arguments()
+    teacher = TrigFlowTransformer(tiny_transformer())
+    plain, recorded = (
+        record_trajectory(teacher, noise, timesteps, text, negative, weight, noise_rows=rows) for rows in (0, 2)
+    )
+    for name in ("latents", "velocity", "timesteps"):
+        own, points = getattr(recorded, name), getattr(plain, name)
+        assert own.shape == points.shape and torch.equal(own[:, 2:], points[:, 2:])
+        assert torch.equal(own[:, 0], own[:, 1]) and not torch.equal(own[:, 1], points[:, 1])
+    assert torch.equal(recorded.latents[:, 0], SIGMA_DATA * noise)
+    assert torch.equal(recorded.timesteps[:, 0], timesteps[:, 0])
+    assert torch.equal(recorded.pred_original_sample, plain.pred_original_sample)
+    first = rotate(recorded.latents[:, 0], recorded.velocity[:, 0], timesteps[:, 0] - timesteps[:, 1])
+    torch.testing.assert_close(first, plain.latents[:, 0])
+
+
 def test_last_rotation_reaches_the_clean_latent():
     recorded = record_gaussian(5, randn(2, 1, 3, 3))
     t = recorded.timesteps[:, -1]
@@ -240,5 +257,7 @@ def test_wrong_recording_arguments_are_named():
         record_trajectory(teacher, noise, timesteps[:1], text, negative, weight)
     with pytest.raises(ValueError, match=r"`guidance_scale` has shape \(1,\)"):
         record_trajectory(teacher, noise, timesteps, text, negative, weight[:1])
+    with pytest.raises(ValueError, match="`noise_rows` is 4, but it must be 0 to 3"):
+        record_trajectory(teacher, noise, timesteps, text, negative, weight, noise_rows=4)
     with pytest.raises(ValueError, match="`negative_text` is None"):
         record_trajectory(teacher, noise, timesteps, text, None, weight)

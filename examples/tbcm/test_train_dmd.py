@@ -130,6 +130,20 @@ def test_predictions_are_on_unit_scale_and_their_noise_is_flow_matchings(dmd_fla
     assert seen[0][1].std().item() == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.parametrize(("share", "rows"), [(0, 0), (0.5, 2), (1, 4)])
+def test_a_share_of_the_rows_is_where_a_single_step_begins(dmd_flags, monkeypatch, tmp_path, share, rows):
+    times, predict = [], train_dmd.predict
+
+    def watch(distillation, student, rows):
+        times.append(rows.timesteps)
+        return predict(distillation, student, rows)
+
+    monkeypatch.setattr(train_dmd, "predict", watch)
+    train_dmd.main(dmd_flags(max_train_steps=1, route_steps=5, train_batch_size=1, noise_share=share))
+    assert [(each == torch.tensor(torch.pi / 2)).sum() for each in times] == [rows]
+    assert f"| rows at pi/2 | {rows} of 4 |" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(dmd_flags, tmp_path):
     rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "max_train_steps": 2}
     train_dmd.main(dmd_flags(output_dir=tmp_path / "one", **{**rates, "train_batch_size": 4}))
@@ -151,6 +165,7 @@ def test_adapters_begin_as_the_teacher_and_are_drawn(dmd_flags, tmp_path):
         ({"dm_weight": 0, "endpoint_weight": 0}, "there is nothing to train the student on"),
         ({"student_every": 0}, "--student_every is 0"),
         ({"route_steps": 1}, "--route_steps is 1"),
+        ({"noise_share": 1.5}, "--noise_share is 1.5: it is a share, at most 1"),
         ({"rank": 2, "student_model_name_or_path": "x"}, "--student_model_name_or_path has others: give one of them"),
     ],
 )

@@ -13,7 +13,7 @@ student, by the loss to their ends. The steps, as they are numbered below:
 
     1. prompts, guidance scales and noise
     2. a route of N timesteps for each prompt
-    3. the teacher's trajectories: x_t at N - 1 points, and the x_0 that they lead to
+    3. the teacher's trajectories: x_t at N - 1 points, pure noise among them, and the x_0 that they lead to
     4. every step: the critic learns the student's predictions
     5. every third step: they move to where teacher and critic disagree, and to x_0
     6. clipping, optimiser, EMA
@@ -67,6 +67,7 @@ class DMDSettings(PromptSettings, RowSettings):
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     route_steps: int = setting(16, "teacher steps N of a trajectory")
     flow_shift: float = setting(2.5, "of the route")
+    noise_share: float = setting(0.5, "of a trajectory's N - 1 rows, those at pi/2, where a single step begins")
     student_every: int = setting(3, "steps of the critic to one of the student")
     critic_learning_rate: float = setting(3e-5, "after the warm-up")
     dm_weight: float = setting(1.0, "of distribution matching")
@@ -79,7 +80,9 @@ class DMDSettings(PromptSettings, RowSettings):
                 f"`route_steps` is {self.route_steps}: it takes 2, as the step at pi/2 gives no training row"
             )
         check_positive(self, "flow_shift", "student_every", "critic_learning_rate")
-        check_not_negative(self, "dm_weight", "endpoint_weight")
+        check_not_negative(self, "noise_share", "dm_weight", "endpoint_weight")
+        if self.noise_share > 1:
+            raise ValueError(f"`noise_share` is {self.noise_share}: it is a share, at most 1")
         if not self.dm_weight + self.endpoint_weight > 0:
             raise ValueError("`dm_weight` and `endpoint_weight` are 0: there is nothing to train the student on")
         if self.rank is not None and self.student_model_name_or_path is not None:
@@ -88,11 +91,17 @@ class DMDSettings(PromptSettings, RowSettings):
                 " give one of them"
             )
 
+    @property
+    def noise_rows(self) -> int:
+        """How many of a trajectory's rows are at pi/2."""
+        return int(self.noise_share * (self.route_steps - 1))
+
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""
         return {
             "begins as": "the teacher" if self.student_model_name_or_path is None else "a TBCM student",
             "route": f"{self.route_steps} steps, shift {self.flow_shift}",
+            "rows at pi/2": f"{self.noise_rows} of {self.route_steps - 1}",
             "student": f"one step in {self.student_every} of the critic's",
             "critic": f"lr {self.critic_learning_rate:g}",
             "loss": f"{self.dm_weight:g} DM + {self.endpoint_weight:g} to the trajectories' ends",
@@ -125,7 +134,13 @@ def record_trajectories(
 
         # 3. The teacher's trajectory
         recording = record_trajectory(
-            distillation.teacher, noise, timesteps, text, distillation.negative_text, guidance_scale
+            distillation.teacher,
+            noise,
+            timesteps,
+            text,
+            distillation.negative_text,
+            guidance_scale,
+            noise_rows=settings.noise_rows,
         )
         return recording, torch.ones(len(draws), dtype=torch.bool)
 

@@ -144,6 +144,7 @@ def record_trajectory(
     negative_text: Text | None,
     guidance_scale: torch.Tensor,
     *,
+    noise_rows: int = 0,
     sigma_data: float = SIGMA_DATA,
 ) -> Recording:
     """Generate from noise with the teacher and keep every sample and velocity but the first (Eq. 9).
@@ -158,20 +159,26 @@ def record_trajectory(
         text: of the batch's prompts.
         negative_text: of one negative prompt, or one for each; None only for a teacher that embeds guidance.
         guidance_scale: classifier-free guidance weight, (batch,).
+        noise_rows: how many of a prompt's first rows are its noise, at pi/2, in place of points of its trajectory; for
+            losses that are defined there, as the consistency loss is not.
         sigma_data: standard deviation of the latents.
 
     Returns:
         The training rows and the generated latents, in float32 or wider.
 
     Raises:
-        ValueError: if `timesteps` or `guidance_scale` does not fit the batch, or `negative_text` is None and
-            the teacher needs it.
+        ValueError: if `timesteps` or `guidance_scale` does not fit the batch, `noise_rows` is more than there are, or
+            `negative_text` is None and the teacher needs it.
     """
     batch_size = noise.shape[0]
     if timesteps.ndim != 2 or timesteps.shape[0] != batch_size or timesteps.shape[1] < 2:
         raise ValueError(f"`timesteps` has shape {tuple(timesteps.shape)}, but it must be ({batch_size}, at least 2).")
     if guidance_scale.shape != (batch_size,):
         raise ValueError(f"`guidance_scale` has shape {tuple(guidance_scale.shape)}, but it must be ({batch_size},).")
+    if not 0 <= noise_rows < timesteps.shape[1]:
+        raise ValueError(
+            f"`noise_rows` is {noise_rows}, but it must be 0 to {timesteps.shape[1] - 1}, a prompt's rows."
+        )
     sample = sigma_data * noise.to(torch.promote_types(noise.dtype, torch.float32))
     timesteps = timesteps.to(sample.dtype)
     branches = guidance_branches(teacher, text, negative_text)
@@ -185,10 +192,11 @@ def record_trajectory(
             latents.append(sample)
             velocities.append(velocity)
             sample = rotate(sample, velocity, t - next_t)
+    places = [0] * noise_rows + list(range(1 + noise_rows, timesteps.shape[1]))
     return Recording(
-        latents=torch.stack(latents[1:], dim=1),
-        velocity=torch.stack(velocities[1:], dim=1),
-        timesteps=timesteps[:, 1:],
+        latents=torch.stack([latents[place] for place in places], dim=1),
+        velocity=torch.stack([velocities[place] for place in places], dim=1),
+        timesteps=timesteps[:, places],
         pred_original_sample=sample,
         text=text,
         guidance_scale=guidance_scale,
