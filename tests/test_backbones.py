@@ -454,6 +454,7 @@ def test_the_memory_plan_counts_checkpoints(family, shape):
     assert 0 < activation_bytes(network, *inputs, **text.arguments()) < everything
     assert 0 < recomputed_bytes(network, *inputs, **text.arguments()) < everything
     network(*inputs, **text.arguments())  # nothing of a plan, whose tensors hold no values, has stayed in the network
+    assert activation_bytes(network, *inputs, **text.arguments()) < everything  # nor what has in a plan's way
 
 
 def test_a_step_at_the_published_size_has_its_shapes_and_stays_on_its_device(family):

@@ -64,7 +64,7 @@ FUNCTIONS = {
     "rms norm": lambda x: F.rms_norm(x, (4,), None, 1e-6),
     "rms norm of two axes with weights": lambda x: F.rms_norm(x, (4, 4), OTHER),
     "rotary embedding by complex numbers": lambda x: torch.view_as_real(
-        torch.view_as_complex(x.float().reshape(2, 4, 4, 2, 2)) * torch.polar(OTHER.abs(), OTHER)[:, None, :2]
+        torch.view_as_complex(x.reshape(2, 4, 4, 2, 2)) * torch.polar(OTHER.abs(), OTHER)[:, None, :2]
     ).flatten(3).type_as(x),
     "where": lambda x: torch.where(OTHER > 0, x, OTHER) * torch.where(OTHER[:1] > 0, WEIGHT[0], x),
     "padded sequences": lambda x: pad_sequence([x[0, :2], OTHER.expand(3, 4, 4), *x], True, 7.0),
