@@ -18,6 +18,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.embeddings import Timesteps
 from tiny import CHARACTERS, tiny_sana_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -27,6 +28,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -53,6 +56,9 @@ class Family:
         unguided_call: what makes a stock call read a plain prompt.
         guided_call: what makes a stock call guide by the plain formula.
         stock_latents: the result of a stock call of `output_type="latent"` as (batch, channels, height, width).
+        given_text: the embeddings that a stock call of one prompt hands to the network, (1, length, dim), from its
+            positional and named arguments.
+        sinusoids: those of a network, None for those beside `TIME_EMBEDDER`.
     """
 
     backbone: Backbone
@@ -62,6 +68,14 @@ class Family:
     unguided_call: dict[str, Any] = field(default_factory=dict)
     guided_call: dict[str, Any] = field(default_factory=dict)
     stock_latents: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
+    given_text: Callable[..., torch.Tensor] = lambda *_, **named: named["encoder_hidden_states"]
+    sinusoids: Callable[[Any], Timesteps] | None = None
+
+    def sinusoids_of(self, transformer: Any) -> Timesteps:
+        """What a network's `TIME_EMBEDDER` sees of times."""
+        if self.sinusoids is not None:
+            return self.sinusoids(transformer)
+        return transformer.get_submodule(f"{self.backbone.TIME_EMBEDDER.rpartition('.')[0]}.time_proj")
 
 
 def tiny_kl() -> AutoencoderKL:
@@ -128,11 +142,16 @@ def tiny_sd3(**overrides: Any) -> StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
-def tiny_qwen() -> tuple[Qwen2TokenizerFast, Qwen2_5_VLForConditionalGeneration]:
-    """Qwen2.5-VL, and a tokenizer that knows bytes."""
+def tiny_qwen_tokenizer() -> Qwen2TokenizerFast:
+    """Qwen's, which knows bytes."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return Qwen2TokenizerFast(tokenizer_object=bpe)
+
+
+def tiny_qwen() -> tuple[Qwen2TokenizerFast, Qwen2_5_VLForConditionalGeneration]:
+    """Qwen2.5-VL and its tokenizer."""
     rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -152,7 +171,7 @@ def tiny_qwen() -> tuple[Qwen2TokenizerFast, Qwen2_5_VLForConditionalGeneration]
         bos_token_id=256,
         eos_token_id=258,
     )
-    return Qwen2TokenizerFast(tokenizer_object=bpe), Qwen2_5_VLForConditionalGeneration(config).eval()
+    return tiny_qwen_tokenizer(), Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def tiny_longcat() -> DiffusionPipeline:
@@ -167,6 +186,32 @@ def tiny_longcat() -> DiffusionPipeline:
     tokenizer, encoder = tiny_qwen()
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return LongCatImagePipeline(scheduler, tiny_kl(), encoder, tokenizer, None, transformer)
+
+
+def tiny_z_image(**overrides: Any) -> DiffusionPipeline:
+    """A Z-Image of two blocks beside two that refine pictures and prompts apart.
+
+    Args:
+        overrides: entries of the transformer's config to change.
+    """
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    config: dict[str, Any] = {
+        "in_channels": LATENT_CHANNELS, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
+        "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [4, 6, 6], "axes_lens": [128, 16, 16],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(**{**config, **overrides}).eval()
+    for padding in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(padding)
+    tokenizer = tiny_qwen_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder = Qwen3Model(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=264)).eval()
+    return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=6.0), tiny_kl(), encoder, tokenizer, transformer)
 
 
 def unpacked(latents: torch.Tensor) -> torch.Tensor:
@@ -206,4 +251,14 @@ if hasattr(backbones, "longcat_image"):  # diffusers is new enough
         unguided_call={"enable_prompt_rewrite": False},
         guided_call={"enable_cfg_renorm": False},
         stock_latents=unpacked,
+    )
+if hasattr(backbones, "z_image"):
+    FAMILIES["z_image"] = Family(
+        backbones.z_image,
+        tiny_z_image,
+        tokens=64,
+        published=({}, (16, 128, 128), (512, 2560), None),
+        unguided_call={"max_sequence_length": 64},
+        given_text=lambda sample, time, prompts, **_: prompts[0][None],
+        sinusoids=backbones.z_image.sinusoids,
     )

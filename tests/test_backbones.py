@@ -16,7 +16,7 @@ from toy_networks import SIGMA_DATA
 
 from diffusers_tbcm import backbones, dual
 from diffusers_tbcm.backbones import Backbone, backbone_of, backbone_of_pipeline, find_backbone
-from diffusers_tbcm.backbones.time_embedding import slow_sinusoids
+from diffusers_tbcm.backbones.time_embedding import slow_sinusoids, time_layers
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from diffusers_tbcm.dense_time import compare_embeddings, to_dense_time
 from diffusers_tbcm.dual import Dual, checkpoint_dual
@@ -116,7 +116,7 @@ def test_a_network_says_what_it_is_made_of(family, pipeline, folder, shape):
     for hook in hooks:
         hook.remove()
     assert ran == [*backbone.blocks(transformer), backbone.after_blocks(transformer)]
-    assert backbone.embed_time(transformer, torch.rand(2), None).shape == (2, backbone.inner_dim(transformer))
+    assert TrigFlowTransformer(transformer).time_dim == backbone.embed_time(transformer, torch.rand(1), None).shape[1]
     assert not backbone.embeds_guidance(transformer)
     factor = backbone.vae_scale_factor(folder)
     assert factor == pipeline.vae_scale_factor and shape[-1] * factor == 64
@@ -136,6 +136,11 @@ def text_of(family, prompts=2, dtype=torch.float32):
     return Text.unmasked(embeds, pooled)
 
 
+def unguided(family):
+    """Arguments of a stock call that reads a plain prompt and adds no guidance."""
+    return family.backbone.guidance_arguments(1.0, 1) | family.unguided_call
+
+
 # -- parity with the stock pipeline
 
 
@@ -144,8 +149,9 @@ def test_euler_sampling_with_guidance_is_the_stock_pipelines(family, pipeline, f
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     expected = family.stock_latents(
         pipeline(
-            [PROMPTS[0], PROMPTS[2]], num_inference_steps=5, guidance_scale=guidance_scale, height=64, width=64,
-            generator=generators, output_type="latent", **family.unguided_call, **family.guided_call,
+            [PROMPTS[0], PROMPTS[2]], num_inference_steps=5, height=64, width=64, generator=generators,
+            output_type="latent", **family.backbone.guidance_arguments(guidance_scale, 2), **family.unguided_call,
+            **family.guided_call,
         ).images
     )  # fmt: skip
     teacher = FlowTransformer(pipeline.transformer)
@@ -167,7 +173,7 @@ def test_steps_of_a_flow_student_are_those_of_the_stock_scheduler(family, pipeli
     backbone = family.backbone
     tokens = backbone.image_tokens(pipeline.transformer, shape)
     shift = flow_shift(folder, tokens)
-    pipeline("a dog", sigmas=even_sigmas(4), height=64, width=64, guidance_scale=1.0, **family.unguided_call)
+    pipeline("a dog", sigmas=even_sigmas(4), height=64, width=64, **unguided(family))
     s = torch.tensor(even_sigmas(4))
     torch.testing.assert_close(pipeline.scheduler.sigmas[:-1], shift * s / (1 + (shift - 1) * s))
 
@@ -192,16 +198,15 @@ def test_prompts_are_embedded_as_the_stock_pipeline_does(family, folder, tmp_pat
     cache = EmbeddingCache(tmp_path / "cache", fingerprint)
     for prompt in PROMPTS:
         read.clear()
-        pipeline(prompt, num_inference_steps=1, guidance_scale=1.0, height=64, width=64, **family.unguided_call)
-        (given,) = (named for _, named in read)
+        pipeline(prompt, num_inference_steps=1, height=64, width=64, **unguided(family))
+        ((places, named),) = read
+        given = family.given_text(*places, **named)
         text, length = cache([prompt]), int(cache([prompt]).mask.sum())
-        torch.testing.assert_close(
-            text.embeds[:, :length], given["encoder_hidden_states"][:, :length], atol=1e-5, rtol=0
-        )
-        mask = given.get("encoder_attention_mask")
-        assert length == (given["encoder_hidden_states"].shape[1] if mask is None else int(mask.sum()))
-        if "pooled_projections" in given:
-            torch.testing.assert_close(text.pooled, given["pooled_projections"])
+        torch.testing.assert_close(text.embeds[:, :length], given[:, :length], atol=1e-5, rtol=0)
+        mask = named.get("encoder_attention_mask")
+        assert length == (given.shape[1] if mask is None else int(mask.sum()))
+        if "pooled_projections" in named:
+            torch.testing.assert_close(text.pooled, named["pooled_projections"])
     several = cache(PROMPTS)
     for place, prompt in enumerate(PROMPTS):
         alone = cache([prompt])
@@ -221,7 +226,7 @@ def test_latents_are_encoded_and_decoded_as_by_the_stock_classes(family, pipelin
         torch.testing.assert_close(latents, (raw - shift) * pipeline.vae.config.scaling_factor)
         torch.testing.assert_close(backbone.decode_latents(vae, latents), pipeline.vae.decode(raw).sample.clamp(-1, 1))
     # The stock call's picture of its own latents
-    arguments = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 64, "width": 64, **family.unguided_call}
+    arguments = {"num_inference_steps": 2, "height": 64, "width": 64, **unguided(family)}
     drawn = [
         pipeline("a dog", generator=torch.Generator().manual_seed(0), output_type=kind, **arguments).images
         for kind in ("latent", "pt")
@@ -319,10 +324,10 @@ def test_a_prepared_network_is_close_to_the_plain_one_and_answers_smoothly(famil
     """The plain one is made of a smooth embedding of time and a little jitter."""
     backbone, transformer = family.backbone, copy.deepcopy(pipeline.transformer)
     embedder = transformer.get_submodule(backbone.TIME_EMBEDDER)
-    projection = transformer.get_submodule(f"{backbone.TIME_EMBEDDER.rpartition('.')[0]}.time_proj")
+    slow = slow_sinusoids(family.sinusoids_of(transformer))
     with torch.no_grad():
-        embedder.linear_1.weight[:, ~slow_sinusoids(projection)] *= 0.05
-        embedder.linear_1.weight[:, slow_sinusoids(projection)] *= 5
+        time_layers(embedder)[0].weight[:, ~slow] *= 0.05
+        time_layers(embedder)[0].weight[:, slow] *= 5
     scale = (
         1000.0 if backbone.STUDENT_EMBEDS_GUIDANCE else backbone.timestep_scale(transformer)
     )  # Sana's is in dense time
@@ -375,8 +380,8 @@ def test_a_rollout_ends_where_the_stock_pipeline_does(family, pipeline, folder, 
     """A flow student's rollout at guidance 1, as CDM records it, is what its stock pipeline will draw."""
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     drawn = pipeline(
-        ["a dog", "an owl"], sigmas=even_sigmas(4), guidance_scale=1.0, height=64, width=64, generator=generators,
-        output_type="latent", **family.unguided_call,
+        ["a dog", "an owl"], sigmas=even_sigmas(4), height=64, width=64, generator=generators, output_type="latent",
+        **unguided(family),
     ).images  # fmt: skip
     expected = family.stock_latents(drawn)
     noise = torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
@@ -440,14 +445,16 @@ def test_one_pass_gives_gradient_and_tangent_of_two_with_checkpoints_or_without(
         assert (plain - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_the_memory_plan_counts_checkpoints(family, pipeline, shape):
-    transformer = copy.deepcopy(pipeline.transformer)
+def test_the_memory_plan_counts_checkpoints(family, shape):
+    transformer = family.make_pipeline().transformer
     network, text = FlowTransformer(transformer), text_of(family)
     inputs = noise_of(shape), torch.rand(2)
     everything = activation_bytes(network, *inputs, **text.arguments())
     transformer.enable_gradient_checkpointing()
     assert 0 < activation_bytes(network, *inputs, **text.arguments()) < everything
     assert 0 < recomputed_bytes(network, *inputs, **text.arguments()) < everything
+    network(*inputs, **text.arguments())  # nothing of a plan, whose tensors hold no values, has stayed in the network
+    assert activation_bytes(network, *inputs, **text.arguments()) < everything  # nor what has in a plan's way
 
 
 def test_a_step_at_the_published_size_has_its_shapes_and_stays_on_its_device(family):
@@ -466,9 +473,8 @@ def test_a_step_at_the_published_size_has_its_shapes_and_stays_on_its_device(fam
         weight.grad is not None for block in family.backbone.blocks(transformer) for weight in block.parameters()
     )
     billions = sum(weight.numel() for weight in transformer.parameters()) / 1e9
-    assert {"sana": 1.6, "sd3": 2.0, "longcat_image": 6.3}[family.backbone.__name__.rpartition(".")[2]] == round(
-        billions, 1
-    )
+    sizes = {"sana": 1.6, "sd3": 2.0, "longcat_image": 6.3, "z_image": 6.2}
+    assert sizes[family.backbone.__name__.rpartition(".")[2]] == round(billions, 1)
 
 
 # -- adapters

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from tiny import tiny_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
 from toy_networks import SIGMA_DATA, network_inputs, randn
 
@@ -62,6 +63,12 @@ FUNCTIONS = {
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "rms norm": lambda x: F.rms_norm(x, (4,), None, 1e-6),
     "rms norm of two axes with weights": lambda x: F.rms_norm(x, (4, 4), OTHER),
+    "rotary embedding by complex numbers": lambda x: torch.view_as_real(
+        torch.view_as_complex(x.reshape(2, 4, 4, 2, 2)) * torch.polar(OTHER.abs(), OTHER)[:, None, :2]
+    ).flatten(3).type_as(x),
+    "where": lambda x: torch.where(OTHER > 0, x, OTHER) * torch.where(OTHER[:1] > 0, WEIGHT[0], x),
+    "padded sequences": lambda x: pad_sequence([x[0, :2], OTHER.expand(3, 4, 4), *x], True, 7.0),
+    "tanh": torch.tanh,
     "squeeze": lambda x: x[:, :1].squeeze(1),
     "no rule of its own": lambda x: torch.erf(x).cumsum(-1).clip(-2, 2),
     "dropout that does nothing": lambda x: F.dropout(x, 0.0, True) + F.dropout(x, 0.5, False),
@@ -152,6 +159,11 @@ def test_attention_keeps_its_scores_in_float32_under_autocast():
     assert actual.dtype == torch.bfloat16
     # The result is rounded to 8 bits, the scores on the way are not.
     assert (actual.double() - exact).norm() < 5e-3 * exact.norm()
+
+
+def test_what_is_no_tensor_is_a_plain_value():
+    x = Dual(*directions(randn(2, 3)))
+    assert len(x) == x.dim() == x.size(0) == 2 and x.size() == (2, 3) and x.numel() == 6
 
 
 def test_only_the_primal_part_has_a_graph():

@@ -3,6 +3,7 @@ import torch
 from tiny import tiny_sana_pipeline, tiny_tbcm_pipeline, tiny_text_encoder, tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GemmaTokenizerFast
 
 from diffusers_tbcm import SanaTBCMPipeline
@@ -26,7 +27,7 @@ def tokens(found):
 def test_whatever_is_done_to_a_text_every_prompt_keeps_its_tokens(pooled):
     short, long = text([2, 1], pooled), text([4], pooled)
     both = Text.cat([short, long])
-    assert both.embeds.shape == (3, 4, 3) and both.mask.sum(1).tolist() == [2, 1, 4]
+    assert both.embeds.shape == (3, 4, 3) and both.lengths() == both.mask.sum(1).tolist() == [2, 1, 4]
     assert tokens(both) == tokens(short) + tokens(long)
     assert tokens(both[torch.tensor([2, 0, 0])]) == [tokens(both)[i] for i in (2, 0, 0)]
     assert tokens(short.repeat(2)) == [tokens(short)[i] for i in (0, 0, 1, 1)]
@@ -45,6 +46,13 @@ def test_padding_is_masked_and_an_unmasked_text_has_none():
     padded = text([2]).pad(5)
     assert padded.mask.tolist() == [[1, 1, 0, 0, 0]] and padded.embeds[0, 2:].eq(0).all()
     assert Text.unmasked(torch.zeros(2, 3, 4)).mask.tolist() == [[1] * 3] * 2
+
+
+def test_what_holds_no_values_is_taken_for_whole():
+    prompts = text([2, 1], pooled=True)
+    fake = prompts._map(FakeTensorMode().from_tensor)
+    assert prompts.holds_values and not fake.holds_values and not prompts.to("meta").holds_values
+    assert fake.lengths() == prompts.to("meta").lengths() == [2, 2]
 
 
 def test_arguments_are_those_of_a_network():

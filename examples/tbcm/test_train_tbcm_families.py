@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, tiny_z_image
 from PIL import Image
 from runs import metrics
 from safetensors.torch import load_file
@@ -17,6 +17,7 @@ from tiny import student_weights
 
 from diffusers_tbcm.__main__ import main as command_line
 from diffusers_tbcm.backbones import find_backbone
+from diffusers_tbcm.backbones.time_embedding import time_layers
 from diffusers_tbcm.export.record import load_metrics
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.pipeline_folder import copied_components
@@ -33,7 +34,7 @@ from examples.tbcm.conftest import arguments
 
 
 NAMES = [name for name in FAMILIES if name != "sana"]
-TEACHERS = {"sd3": "prepared", "longcat_image": "teacher"}  # what each is distilled from
+TEACHERS = {"sd3": "prepared", "longcat_image": "teacher", "z_image": "teacher"}  # what each is distilled from
 NOT_PREPARATIONS = dict.fromkeys(
     ("tangent_warmup_steps", "tangent_cooldown_start_step", "tangent_cooldown_steps"),
 )  # flags
@@ -130,7 +131,8 @@ def test_a_student_is_trained_resumed_and_exported(name, trained):
     for each in (run, folder / "adapted", folder / "adapted" / "lora"):
         assert {"README.md", "training.json"} <= select_files(each).files.keys()
         card = (each / "README.md").read_text()
-        for line in (f"- {backbone.TAG}", "- tbcm", "| guidance scales | 4.5 |"):
+        scales = "4.5, 3.5 as `guidance_scale` of `ZImagePipeline`" if name == "z_image" else "4.5"
+        for line in (f"- {backbone.TAG}", "- tbcm", f"| guidance scales | {scales} |"):
             assert re.search(rf"^{re.escape(line)}$", card, re.MULTILINE), line
         assert "CDM" not in card and "tang2025tbcm" in card and "Sana" not in card
 
@@ -148,8 +150,8 @@ def test_a_prepared_teacher_and_its_student_see_no_fast_sinusoid(name, trained, 
     train_tbcm_distill.main(tbcm(name, **changes))
     student = load(folder / "dense")
     assert backbone.in_dense_time(student, backbone.TIME_SCALE)
-    embedders = (network.get_submodule(backbone.TIME_EMBEDDER).linear_1.weight for network in (student, prepared))
-    assert not torch.equal(*embedders)  # the slow ones' weights are trained
+    embedders = (network.get_submodule(backbone.TIME_EMBEDDER) for network in (student, prepared))
+    assert not torch.equal(*(time_layers(embedder)[0].weight for embedder in embedders))  # slow ones' are trained
 
 
 def test_plain_diffusers_draws_what_we_draw(trained):
@@ -241,6 +243,17 @@ def test_what_cannot_be_distilled_is_refused(name, trained, tbcm):
                 **NOT_PREPARATIONS,
             )
         )
+
+
+def test_a_conditioning_vector_may_be_smaller_than_the_hidden_states(tbcm, root):
+    if "z_image" not in FAMILIES:
+        pytest.skip("this diffusers has no Z-Image that is taken")
+    wide = {"dim": 288, "n_heads": 18, "n_kv_heads": 18, "n_layers": 1}
+    tiny_z_image(**wide).save_pretrained(root / "wide" / "teacher")
+    changes = {"pretrained_model_name_or_path": "wide/teacher", "output_dir": "wide/run", "max_train_steps": 1}
+    train_tbcm_distill.main(tbcm("z_image", **changes, precompute_embeddings=None))
+    saved = load_file(root / "wide" / "run" / "checkpoint-1" / "model.safetensors")
+    assert saved["logvar_head.linear.weight"].shape == (1, 256)
 
 
 @pytest.mark.parametrize("name", NAMES)

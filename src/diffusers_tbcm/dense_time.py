@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .backbones.time_embedding import time_layers
 from .dual import Dual
 from .flow import FlowTransformer, flow_step
 from .guidance import combine_branches, guidance_branches
@@ -102,13 +103,14 @@ def to_dense_time(teacher: FlowTransformer) -> FlowTransformer:
     network, backbone = teacher.transformer, teacher.backbone
     shared = [part for name, part in network.named_parameters() if not name.startswith(backbone.TIME_EMBEDDER)]
     prepared = copy.deepcopy(network, {id(part): part for part in shared})
-    embedder = prepared.get_submodule(backbone.TIME_EMBEDDER)
+    layers = time_layers(prepared.get_submodule(backbone.TIME_EMBEDDER))
     s = torch.linspace(0, 1, FIT_POINTS, dtype=torch.float64)
     times = s.float().to(network.device)
     target = backbone.embed_time(network, times * teacher.timestep_scale, None)
     features = backbone.time_features(network, times * backbone.DENSE_TIME_SCALE)
-    units = embedder.linear_1.out_features
-    embedder.load_state_dict(fit_embedder(target.cpu().double(), features.cpu().double(), s, units))
+    fitted = fit_embedder(target.cpu().double(), features.cpu().double(), s, layers[0].out_features)
+    for name, layer in zip(("linear_1", "linear_2"), layers, strict=True):
+        layer.load_state_dict({part: fitted[f"{name}.{part}"] for part in ("weight", "bias")})
     backbone.name_timestep_scale(prepared, backbone.DENSE_TIME_SCALE)
     return FlowTransformer(prepared, backbone.DENSE_TIME_SCALE)
 

@@ -51,6 +51,9 @@ class Dual:
         value = getattr(self.primal, name)  # such as shape, dtype, device; a tensor, as mT is, has a tangent
         return _call(name, lambda x: getattr(x, name), (self,), {}) if isinstance(value, torch.Tensor) else value
 
+    def __len__(self) -> int:
+        return len(self.primal)
+
     def __getitem__(self, index: Any) -> Dual:
         return _call("getitem", torch.Tensor.__getitem__, (self, index), {})
 
@@ -90,6 +93,8 @@ class Dual:
 
 def _call(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     output = func(*[_primal(value) for value in args], **{key: _primal(value) for key, value in kwargs.items()})
+    if isinstance(output, int | torch.Size):  # such as `size`
+        return output
     rule = RULES.get(name, _by_forward_mode)
     with torch.no_grad():
         tangent = rule(func, output, *args, **kwargs)
@@ -138,13 +143,29 @@ def _by_forward_mode(func: Callable[..., Any], output: Any, *args: Any, **kwargs
 
 
 def _linear_in_first(func: Callable[..., Any], output: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    return func(x.tangent, *args, **kwargs)
+    return func(x.tangent, *map(_primal, args), **kwargs)  # type_as is given a tensor whose dtype it takes
 
 
 def _join(func: Callable[..., Any], output: torch.Tensor, tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """cat and stack: what is no dual number among the parts has the tangent 0."""
     parts = [part.tangent if isinstance(part, Dual) else torch.zeros_like(part) for part in tensors]
     return func(parts, *args, **kwargs)
+
+
+def _pad_sequence(
+    func: Callable[..., Any],
+    output: torch.Tensor,
+    sequences: Any,
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    *args: Any,
+) -> torch.Tensor:
+    return _join(func, output, sequences, batch_first, 0.0, *args)
+
+
+def _where(func: Callable[..., Any], output: torch.Tensor, condition: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+    parts = [part.tangent if isinstance(part, Dual) else torch.zeros_like(part) for part in (a, b)]
+    return func(condition, *parts)
 
 
 def _einsum(func: Callable[..., Any], output: torch.Tensor, equation: str, *operands: Any) -> torch.Tensor:
@@ -275,6 +296,10 @@ def _cos(func: Callable[..., Any], output: torch.Tensor, x: Any) -> torch.Tensor
     return -torch.sin(x.primal) * x.tangent
 
 
+def _tanh(func: Callable[..., Any], output: torch.Tensor, x: Any) -> torch.Tensor:
+    return aten.tanh_backward(x.tangent, output)
+
+
 def _relu(func: Callable[..., Any], output: torch.Tensor, x: Any, inplace: bool = False) -> torch.Tensor:
     return aten.threshold_backward(x.tangent, x.primal, 0)
 
@@ -336,12 +361,14 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
         (
             "chunk", "contiguous", "expand", "flatten", "float", "getitem", "mean", "movedim", "mT", "neg",
-            "permute", "repeat", "reshape", "split", "split_with_sizes", "squeeze", "sum", "to", "transpose", "unbind",
-            "unflatten", "unsqueeze", "view",
+            "permute", "repeat", "reshape", "split", "split_with_sizes", "squeeze", "sum", "to", "transpose",
+            "type_as", "unbind", "unflatten", "unsqueeze", "view", "view_as_complex", "view_as_real",
         ),
         _linear_in_first,
     ),
     **dict.fromkeys(("cat", "stack"), _join),
+    "pad_sequence": _pad_sequence,
+    "where": _where,
     "einsum": _einsum,
     "add": _add,
     "sub": _sub,
@@ -359,6 +386,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "gelu": _gelu,
     "sin": _sin,
     "cos": _cos,
+    "tanh": _tanh,
     "relu": _relu,
     "rsqrt": _rsqrt,
     "sqrt": _sqrt,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .transfer import to_device
 from .versions import token_embedding
@@ -68,6 +69,19 @@ class Text:
     def __getitem__(self, prompts: torch.Tensor | slice) -> Text:
         """Take some of the prompts, by number; a prompt may be taken more than once."""
         return self._map(lambda tensor: tensor[prompts])
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether the tensors hold values: a memory plan's have shapes alone."""
+        return not (self.mask.is_meta or isinstance(self.mask, FakeTensor))
+
+    def lengths(self) -> list[int]:
+        """Say how many tokens every prompt has before its padding; the host waits for the device.
+
+        Returns:
+            B numbers; L for all where the tensors hold no values.
+        """
+        return self.mask.sum(1).tolist() if self.holds_values else [self.mask.shape[1]] * len(self)
 
     def arguments(self) -> dict[str, torch.Tensor]:
         """Give the text as the keyword arguments of a network F."""

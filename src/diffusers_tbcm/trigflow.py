@@ -182,6 +182,12 @@ class TrigFlowTransformer(FlowTransformer):
         flow_output = super().forward(flow_sample, s, *text, guidance, pooled_projections)
         return flow_to_trig_output(flow_sample, flow_output, s)
 
+    @property
+    def time_dim(self) -> int:
+        """Size of the conditioning vector."""
+        one = torch.ones(1, device=self.transformer.device)
+        return self.embed_timestep(one, one if self.guidance_embeds else None).shape[1]
+
     def embed_timestep(self, timestep: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """Embed time, and guidance where the network takes it, as the network does before its modulation layers.
 
@@ -190,7 +196,7 @@ class TrigFlowTransformer(FlowTransformer):
             guidance: unscaled classifier-free guidance weight, (batch,); only for a network with guidance embeddings.
 
         Returns:
-            The conditioning vector, (batch, inner_dim).
+            The conditioning vector, (batch, time_dim).
 
         Raises:
             ValueError: if `guidance` is missing for a network that takes it, or given to one that does not.

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from packaging.version import Version
 from torch import nn
 
 from ..files import read_json
@@ -28,7 +29,8 @@ class Backbone(Protocol):
     - where latents lie: `latent_shape`, `encode_pixels` and `decode_latents`, on unit scale as the network sees them,
       (batch, channels, height, width) whatever the network packs them to;
     - what the network computes: `velocity` is v = e - x_0 at s times `timestep_scale`, with the sign and the time of
-      this package whatever the network's own are. Guidance is added outside, from both branches;
+      this package whatever the network's own are. Guidance is added outside, from both branches; `guidance_arguments`
+      says how the stock pipeline is asked for it;
     - how time gets in: `embed_time` and its parts, and `in_dense_time`, which consistency training wants;
     - how it is trained: `make_student`, `blocks`, which are checkpointed and compiled, and LoRA's layers.
 
@@ -114,6 +116,8 @@ class Backbone(Protocol):
 
     def text_arguments(self, text: Text) -> Mapping[str, Any]: ...
 
+    def guidance_arguments(self, guidance_scale: float, prompts: int) -> Mapping[str, Any]: ...
+
     def make_pipeline(self, vae: Any, transformer: Any, scheduler: Any) -> Any: ...
 
     def encode_pixels(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor: ...
@@ -162,12 +166,24 @@ class Backbone(Protocol):
 
 
 FAMILIES: tuple[Backbone, ...] = (sana, sd3)
-NEWER = {"LongCatImageTransformer2DModel": "0.37"}  # networks that diffusers has from some version on
+# Networks that diffusers has from some version on. Z-Image's pads its text in place before 0.38, which no dual number
+# follows, and in 0.36 its pipeline takes guidance of less than 1 for none.
+NEWER = {"LongCatImageTransformer2DModel": "0.37", "ZImageTransformer2DModel": "0.38"}
 
-if hasattr(diffusers, "LongCatImageTransformer2DModel"):
+
+def _has(name: str) -> bool:
+    return Version(diffusers.__version__) >= Version(NEWER[name])
+
+
+if _has("LongCatImageTransformer2DModel"):
     from . import longcat_image
 
     FAMILIES += (longcat_image,)
+
+if _has("ZImageTransformer2DModel"):
+    from . import z_image
+
+    FAMILIES += (z_image,)
 
 
 def backbone_of(model: nn.Module | DiffusionPipeline) -> Backbone:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,12 @@ from .autoencoder_kl import decode_latents as decode_latents
 from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
+from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
+from .patched import PATCH, latent_size, packed_tokens
 from .patched import after_blocks as after_blocks
-from .patched import latent_size
+from .patched import keep_text as keep_text
+from .patched import share_prompts as share_prompts
 from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
 from .time_embedding import modulation as modulation
 
@@ -50,7 +51,7 @@ DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # the stock pipeline's, which cannot be told another number; pictures' places count from it
 NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
-PATCH = 2  # latent pixels a side of a token
+image_tokens = packed_tokens
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> LongCatImageTransformer2DModel:
@@ -156,19 +157,6 @@ def native_size(transformer: LongCatImageTransformer2DModel) -> int:
     return NATIVE_SIZE
 
 
-def image_tokens(transformer: LongCatImageTransformer2DModel, shape: tuple[int, ...]) -> int:
-    """Say how many tokens a picture is, which a dynamic shift of times depends on.
-
-    Args:
-        transformer: the network.
-        shape: of its latents, from `latent_shape`.
-
-    Returns:
-        The number of packed latents.
-    """
-    return (shape[-2] // PATCH) * (shape[-1] // PATCH)
-
-
 def blocks(transformer: LongCatImageTransformer2DModel) -> list[nn.Module]:
     """Give the network's blocks, in order."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -186,16 +174,6 @@ def embeds_guidance(transformer: LongCatImageTransformer2DModel) -> bool:
     `enable_cfg_renorm` is False, which is no part of what is distilled.
     """
     return False
-
-
-def share_prompts(transformer: LongCatImageTransformer2DModel) -> None:
-    """Leave the network as it is: the text is changed by the picture, so that every row has its own."""
-
-
-@contextmanager
-def keep_text(transformer: LongCatImageTransformer2DModel) -> Iterator[Any]:
-    """Keep nothing of the text over calls, for the reason of `share_prompts`."""
-    yield lambda text: text
 
 
 def velocity(

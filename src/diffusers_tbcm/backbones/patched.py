@@ -1,8 +1,13 @@
 """What networks of one kind of patches and blocks answer alike, in whatever family."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+
+PATCH = 2  # latent pixels a side of a token, in families whose configs do not say it
 
 
 def image_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
@@ -17,6 +22,11 @@ def image_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
     """
     patch = transformer.config["patch_size"]
     return (shape[-2] // patch) * (shape[-1] // patch)
+
+
+def packed_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
+    """As `image_tokens`, of a network whose tokens are `PATCH` latent pixels a side."""
+    return (shape[-2] // PATCH) * (shape[-1] // PATCH)
 
 
 def latent_size(resolution: int | None, *, native: int, factor: int, patch: int, largest: int | None = None) -> int:
@@ -52,3 +62,13 @@ def blocks(transformer: Any) -> list[nn.Module]:
 def after_blocks(transformer: Any) -> nn.Module:
     """Give what a forward calls after the last block."""
     return transformer.norm_out
+
+
+def share_prompts(transformer: Any) -> None:
+    """Leave the network as it is: the text is changed by the picture, so that every row has its own."""
+
+
+@contextmanager
+def keep_text(transformer: Any) -> Iterator[Any]:
+    """Keep nothing of the text over calls, for the reason of `share_prompts`."""
+    yield lambda text: text

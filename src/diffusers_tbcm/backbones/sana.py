@@ -12,6 +12,7 @@ from torch import nn
 
 from ..files import read_json
 from ..text import Text
+from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,14 @@ from .autoencoder_kl import decode_latents as decode_latents
 from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
+from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
 from .patched import image_tokens as image_tokens
+from .patched import keep_text as keep_text
 from .patched import latent_size
+from .patched import share_prompts as share_prompts
 from .time_embedding import WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
 from .time_embedding import modulation as modulation
 
@@ -155,16 +156,6 @@ def inner_dim(transformer: SD3Transformer2DModel) -> int:
 def embeds_guidance(transformer: SD3Transformer2DModel) -> bool:
     """Say whether the network takes the guidance scale as an input: none does."""
     return False
-
-
-def share_prompts(transformer: SD3Transformer2DModel) -> None:
-    """Leave the network as it is: the text is changed by the picture, so that every row has its own."""
-
-
-@contextmanager
-def keep_text(transformer: SD3Transformer2DModel) -> Iterator[Any]:
-    """Keep nothing of the text over calls, for the reason of `share_prompts`."""
-    yield lambda text: text
 
 
 def velocity(

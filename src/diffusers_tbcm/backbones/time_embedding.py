@@ -1,6 +1,6 @@
 """Time embedded through sinusoids of 1000 s, as many families do, and what consistency training makes of it.
 
-Sinusoids of periods from 6 to 60,000 let the embedding, and the network with it, jitter between neighbouring s. A
+Timesteps of periods from 6 to 60,000 let the embedding, and the network with it, jitter between neighbouring s. A
 network in dense time sees the slow ones alone, and is still given 1000 s by its stock pipeline.
 """
 
@@ -18,6 +18,19 @@ from torch import nn
 PROJECTED_TIME = 1000.0  # times s: what the sinusoids are of
 STEEPEST = math.pi  # slope in s of a slow sinusoid: half a period over [0, 1]
 POINTS = 4001  # times in [0, 1] that slopes are measured between
+
+
+def time_layers(embedder: nn.Module) -> tuple[Any, Any]:
+    """Give the two linear layers that sinusoids pass, whatever they are called.
+
+    Args:
+        embedder: a family's `TIME_EMBEDDER`: a linear layer, an activation and a linear layer.
+
+    Returns:
+        The first and the second.
+    """
+    first, _, second = embedder.children()
+    return first, second
 
 
 def slow_sinusoids(projection: Timesteps) -> torch.Tensor:
@@ -46,7 +59,7 @@ def slow_features(projection: Timesteps, time: torch.Tensor) -> torch.Tensor:
     return projection(time) * slow_sinusoids(projection).to(time.device)
 
 
-def sees_slow_sinusoids_only(projection: Timesteps, embedder: TimestepEmbedding) -> bool:
+def sees_slow_sinusoids_only(projection: Timesteps, embedder: nn.Module) -> bool:
     """Say whether an embedder gives fast sinusoids no weight.
 
     Args:
@@ -56,7 +69,7 @@ def sees_slow_sinusoids_only(projection: Timesteps, embedder: TimestepEmbedding)
     Returns:
         Whether it is one in dense time.
     """
-    weight = embedder.linear_1.weight
+    weight = time_layers(embedder)[0].weight
     return not weight[:, ~slow_sinusoids(projection).to(weight.device)].any()
 
 
@@ -79,7 +92,7 @@ def modulation(transformer: nn.Module, embedded: torch.Tensor) -> torch.Tensor:
 class WideTimestepEmbedding(TimestepEmbedding):
     """diffusers' embedding of sinusoids, in float32 under autocast too: its tangent spikes in bf16.
 
-    Sinusoids without weight stay so in training: Adam would soon give the fast ones as much as the slow ones.
+    Timesteps without weight stay so in training: Adam would soon give the fast ones as much as the slow ones.
 
     Args:
         embedder: whose layers it takes over.

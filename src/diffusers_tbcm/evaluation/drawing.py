@@ -251,7 +251,8 @@ def draw_pictures(
             and on every device; at least N.
         num_inference_steps: steps to take.
         batch_size: pictures at a time; None for all at once.
-        options: further arguments of the pipeline's call, such as `guidance_scale`.
+        options: further arguments of the pipeline's call; `guidance_scale` is w of v_uncond + w (v - v_uncond), 1 for
+            none, whatever the pipeline calls it.
 
     Yields:
         The pictures, in order.
@@ -261,6 +262,7 @@ def draw_pictures(
     """
     generators = iter(generators)
     batch_size = batch_size or max(1, len(prompts))
+    guidance_scale = options.pop("guidance_scale", None)
     scheduler, of_student = pipeline.scheduler, {}
     if isinstance(scheduler, FlowStudentScheduler):
         # LongCat-Image's pipeline gives its scheduler even times where it is given none
@@ -273,6 +275,8 @@ def draw_pictures(
             asked = {**backbone_of(pipeline.transformer).text_arguments(batch)}
         else:
             asked = {"prompt": list(batch)}
+        if guidance_scale is not None:
+            asked |= backbone_of(pipeline.transformer).guidance_arguments(guidance_scale, len(batch))
         noises = list(islice(generators, len(batch)))
         if isinstance(scheduler, FlowStudentScheduler):
             scheduler.generator = noises

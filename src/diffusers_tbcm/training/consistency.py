@@ -94,7 +94,7 @@ class ConsistencyDistillation(Distillation):
         """
         run, settings = self.run, self.settings
         student = self._make_network()
-        head = LogvarHead(self.inner_dim) if weighting == "learned" else None
+        head = LogvarHead(student.time_dim) if weighting == "learned" else None
         model = StudentWithLogvar(student, head).to(run.device)
         self.teacher.to(run.weight_dtype)
         self._print_memory_plan({"student": model}, rows_per_prompt, guided=self.backbone.STUDENT_EMBEDS_GUIDANCE)
@@ -162,6 +162,14 @@ class ConsistencyDistillation(Distillation):
             raise ValueError(
                 f"`student_model_name_or_path` {start!r} is no consistency student of this teacher: {in_a_line(error)}"
             ) from error
+
+    def _training_table(self) -> dict[str, Any]:
+        table, scales = super()._training_table(), self.settings.guidance_scales
+        own = [self.backbone.guidance_arguments(scale, 1).get("guidance_scale", scale) for scale in scales]
+        if own != scales:
+            words, pipeline = ", ".join(f"{scale:g}" for scale in own), self.backbone.PIPELINE_CLASS.__name__
+            table["guidance scales"] += f", {words} as `guidance_scale` of `{pipeline}`"
+        return table
 
     def _find_backbone(self) -> Backbone:
         backbone, scales = super()._find_backbone(), self.settings.guidance_scales
