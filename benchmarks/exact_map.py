@@ -3,9 +3,9 @@
     python -m benchmarks.exact_map few|many     # some 15 minutes on a CPU core; can be resumed
 
 Consistency sampling noises the end of one solution and solves from there. The noised point is one of the teacher's
-forward process, not of its guided ODE, so that every further step guides what is guided already. With and without
-guidance, distances are to what the stock pipeline draws in 20 steps at that guidance from other noises. Writes
-benchmarks/results/exact_map_<prompts>.json and .md.
+forward process, not of its guided ODE, so that every further step guides what is guided already. Tried with guidance
+in all steps, in the first alone, and in none; distances are to what the stock pipeline draws in 20 steps at the first
+step's guidance from other noises. Writes benchmarks/results/exact_map_<prompts>.json and .md.
 """
 
 import argparse
@@ -48,6 +48,7 @@ from .emoji_judge import DISTANCE
 
 TASKS = {"few": few, "many": many}
 SHIFT = 3.0  # of the stock pipeline's times
+GUIDANCE_SCALES = ((GUIDANCE_SCALE, GUIDANCE_SCALE), (GUIDANCE_SCALE, 1.0), (1.0, 1.0))  # of the first step, of others
 LEAST_STEP = 0.02  # radians: a solution's first step is no shorter
 
 
@@ -69,11 +70,12 @@ class ExactMap:
 
     Args:
         pipeline: the teacher.
-        guidance_scale: classifier-free guidance weight.
+        guidance_scale: classifier-free guidance weight of the first step.
+        later_scale: that of the others.
     """
 
-    def __init__(self, pipeline: SanaPipeline, guidance_scale: float) -> None:
-        self._pipeline, self._guidance_scale = pipeline, guidance_scale
+    def __init__(self, pipeline: SanaPipeline, guidance_scale: float, later_scale: float) -> None:
+        self._pipeline, self._guidance_scale, self._later_scale = pipeline, guidance_scale, later_scale
         self._teacher = TrigFlowTransformer(pipeline.transformer)
         self._encode = PromptEncoder(pipeline, max_sequence_length=MAX_SEQUENCE_LENGTH)
 
@@ -91,10 +93,10 @@ class ExactMap:
         generators = [draw_generator(first + place, SEED) for place in range(len(prompts))]
         shape = (config.in_channels, config.sample_size, config.sample_size)
         text, negative = self._encode([*prompts]), self._encode([UNCONDITIONAL])
-        scale = torch.full((len(prompts),), self._guidance_scale, device=device)
 
-        def solve(sample: torch.Tensor, t: float) -> torch.Tensor:
+        def solve(sample: torch.Tensor, t: float, guidance_scale: float) -> torch.Tensor:
             times = times_from(t).to(device).expand(len(prompts), -1)
+            scale = torch.full((len(prompts),), guidance_scale, device=device)
             solution = record_trajectory(self._teacher, sample / SIGMA_DATA, times, text, negative, scale)
             return solution.pred_original_sample
 
@@ -104,10 +106,10 @@ class ExactMap:
         for steps in STUDENT_STEPS:
             scheduler.set_timesteps(steps)
             start, *others = scheduler.timesteps[:-1]
-            latents = drawn[1] if drawn else solve(noise, start.item())
+            latents = drawn[1] if drawn else solve(noise, start.item(), self._guidance_scale)
             for t in others:
                 fresh = SIGMA_DATA * draw_noise(shape, generators, device=device)
-                latents = solve(torch.cos(t) * latents + torch.sin(t) * fresh, t.item())
+                latents = solve(torch.cos(t) * latents + torch.sin(t) * fresh, t.item(), self._later_scale)
             drawn[steps] = latents
         processor = self._pipeline.image_processor
         with torch.no_grad():
@@ -117,13 +119,13 @@ class ExactMap:
             }
 
 
-def features_of(task: Task, guidance_scale: float, kept: Path) -> dict[str, torch.Tensor]:
+def features_of(task: Task, guidance_scale: float, later_scale: float, kept: Path) -> dict[str, torch.Tensor]:
     """Features of the stock pipeline's pictures, and of the exact map's by number of steps, each drawn once."""
     pipeline = SanaPipeline.from_pretrained(EMBEDDED_TEACHER).to(default_device())
     extractor = MobileNetFeatures().to(default_device())
 
     def keep(name: str, pictures: Iterator[dict[str, list[Image.Image]]]) -> dict[str, torch.Tensor]:
-        file = kept / f"{name}_{guidance_scale:g}.safetensors"
+        file = kept / f"{name}.safetensors"
         if not file.exists():
             parts: dict[str, list[torch.Tensor]] = {}
             for batch in pictures:
@@ -138,12 +140,12 @@ def features_of(task: Task, guidance_scale: float, kept: Path) -> dict[str, torc
             yield {name: draw(pipeline, task.prompts, TEACHER_STEPS, guidance_scale=guidance_scale, seed=seed)}
 
     def exact() -> Iterator[dict[str, list[Image.Image]]]:
-        exact_map = ExactMap(pipeline, guidance_scale)
+        exact_map = ExactMap(pipeline, guidance_scale, later_scale)
         for first in tqdm(range(0, len(task.prompts), BATCH_SIZE), desc="exact map", unit="batch"):
             drawn = exact_map.draw(task.prompts[first : first + BATCH_SIZE], first)
             yield {str(steps): pictures for steps, pictures in drawn.items()}
 
-    return keep("stock", stock()) | keep("exact", exact())
+    return keep(f"stock_{guidance_scale:g}", stock()) | keep(f"exact_{guidance_scale:g}_{later_scale:g}", exact())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -156,16 +158,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = args.work_dir / args.prompts
     kept.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for guidance_scale in (GUIDANCE_SCALE, 1.0):
-        features = features_of(task, guidance_scale, kept)
+    for scales in GUIDANCE_SCALES:
+        features = features_of(task, *scales, kept)
         judge = task.judge(features.pop("reference"))
         teacher = features.pop("teacher")
         drawn = [("teacher", TEACHER_STEPS, teacher)]
         drawn += [("exact map", steps, features[str(steps)]) for steps in STUDENT_STEPS]
         for model, steps, each in drawn:
             distance = judge.distance(each)
-            row = {"guidance": guidance_scale, "model": model, "steps": steps, DISTANCE: round(distance.value, 2)}
-            row["interval"] = f"{distance.low:.1f} to {distance.high:.1f}"
+            row = {"guidance": scales[0], "later steps": scales[1], "model": model, "steps": steps}
+            row[DISTANCE], row["interval"] = round(distance.value, 2), f"{distance.low:.1f} to {distance.high:.1f}"
             if model != "teacher":
                 less = judge.distance(each, features["1"])
                 row["less 1 step"] = "" if steps == 1 else f"{less.value:+.1f} ({less.low:+.1f} to {less.high:+.1f})"
