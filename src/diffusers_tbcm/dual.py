@@ -93,7 +93,7 @@ class Dual:
 
 def _call(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     output = func(*[_primal(value) for value in args], **{key: _primal(value) for key, value in kwargs.items()})
-    if isinstance(output, int | torch.Size):  # such as `size`
+    if isinstance(output, (int, torch.Size)):  # such as `size`; Dynamo of torch 2.7 fails at `int | Size`
         return output
     rule = RULES.get(name, _by_forward_mode)
     with torch.no_grad():
