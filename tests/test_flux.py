@@ -5,7 +5,10 @@ import torch
 from families import tiny_flux
 
 from diffusers_tbcm.backbones import flux
+from diffusers_tbcm.export.folders import save_flow_student
+from diffusers_tbcm.export.record import StudentDescription
 from diffusers_tbcm.flow import FlowTransformer
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 from diffusers_tbcm.text import Text
 
 
@@ -33,3 +36,16 @@ def test_longer_prompts_than_the_stock_pipeline_allows_are_refused(tmp_path):
     assert flux.prompt_tokens(tmp_path, None) == flux.prompt_tokens(tmp_path, 512) == 512
     with pytest.raises(ValueError, match="`max_sequence_length` is 513: this teacher's pipeline reads 512 tokens"):
         flux.prompt_tokens(tmp_path, 513)
+
+
+@pytest.mark.parametrize("tokens", [300, 512])
+def test_a_card_names_the_tokens_that_the_stock_call_would_not_read(tokens, tmp_path):
+    """300 are what another family's pipeline reads by default."""
+    tiny_flux().save_pretrained(tmp_path / "teacher")
+    scheduler = FlowStudentScheduler(3.0, {"height": 64, "width": 64, "max_sequence_length": tokens})
+    description = StudentDescription("a dog", {"steps": 1}, resolution=64)
+    student = tiny_flux().transformer
+    save_flow_student(student, tmp_path / "teacher", tmp_path / "student", description, scheduler=scheduler)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert ('options["max_sequence_length"] = 300' in card) is (tokens == 300)
+    assert "options = dict(guidance_scale=1.0, height=64, width=64)" in card
