@@ -15,6 +15,8 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -23,6 +25,7 @@ from tiny import CHARACTERS, tiny_sana_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen2_5_VLConfig,
@@ -36,7 +39,7 @@ from transformers import (
 )
 
 from diffusers_tbcm import backbones
-from diffusers_tbcm.backbones import Backbone, sana, sd3
+from diffusers_tbcm.backbones import Backbone, flux, sana, sd3
 
 
 LATENT_CHANNELS = 16  # of the tiny AutoencoderKL
@@ -142,6 +145,24 @@ def tiny_sd3(**overrides: Any) -> StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
+def tiny_flux(guidance_embeds: bool = True) -> FluxPipeline:
+    """A FLUX.1-dev of a double and two single blocks, whose shift is dynamic.
+
+    Args:
+        guidance_embeds: whether it takes guidance, as FLUX.1-schnell does not.
+    """
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=16, axes_dims_rope=[4, 6, 6],
+        guidance_embeds=guidance_embeds,
+    ).eval()  # fmt: skip
+    (tokenizer, with_projection), (tokenizer_2, encoder_2) = tiny_clip(0), tiny_t5()
+    encoder = CLIPTextModel(with_projection.config).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return FluxPipeline(scheduler, tiny_kl(), encoder, tokenizer, encoder_2, tokenizer_2, transformer)
+
+
 def tiny_qwen_tokenizer() -> Qwen2TokenizerFast:
     """Qwen's, which knows bytes."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -240,6 +261,14 @@ FAMILIES = {
             2048,
         ),
         unguided_call={"max_sequence_length": 16},
+    ),
+    "flux": Family(
+        flux,
+        tiny_flux,
+        tokens=16,
+        published=({"guidance_embeds": True}, (16, 128, 128), (512, 4096), 768),  # FLUX.1-dev
+        unguided_call={"max_sequence_length": 16},
+        stock_latents=lambda latents: FluxPipeline._unpack_latents(latents, 64, 64, 8),
     ),
 }
 if hasattr(backbones, "longcat_image"):  # diffusers is new enough

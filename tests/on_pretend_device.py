@@ -223,6 +223,8 @@ def test_training_there_is_training_on_the_cpu(
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sana"])
 @pytest.mark.parametrize("method", ["tbcm", "cdm"])
 def test_other_families_train_there_as_on_the_cpu(method, name, flags, cdm_flags, on, tmp_path):
+    if (method, name) == ("cdm", "flux"):
+        pytest.skip("CDM asks for an unconditional branch")
     FAMILIES[name].make_pipeline().save_pretrained(tmp_path / "teacher")
     tbcm = {"guidance_scales": 4.5, "allow_plain_teacher": True, "logging_steps": 1, "learning_rate": 1e-4}
     main, build, own = (train_tbcm_distill.main, flags, tbcm) if method == "tbcm" else (train_cdm.main, cdm_flags, {})

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from toy_networks import SIGMA_DATA
 
 from diffusers_tbcm import backbones, dual
-from diffusers_tbcm.backbones import Backbone, backbone_of, backbone_of_pipeline, find_backbone
+from diffusers_tbcm.backbones import Backbone, backbone_of, backbone_of_pipeline, find_backbone, flux
 from diffusers_tbcm.backbones.time_embedding import slow_sinusoids, time_layers
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from diffusers_tbcm.dense_time import compare_embeddings, to_dense_time
@@ -117,7 +117,7 @@ def test_a_network_says_what_it_is_made_of(family, pipeline, folder, shape):
         hook.remove()
     assert ran == [*backbone.blocks(transformer), backbone.after_blocks(transformer)]
     assert TrigFlowTransformer(transformer).time_dim == backbone.embed_time(transformer, torch.rand(1), None).shape[1]
-    assert not backbone.embeds_guidance(transformer)
+    assert backbone.embeds_guidance(transformer) is (backbone.__name__ == flux.__name__)
     factor = backbone.vae_scale_factor(folder)
     assert factor == pipeline.vae_scale_factor and shape[-1] * factor == 64
     assert backbone.latent_shape(folder, transformer, None) == (shape[0], *[backbone.native_size(transformer)] * 2)
@@ -282,7 +282,8 @@ def test_a_student_starts_as_its_teacher_and_embeds_time_in_float32(family, pipe
     student = backbone.make_student(copy.deepcopy(pipeline.transformer).requires_grad_(False))
     assert all(weight.requires_grad for weight in student.parameters())
     guidance = torch.tensor([4.0, 5.0]) if backbone.STUDENT_EMBEDS_GUIDANCE else None
-    assert backbone.embeds_guidance(student) is backbone.STUDENT_EMBEDS_GUIDANCE
+    embeds_guidance = backbone.STUDENT_EMBEDS_GUIDANCE or backbone.embeds_guidance(pipeline.transformer)
+    assert backbone.embeds_guidance(student) is embeds_guidance
     inputs, networks = (noise_of(shape), torch.tensor([0.4, 1.3])), (student, pipeline.transformer)
     with torch.no_grad():
         found, expected = (
@@ -473,7 +474,7 @@ def test_a_step_at_the_published_size_has_its_shapes_and_stays_on_its_device(fam
         weight.grad is not None for block in family.backbone.blocks(transformer) for weight in block.parameters()
     )
     billions = sum(weight.numel() for weight in transformer.parameters()) / 1e9
-    sizes = {"sana": 1.6, "sd3": 2.0, "longcat_image": 6.3, "z_image": 6.2}
+    sizes = {"sana": 1.6, "sd3": 2.0, "flux": 11.9, "longcat_image": 6.3, "z_image": 6.2}
     assert sizes[family.backbone.__name__.rpartition(".")[2]] == round(billions, 1)
 
 

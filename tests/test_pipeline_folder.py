@@ -23,7 +23,7 @@ def _no_index(folder: Path) -> None:
 
 def _other_transformer(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
+    index["transformer"] = ["diffusers", "PixArtTransformer2DModel"]
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
@@ -90,7 +90,7 @@ def _broken_card(folder: Path) -> None:
         (_own_code, r"has tokenizer \['evil', 'Tokenizer'\]: its code would be evil"),
         (_broken_card, r"cannot be used: damaged/README.md cannot be read as a model card"),
         (_no_index, "is no pipeline folder: it has no model_index.json"),
-        (_other_transformer, "is of no known family: .*FluxTransformer2DModel"),
+        (_other_transformer, "is of no known family: .*PixArtTransformer2DModel"),
         (_no_vae, "lacks its vae"),
         (_pickled_text_encoder, "no full-precision safetensors weights of its text_encoder"),
         (shutil.rmtree, "is neither a folder nor a model on the Hub"),

@@ -252,7 +252,8 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
         folder = resolve_teacher(settings.teacher, settings.variant)
         with loading("teacher", settings.teacher):
             is_student = is_flow_student(read_json(folder / SCHEDULER / SCHEDULER_CONFIG))
-        if is_student or read_json(folder / TRANSFORMER / MODEL_CONFIG).get("guidance_embeds"):
+        embeds_guidance = read_json(folder / TRANSFORMER / MODEL_CONFIG).get("guidance_embeds")
+        if is_student or (embeds_guidance and backbone.STUDENT_EMBEDS_GUIDANCE):
             raise ValueError(
                 f"teacher {settings.teacher!r} is a few-step student: give the teacher that it was distilled from"
             )

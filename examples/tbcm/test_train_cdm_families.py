@@ -39,7 +39,7 @@ np.savez("pictures.npz", **pictures)
 """
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "sana"])
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in ("sana", "flux")])
 def family(request):
     return FAMILIES[request.param]
 
@@ -104,3 +104,17 @@ def test_a_dry_run_leaves_nothing(family_flags, tmp_path):
     there = {path.name for path in tmp_path.iterdir()}
     train_cdm.main(family_flags(dry_run=True, precompute_embeddings=None, mixed_precision="bf16"))
     assert {path.name for path in tmp_path.iterdir()} == there
+
+
+def test_a_teacher_without_an_unconditional_branch_is_refused_before_its_weights_are_loaded(
+    cdm_flags, tmp_path, monkeypatch
+):
+    FAMILIES["flux"].make_pipeline().save_pretrained(tmp_path / "teacher")
+
+    def load(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(FAMILIES["flux"].backbone, "load_transformer", load)
+    with pytest.raises(ValueError, match="names a teacher that embeds guidance: it has no unconditional branch"):
+        train_cdm.main(cdm_flags(pretrained_model_name_or_path=tmp_path / "teacher", output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -130,14 +130,15 @@ class FlowTransformer(nn.Module):
                 first batch / prompts samples are of the first prompt.
             encoder_attention_mask: 1 for a token to attend to, 0 for padding, (prompts, length).
             guidance: unscaled classifier-free guidance weight, (batch,); only for a network with guidance embeddings.
+                None is 1, which students that learn one guidance are told.
             pooled_projections: one embedding a prompt, (prompts, dim), for networks that read one.
 
         Returns:
             v, the shape of `sample`, in float32 or, for a float64 sample, float64.
 
         Raises:
-            ValueError: if `guidance` is missing for a network that takes it, or given to one that does not, or `batch`
-                is no multiple of `prompts`.
+            ValueError: if `guidance` is missing for a network whose students take it, or given to one that takes none,
+                or `batch` is no multiple of `prompts`.
         """
         wide = torch.promote_types(sample.dtype, torch.float32)
         sample, timestep = sample.to(wide), timestep.to(wide)
@@ -149,7 +150,7 @@ class FlowTransformer(nn.Module):
         ).to(wide)
 
     def _checked(self, guidance: torch.Tensor | None) -> torch.Tensor | None:
-        if self.guidance_embeds and guidance is None:
+        if self.guidance_embeds and guidance is None and self.backbone.STUDENT_EMBEDS_GUIDANCE:
             raise ValueError("`guidance` is None, but the transformer embeds guidance and needs a weight per sample.")
         if guidance is not None and not self.guidance_embeds:
             raise ValueError(f"`guidance` is {guidance}, but the transformer does not embed guidance.")

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..files import read_json
 from ..text import Text
-from . import sana, sd3
+from . import flux, sana, sd3
 
 
 class Backbone(Protocol):
@@ -165,7 +165,7 @@ class Backbone(Protocol):
     def make_student(self, teacher: Any) -> Any: ...
 
 
-FAMILIES: tuple[Backbone, ...] = (sana, sd3)
+FAMILIES: tuple[Backbone, ...] = (sana, sd3, flux)
 # Networks that diffusers has from some version on. Z-Image's pads its text in place before 0.38, which no dual number
 # follows, and in 0.36 its pipeline takes guidance of less than 1 for none.
 NEWER = {"LongCatImageTransformer2DModel": "0.37", "ZImageTransformer2DModel": "0.38"}

@@ -18,7 +18,7 @@ from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
-from .patched import PATCH, latent_size, packed_tokens
+from .patched import PACK, double_and_single_blocks, latent_size, pack, packed_tokens, unpack
 from .patched import after_blocks as after_blocks
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
@@ -51,7 +51,7 @@ DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # the stock pipeline's, which cannot be told another number; pictures' places count from it
 NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
-image_tokens = packed_tokens
+blocks, image_tokens = double_and_single_blocks, packed_tokens
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> LongCatImageTransformer2DModel:
@@ -148,18 +148,13 @@ def latent_shape(folder: Path, transformer: LongCatImageTransformer2DModel, reso
     Raises:
         ValueError: where the autoencoder and the packing do not allow the resolution.
     """
-    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PATCH)
-    return transformer.config["in_channels"] // PATCH**2, size, size
+    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
+    return transformer.config["in_channels"] // PACK**2, size, size
 
 
 def native_size(transformer: LongCatImageTransformer2DModel) -> int:
     """Say how many latent pixels a side a network's own pictures have."""
     return NATIVE_SIZE
-
-
-def blocks(transformer: LongCatImageTransformer2DModel) -> list[nn.Module]:
-    """Give the network's blocks, in order."""
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def inner_dim(transformer: LongCatImageTransformer2DModel) -> int:
@@ -197,14 +192,12 @@ def velocity(
     """
     assert guidance is None
     dtype, text = transformer.dtype, text.for_rows(sample.shape[0])
-    batch, channels, height, width = sample.shape
-    rows, columns = height // PATCH, width // PATCH
-    tokens = sample.to(dtype).reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
+    rows, columns = sample.shape[2] // PACK, sample.shape[3] // PACK
     length = text.embeds.shape[1]
     exact = transformer.time_embed.register_forward_pre_hook(lambda _, args: (time * PROJECTED_TIME, *args[1:]))
     try:
         output = transformer(
-            tokens.reshape(batch, rows * columns, channels * PATCH**2),
+            pack(sample.to(dtype)),
             encoder_hidden_states=text.embeds.to(dtype),
             timestep=time,
             txt_ids=_text_places(length, sample.device),
@@ -213,8 +206,7 @@ def velocity(
         )[0]
     finally:
         exact.remove()
-    output = output.reshape(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return output.reshape(batch, channels, height, width)
+    return unpack(output, sample.shape)
 
 
 def _text_places(length: int, device: torch.device) -> torch.Tensor:

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
-PATCH = 2  # latent pixels a side of a token, in families whose configs do not say it
+PACK = 2  # latent pixels a side of a token, of families whose latents are packed outside the network
 
 
 def image_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
@@ -25,8 +26,8 @@ def image_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
 
 
 def packed_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
-    """As `image_tokens`, of a network whose tokens are `PATCH` latent pixels a side."""
-    return (shape[-2] // PATCH) * (shape[-1] // PATCH)
+    """As `image_tokens`, of a network whose tokens are `PACK` latent pixels a side whatever its config says."""
+    return (shape[-2] // PACK) * (shape[-1] // PACK)
 
 
 def latent_size(resolution: int | None, *, native: int, factor: int, patch: int, largest: int | None = None) -> int:
@@ -54,9 +55,44 @@ def latent_size(resolution: int | None, *, native: int, factor: int, patch: int,
     return resolution // factor
 
 
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Put the latent pixels of a token side by side, as stock pipelines with packed latents do.
+
+    Args:
+        latents: (batch, channels, height, width).
+
+    Returns:
+        Row by row, (batch, height width / 4, 4 channels).
+    """
+    batch, channels, height, width = latents.shape
+    tokens = latents.reshape(batch, channels, height // PACK, PACK, width // PACK, PACK).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(batch, height * width // PACK**2, channels * PACK**2)
+
+
+def unpack(tokens: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Undo `pack`.
+
+    Args:
+        tokens: (batch, height width / 4, 4 channels).
+        shape: (batch, channels, height, width).
+
+    Returns:
+        The latents, of `shape`.
+    """
+    batch, channels, height, width = shape
+    rows, columns = height // PACK, width // PACK
+    latents = tokens.reshape(batch, rows, columns, channels, PACK, PACK).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(shape)
+
+
 def blocks(transformer: Any) -> list[nn.Module]:
     """Give the network's blocks, in order."""
     return list(transformer.transformer_blocks)
+
+
+def double_and_single_blocks(transformer: Any) -> list[nn.Module]:
+    """As `blocks`, of a network whose last blocks have text and picture in one stream."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def after_blocks(transformer: Any) -> nn.Module:

@@ -25,7 +25,7 @@ from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .loading import load_network, load_prompt_pipeline
-from .patched import PATCH, latent_size, packed_tokens
+from .patched import PACK, latent_size, packed_tokens
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
 from .time_embedding import PROJECTED_TIME, sees_slow_sinusoids_only, slow_features
@@ -152,8 +152,8 @@ def latent_shape(folder: Path, transformer: ZImageTransformer2DModel, resolution
         ValueError: where the autoencoder, the patches and the places do not allow the resolution.
     """
     factor = vae_scale_factor(folder)
-    largest = factor * PATCH * min(transformer.config["axes_lens"][1:])
-    size = latent_size(resolution, native=NATIVE_SIZE, factor=factor, patch=PATCH, largest=largest)
+    largest = factor * PACK * min(transformer.config["axes_lens"][1:])
+    size = latent_size(resolution, native=NATIVE_SIZE, factor=factor, patch=PACK, largest=largest)
     return transformer.config["in_channels"], size, size
 
 
@@ -169,7 +169,7 @@ def blocks(transformer: ZImageTransformer2DModel) -> list[nn.Module]:
 
 def after_blocks(transformer: ZImageTransformer2DModel) -> nn.Module:
     """Give what a forward calls after the last block."""
-    return transformer.all_final_layer[f"{PATCH}-1"]
+    return transformer.all_final_layer[f"{PACK}-1"]
 
 
 def inner_dim(transformer: ZImageTransformer2DModel) -> int:

@@ -184,7 +184,8 @@ class ConsistencyDistillation(Distillation):
         if self.backbone.in_dense_time(transformer, timestep_scale):
             return TrigFlowTransformer(transformer, timestep_scale)
         if timestep_scale == 1:
-            self.run.say(f"This teacher embeds 1000 s: its tangent may be rough. To make it smooth: {self._prepare()}")
+            smooth = "" if self.backbone.embeds_guidance(transformer) else f" To make it smooth: {self._prepare()}"
+            self.run.say(f"This teacher embeds 1000 s: its tangent may be rough.{smooth}")
         elif not self.settings.allow_plain_teacher:
             raise ValueError(
                 "`pretrained_model_name_or_path` names a plain teacher, which sees time multiplied by"

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..backbones import Backbone, find_backbone, text_components
+from ..components import MODEL_CONFIG
 from ..data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
 from ..data.latents import LatentCache, latents_fingerprint, precompute_latents
 from ..data.pictures import CaptionedImages
@@ -25,7 +26,7 @@ from ..evaluation.drawing import call_options, draw_pictures, numbered_generator
 from ..evaluation.grid import image_grid
 from ..export.folders import check_target
 from ..export.record import Sample, StudentDescription
-from ..files import WRITE_ERRORS
+from ..files import WRITE_ERRORS, read_json
 from ..flow import FlowTransformer
 from ..lora import merge_lora
 from ..pipeline_folder import LORA, TRANSFORMER, VALIDATION, digest_component, resolve_teacher
@@ -111,6 +112,10 @@ class Distillation(ABC):
     def _find_backbone(self) -> Backbone:
         """The teacher's family, one that the method has students of."""
         return find_backbone(self.folder)
+
+    def _teacher_embeds_guidance(self) -> bool:
+        """Whether the teacher's network takes the guidance scale as an input, before it is loaded."""
+        return bool(read_json(self.folder / TRANSFORMER / MODEL_CONFIG).get("guidance_embeds"))
 
     def _load_teacher(self) -> Any:
         """The teacher's network, in float32."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbones import Backbone
 from ..critic import TimedCritic
 from ..evaluation.generate import PROGRAM
 from ..export.folders import save_flow_lora, save_flow_student
@@ -84,14 +85,16 @@ class FlowDistillation(Distillation):
             transformer.enable_gradient_checkpointing()
         return FlowTransformer(transformer, self.teacher.timestep_scale).to(self.run.device)
 
-    def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
-        teacher = FlowTransformer(transformer, timestep_scale)
-        if teacher.guidance_embeds:
+    def _find_backbone(self) -> Backbone:
+        if self._teacher_embeds_guidance():
             raise ValueError(
                 "`pretrained_model_name_or_path` names a teacher that embeds guidance: it has no unconditional branch,"
                 " which this method's guidance term asks for"
             )
-        return teacher
+        return super()._find_backbone()
+
+    def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
+        return FlowTransformer(transformer, timestep_scale)
 
     def _make_student(self) -> Any:
         if self.settings.rank is None:

@@ -128,6 +128,14 @@ class Preparation(Distillation):
             "student", model, exported="transformer", lr_scheduler=settings.lr_scheduler, ema=settings.use_ema
         )
 
+    def _find_backbone(self) -> Backbone:
+        if self._teacher_embeds_guidance():
+            raise ValueError(
+                "`pretrained_model_name_or_path` names a teacher that embeds guidance: only one with an unconditional"
+                " branch can be prepared"
+            )
+        return super()._find_backbone()
+
     def _load_teacher(self) -> Any:
         transformer = super()._load_teacher()
         if self._lora is None:
@@ -138,11 +146,6 @@ class Preparation(Distillation):
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
         teacher = FlowTransformer(transformer, timestep_scale)
-        if teacher.guidance_embeds:
-            raise ValueError(
-                "`pretrained_model_name_or_path` names a teacher that embeds guidance: only one with an unconditional"
-                " branch can be prepared"
-            )
         if self.backbone.in_dense_time(transformer, timestep_scale):
             raise ValueError(
                 "`pretrained_model_name_or_path` names a teacher that is in dense time already: distil it as it is"
