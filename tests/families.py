@@ -36,8 +36,15 @@ from diffusers_tbcm import backbones
 from diffusers_tbcm.backbones import Backbone, sana, sd3
 
 
-LATENT_CHANNELS = 16  # of the tiny AutoencoderKL
+LATENT_CHANNELS = 16  # of the tiny autoencoders
 WIDTH = 32
+
+
+def kl_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode by an autoencoder whose unit scale is a shift and a factor: its own latents, and those on unit scale."""
+    encoded = vae.encode(pixels)
+    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    return latents, (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
 
 @dataclass(frozen=True)
@@ -50,18 +57,22 @@ class Family:
         tokens: as `max_sequence_length`.
         published: the transformer's config at a size that is published, and latents and text there: (channels, height,
             width), (length, dim), and the pooled embedding's size.
+        billions: of weights at that size.
         unguided_call: what makes a stock call read a plain prompt.
         guided_call: what makes a stock call guide by the plain formula.
         stock_latents: the result of a stock call of `output_type="latent"` as (batch, channels, height, width).
+        encode: gives pictures' latents by the stock autoencoder, as it has them and on unit scale.
     """
 
     backbone: Backbone
     make_pipeline: Callable[[], DiffusionPipeline]
     tokens: int
     published: tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], int | None]
+    billions: float
     unguided_call: dict[str, Any] = field(default_factory=dict)
     guided_call: dict[str, Any] = field(default_factory=dict)
     stock_latents: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
+    encode: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = kl_latents
 
 
 def tiny_kl() -> AutoencoderKL:
@@ -169,6 +180,30 @@ def tiny_longcat() -> DiffusionPipeline:
     return LongCatImagePipeline(scheduler, tiny_kl(), encoder, tokenizer, None, transformer)
 
 
+def tiny_qwen_image() -> DiffusionPipeline:
+    """A Qwen-Image of two blocks, whose shift is dynamic and ends above 0 as the published one's does."""
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    vae = AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    tokenizer, encoder = tiny_qwen()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+    )
+    return QwenImagePipeline(scheduler, vae, encoder, tokenizer, transformer)
+
+
+def video_latents(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode by an autoencoder of videos, as `kl_latents` does: every channel has a mean and a deviation."""
+    latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()
+    mean, deviation = (torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return latents, (latents.squeeze(2) - mean) / deviation
+
+
 def unpacked(latents: torch.Tensor) -> torch.Tensor:
     """Packed latents of 64 x 64 pixels as (batch, channels, height, width)."""
     from diffusers import LongCatImagePipeline
@@ -182,6 +217,7 @@ FAMILIES = {
         partial(tiny_sana_pipeline, timestep_scale=sana.DENSE_TIME_CONFIG_SCALE),
         tokens=16,
         published=({}, (32, 32, 32), (300, 2304), None),
+        billions=1.6,
         unguided_call={"complex_human_instruction": None, "max_sequence_length": 16, "use_resolution_binning": False},
     ),
     "sd3": Family(
@@ -194,6 +230,7 @@ FAMILIES = {
             (77 + 256, 4096),
             2048,
         ),
+        billions=2.0,
         unguided_call={"max_sequence_length": 16},
     ),
 }
@@ -203,7 +240,18 @@ if hasattr(backbones, "longcat_image"):  # diffusers is new enough
         tiny_longcat,
         tokens=512,
         published=({"num_layers": 10, "num_single_layers": 20}, (16, 128, 128), (512, 3584), None),
+        billions=6.3,
         unguided_call={"enable_prompt_rewrite": False},
         guided_call={"enable_cfg_renorm": False},
         stock_latents=unpacked,
+    )
+    FAMILIES["qwen_image"] = Family(
+        backbones.qwen_image,
+        tiny_qwen_image,
+        tokens=256,  # the template's characters are tokens to the tiny tokenizer
+        published=({}, (16, 128, 128), (512, 3584), None),
+        billions=20.4,
+        unguided_call={"max_sequence_length": 256},
+        stock_latents=unpacked,
+        encode=video_latents,
     )

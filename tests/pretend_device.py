@@ -318,6 +318,7 @@ def _convolution_backward(grad: Any, given: Any, weight: torch.Tensor, *args: An
 
 
 SPECIAL: dict[str, Callable[..., Any]] = {
+    "_conj": torch.conj_physical,  # at once: memory that is shared does not say that it is to be conjugated
     "_copy_from": _copy,
     "_copy_from_and_resize": _copy,
     "_fused_sdp_choice": lambda *args, **kwargs: 0,  # attention from its formula

@@ -62,6 +62,9 @@ FUNCTIONS = {
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "rms norm": lambda x: F.rms_norm(x, (4,), None, 1e-6),
     "rms norm of two axes with weights": lambda x: F.rms_norm(x, (4, 4), OTHER),
+    "rotary embedding by complex numbers": lambda x: torch.view_as_real(
+        torch.view_as_complex(x.reshape(2, 4, 4, 2, 2)) * torch.polar(OTHER.abs(), OTHER)[:, None, :2]
+    ).flatten(3).type_as(x),
     "squeeze": lambda x: x[:, :1].squeeze(1),
     "no rule of its own": lambda x: torch.erf(x).cumsum(-1).clip(-2, 2),
     "dropout that does nothing": lambda x: F.dropout(x, 0.0, True) + F.dropout(x, 0.5, False),

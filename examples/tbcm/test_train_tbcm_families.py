@@ -33,7 +33,7 @@ from examples.tbcm.conftest import arguments
 
 
 NAMES = [name for name in FAMILIES if name != "sana"]
-TEACHERS = {"sd3": "prepared", "longcat_image": "teacher"}  # what each is distilled from
+TEACHERS = {"sd3": "prepared", "longcat_image": "teacher", "qwen_image": "teacher"}  # what each is distilled from
 NOT_PREPARATIONS = dict.fromkeys(
     ("tangent_warmup_steps", "tangent_cooldown_start_step", "tangent_cooldown_steps"),
 )  # flags

@@ -190,7 +190,7 @@ def record_branches(
             latents.append(sample)
             velocities.append(torch.stack([unconditional, conditional], dim=1))
             guided = combine_branches(unconditional, conditional, guidance_scale)
-            sample = flow_step(sample, guided, s, next_s)
+            sample = flow_step(sample, teacher.rescale_guided(guided, conditional, sample, s), s, next_s)
     return Recording(
         latents=torch.stack(latents, dim=1),
         velocity=torch.stack(velocities, dim=1),

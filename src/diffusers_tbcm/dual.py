@@ -138,7 +138,7 @@ def _by_forward_mode(func: Callable[..., Any], output: Any, *args: Any, **kwargs
 
 
 def _linear_in_first(func: Callable[..., Any], output: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    return func(x.tangent, *args, **kwargs)
+    return func(x.tangent, *map(_primal, args), **kwargs)  # type_as is given a tensor whose dtype it takes
 
 
 def _join(func: Callable[..., Any], output: torch.Tensor, tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -336,8 +336,8 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
         (
             "chunk", "contiguous", "expand", "flatten", "float", "getitem", "mean", "movedim", "mT", "neg",
-            "permute", "repeat", "reshape", "split", "split_with_sizes", "squeeze", "sum", "to", "transpose", "unbind",
-            "unflatten", "unsqueeze", "view",
+            "permute", "repeat", "reshape", "split", "split_with_sizes", "squeeze", "sum", "to", "transpose",
+            "type_as", "unbind", "unflatten", "unsqueeze", "view", "view_as_complex", "view_as_real",
         ),
         _linear_in_first,
     ),

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
-from diffusers.models.transformers.transformer_longcat_image import LongCatImageTimestepEmbeddings
 from torch import nn
 
 from ..text import Text
@@ -18,10 +17,11 @@ from .autoencoder_kl import decode_latents as decode_latents
 from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
+from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
+from .patched import PACK, latent_size, pack, unpack
 from .patched import after_blocks as after_blocks
-from .patched import latent_size
-from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import PROJECTED_TIME, WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
 from .time_embedding import modulation as modulation
 
 
@@ -36,6 +36,7 @@ INSTRUCTION = None
 READING_OPTIONS: tuple[str, ...] = ()
 CALL_OPTIONS: dict[str, Any] = {"enable_prompt_rewrite": False}  # prompts were learned as they are
 GUIDED_OPTIONS: dict[str, Any] = {"enable_cfg_renorm": False}  # guidance was learned as it is
+RESCALE_GUIDED = None
 
 # Attention and feed-forward of both streams, and of the blocks in which they are one. `proj_out` follows both there;
 # the network's last layer has that name too.
@@ -50,7 +51,6 @@ DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # the stock pipeline's, which cannot be told another number; pictures' places count from it
 NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
-PATCH = 2  # latent pixels a side of a token
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> LongCatImageTransformer2DModel:
@@ -147,8 +147,8 @@ def latent_shape(folder: Path, transformer: LongCatImageTransformer2DModel, reso
     Raises:
         ValueError: where the autoencoder and the packing do not allow the resolution.
     """
-    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PATCH)
-    return transformer.config["in_channels"] // PATCH**2, size, size
+    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
+    return transformer.config["in_channels"] // PACK**2, size, size
 
 
 def native_size(transformer: LongCatImageTransformer2DModel) -> int:
@@ -166,7 +166,7 @@ def image_tokens(transformer: LongCatImageTransformer2DModel, shape: tuple[int, 
     Returns:
         The number of packed latents.
     """
-    return (shape[-2] // PATCH) * (shape[-1] // PATCH)
+    return (shape[-2] // PACK) * (shape[-1] // PACK)
 
 
 def blocks(transformer: LongCatImageTransformer2DModel) -> list[nn.Module]:
@@ -219,14 +219,12 @@ def velocity(
     """
     assert guidance is None
     dtype, text = transformer.dtype, text.for_rows(sample.shape[0])
-    batch, channels, height, width = sample.shape
-    rows, columns = height // PATCH, width // PATCH
-    tokens = sample.to(dtype).reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
+    rows, columns = sample.shape[2] // PACK, sample.shape[3] // PACK
     length = text.embeds.shape[1]
     exact = transformer.time_embed.register_forward_pre_hook(lambda _, args: (time * PROJECTED_TIME, *args[1:]))
     try:
         output = transformer(
-            tokens.reshape(batch, rows * columns, channels * PATCH**2),
+            pack(sample.to(dtype)),
             encoder_hidden_states=text.embeds.to(dtype),
             timestep=time,
             txt_ids=_text_places(length, sample.device),
@@ -235,8 +233,7 @@ def velocity(
         )[0]
     finally:
         exact.remove()
-    output = output.reshape(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return output.reshape(batch, channels, height, width)
+    return unpack(output, sample.shape)
 
 
 def _text_places(length: int, device: torch.device) -> torch.Tensor:
@@ -299,22 +296,6 @@ def time_features(transformer: LongCatImageTransformer2DModel, time: torch.Tenso
 def in_dense_time(transformer: LongCatImageTransformer2DModel, scale: float) -> bool:
     """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
     return sees_slow_sinusoids_only(transformer.time_embed.time_proj, transformer.time_embed.timestep_embedder)
-
-
-class WideTimeEmbedding(LongCatImageTimestepEmbeddings):
-    """diffusers' embedding of time, in float32 under autocast too, as `WideTimestepEmbedding` is.
-
-    Args:
-        embed: whose parts it takes over.
-    """
-
-    def __init__(self, embed: LongCatImageTimestepEmbeddings) -> None:
-        nn.Module.__init__(self)
-        self.time_proj, self.timestep_embedder = embed.time_proj, WideTimestepEmbedding(embed.timestep_embedder)
-
-    def forward(self, timestep: torch.Tensor, hidden_dtype: torch.dtype) -> torch.Tensor:
-        """Embed times; `hidden_dtype`, the activations', is not followed."""
-        return self.timestep_embedder(self.time_proj(timestep))
 
 
 def make_student(teacher: LongCatImageTransformer2DModel) -> LongCatImageTransformer2DModel:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..files import read_json
 from ..text import Text
+from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
@@ -33,6 +34,7 @@ INSTRUCTION: list[str] = inspect.signature(SanaSprintPipeline.__call__).paramete
 READING_OPTIONS: tuple[str, ...] = ("max_sequence_length", "complex_human_instruction")
 CALL_OPTIONS: dict[str, Any] = {"use_resolution_binning": False}  # draw the size that was asked for
 GUIDED_OPTIONS: dict[str, Any] = {}
+RESCALE_GUIDED = None
 PROMPT_TOKENS = 300
 
 # diffusers' SanaPipeline feeds the network 1000 s times `config.timestep_scale`, and its SanaSprintPipeline feeds s

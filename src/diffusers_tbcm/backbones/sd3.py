@@ -16,6 +16,7 @@ from .autoencoder_kl import decode_latents as decode_latents
 from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
+from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
@@ -38,6 +39,7 @@ INSTRUCTION = None
 READING_OPTIONS: tuple[str, ...] = ("max_sequence_length",)
 CALL_OPTIONS: dict[str, Any] = {}
 GUIDED_OPTIONS: dict[str, Any] = {}
+RESCALE_GUIDED = None
 
 # Attention and feed-forward of both streams. The last block has no feed-forward for the text.
 LORA_TARGET_MODULES = (

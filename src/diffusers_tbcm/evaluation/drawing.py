@@ -261,6 +261,7 @@ def draw_pictures(
     """
     generators = iter(generators)
     batch_size = batch_size or max(1, len(prompts))
+    guidance_scale = options.pop("guidance_scale", None)
     scheduler, of_student = pipeline.scheduler, {}
     if isinstance(scheduler, FlowStudentScheduler):
         # LongCat-Image's pipeline gives its scheduler even times where it is given none
@@ -273,6 +274,8 @@ def draw_pictures(
             asked = {**backbone_of(pipeline.transformer).text_arguments(batch)}
         else:
             asked = {"prompt": list(batch)}
+        if guidance_scale is not None:
+            asked |= backbone_of(pipeline.transformer).guidance_arguments(guidance_scale, len(batch))
         noises = list(islice(generators, len(batch)))
         if isinstance(scheduler, FlowStudentScheduler):
             scheduler.generator = noises

@@ -20,7 +20,7 @@ from ..files import read_json
 from ..owned import OwnedFolder
 from ..pipeline_folder import CARD, SAMPLE_GRID, SCHEDULER, TRAINING_RECORD, TRANSFORMER, VARIANTS
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
-from ..scheduling_flow import FlowStudentScheduler, is_flow_student, student_sigmas
+from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student, student_sigmas
 from ..scheduling_tbcm import TBCMScheduler
 from .record import Metrics, check_record, is_flow_adapter, load_metrics
 
@@ -32,6 +32,7 @@ TASK = "text-to-image"
 TEMPLATE, PREPARED_TEMPLATE = "model_card_template.md", "prepared_teacher_card_template.md"
 MAX_CAPTION = 300  # characters of a prompt
 SHOWN_STEPS = (1, 2, 4)  # by the examples
+SHOWN_GUIDANCE_SCALE = 4.5  # by a prepared teacher's
 
 
 def render_model_card(
@@ -106,6 +107,7 @@ def render_model_card(
         matched=matched,
         standalone=(folder / CUSTOM_PIPELINE_FILE_NAME).is_file(),
         call_options=_beyond_stock(call_options),
+        unguided=backbone.guidance_arguments(GUIDANCE_SCALE, 1),
         call=backbone.CALL_OPTIONS,
         left_out=backbone.OPTIONAL_COMPONENTS,
         loads_adapters=hasattr(backbone.PIPELINE_CLASS, "load_lora_weights"),
@@ -149,6 +151,7 @@ def _render_prepared(
         model_id=model_id,
         prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
         pipeline=backbone.PIPELINE_CLASS.__name__,
+        guided=backbone.guidance_arguments(SHOWN_GUIDANCE_SCALE, 1),
         call=backbone.CALL_OPTIONS,
         left_out=backbone.OPTIONAL_COMPONENTS,
         one_guidance=not backbone.STUDENT_EMBEDS_GUIDANCE,

@@ -207,7 +207,7 @@ class DistillationSettings(RunSettings):
         metavar="DIR",
     )
     max_sequence_length: int | None = setting(
-        None, "tokens of a prompt; default: as the teacher's pipeline: 300 of Sana, 256 of SD3, 512 of LongCat-Image"
+        None, "tokens of a prompt; default: as the teacher's pipeline: 300 of Sana, 256 of SD3, 512 of others"
     )
     complex_human_instruction: bool = setting(True, "put Sana's instruction before every prompt, as its pipelines do")
     offload_text_encoder: bool = setting(False, "keep it on the CPU between prompts")
@@ -246,7 +246,7 @@ class RowSettings(DistillationSettings):
         False,
         "train on a teacher that is not in dense time, for research: it is unstable",
     )
-    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt; of SD3 and LongCat-Image a single one")
+    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt; a single one if the teacher is no Sana")
     teacher_batch_size: int | None = setting(
         None, "prompts per process that the teacher runs on at once; default: train_batch_size"
     )
