@@ -27,6 +27,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -47,6 +49,11 @@ def kl_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, 
     return latents, (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
 
+def plain_noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Noise in the order of latents."""
+    return torch.randn(1, *shape, generator=generator)
+
+
 @dataclass(frozen=True)
 class Family:
     """A family as the shared tests see it; its pictures are 64 x 64 pixels, its latents 8 x 8.
@@ -62,6 +69,8 @@ class Family:
         guided_call: what makes a stock call guide by the plain formula.
         stock_latents: the result of a stock call of `output_type="latent"` as (batch, channels, height, width).
         encode: gives pictures' latents by the stock autoencoder, as it has them and on unit scale.
+        first_noise: draws the stock pipeline's first noise of a picture, (1, channels, height, width), of that shape.
+        step_noise: draws that of its later steps.
     """
 
     backbone: Backbone
@@ -73,6 +82,8 @@ class Family:
     guided_call: dict[str, Any] = field(default_factory=dict)
     stock_latents: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
     encode: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = kl_latents
+    first_noise: Callable[[tuple[int, ...], torch.Generator], torch.Tensor] = plain_noise
+    step_noise: Callable[[tuple[int, ...], torch.Generator], torch.Tensor] = plain_noise
 
 
 def tiny_kl() -> AutoencoderKL:
@@ -204,11 +215,85 @@ def video_latents(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return latents, (latents.squeeze(2) - mean) / deviation
 
 
+def tiny_flux2_vae() -> Any:
+    """FLUX.2's autoencoder, whose tokens have a mean and a deviation of each channel."""
+    from diffusers import AutoencoderKLFlux2
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=2
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def tiny_flux2_klein() -> DiffusionPipeline:
+    """A FLUX.2 [klein] base of a double and two single blocks, whose shift is dynamic."""
+    from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    ).eval()  # fmt: skip
+    with torch.no_grad():  # the blocks hardly do anything by the default initialisation
+        for name, weight in transformer.named_parameters():
+            if "modulation" in name:
+                weight.mul_(5)
+    tokenizer, _ = tiny_qwen()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = Qwen3Config(
+        vocab_size=264, hidden_size=8, intermediate_size=8, num_hidden_layers=27, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, bos_token_id=256, eos_token_id=258,
+    )  # fmt: skip
+    encoder = Qwen3ForCausalLM(config).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return Flux2KleinPipeline(scheduler, tiny_flux2_vae(), encoder, tokenizer, transformer)
+
+
+def flux2_latents(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode by FLUX.2's autoencoder, as `kl_latents` does."""
+    latents = vae.encode(pixels).latent_dist.mode()
+    return latents, flux2_unit(latents, vae)
+
+
+def flux2_unit(latents: torch.Tensor, vae: Any = None) -> torch.Tensor:
+    """The autoencoder's latents on unit scale; of a stock call's, whose `output_type="latent"` gives the former."""
+    from diffusers import Flux2KleinPipeline
+
+    norm = (tiny_flux2_vae() if vae is None else vae).bn
+    tokens = Flux2KleinPipeline._patchify_latents(latents)
+    deviation = torch.sqrt(norm.running_var + norm.eps)
+    return Flux2KleinPipeline._unpatchify_latents(
+        (tokens - norm.running_mean[:, None, None]) / deviation[:, None, None]
+    )
+
+
+def noise_of_tokens(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Noise in the order of tokens' channels before their places."""
+    from diffusers import Flux2KleinPipeline
+
+    channels, height, width = shape
+    return Flux2KleinPipeline._unpatchify_latents(
+        torch.randn(1, 4 * channels, height // 2, width // 2, generator=generator)
+    )
+
+
 def unpacked(latents: torch.Tensor) -> torch.Tensor:
     """Packed latents of 64 x 64 pixels as (batch, channels, height, width)."""
     from diffusers import LongCatImagePipeline
 
     return LongCatImagePipeline._unpack_latents(latents, 64, 64, 8)
+
+
+def packed_noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Noise in the order of packed latents."""
+    channels, height, width = shape
+    return unpacked(torch.randn(1, height * width // 4, 4 * channels, generator=generator))
 
 
 FAMILIES = {
@@ -244,6 +329,7 @@ if hasattr(backbones, "longcat_image"):  # diffusers is new enough
         unguided_call={"enable_prompt_rewrite": False},
         guided_call={"enable_cfg_renorm": False},
         stock_latents=unpacked,
+        step_noise=packed_noise,
     )
     FAMILIES["qwen_image"] = Family(
         backbones.qwen_image,
@@ -254,4 +340,23 @@ if hasattr(backbones, "longcat_image"):  # diffusers is new enough
         unguided_call={"max_sequence_length": 256},
         stock_latents=unpacked,
         encode=video_latents,
+        step_noise=packed_noise,
     )
+    FAMILIES["flux2_klein"] = Family(
+        backbones.flux2_klein,
+        tiny_flux2_klein,
+        tokens=64,
+        published=(  # klein base 4B
+            {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+             "guidance_embeds": False},
+            (32, 128, 128),
+            (512, 7680),
+            None,
+        ),
+        billions=3.9,
+        unguided_call={"max_sequence_length": 64},
+        stock_latents=flux2_unit,
+        encode=flux2_latents,
+        first_noise=noise_of_tokens,
+        step_noise=packed_noise,
+    )  # fmt: skip

@@ -33,7 +33,7 @@ from examples.tbcm.conftest import arguments
 
 
 NAMES = [name for name in FAMILIES if name != "sana"]
-TEACHERS = {"sd3": "prepared", "longcat_image": "teacher", "qwen_image": "teacher"}  # what each is distilled from
+TEACHERS = {name: "prepared" if name == "sd3" else "teacher" for name in NAMES}  # what each is distilled from
 NOT_PREPARATIONS = dict.fromkeys(
     ("tangent_warmup_steps", "tangent_cooldown_start_step", "tangent_cooldown_steps"),
 )  # flags
@@ -57,7 +57,7 @@ for folder in sys.argv[1:]:
     noise = lambda sample, *_, **__: torch.randn(getattr(sample, "shape", sample), generator=generator)
     stock.randn_tensor = torch.randn_like = noise  # the pipelines give their generator to the first noise alone
     sigmas = eval(re.search(r"sigmas=(\\[.*?\\])", card.split("image = ")[2])[1])
-    drawn = pipe(prompt, sigmas=sigmas, generator=generator, output_type="np", **options)
+    drawn = pipe(prompt=prompt, sigmas=sigmas, generator=generator, output_type="np", **options)
     pictures[folder.replace("/", "-")] = drawn.images
 np.savez(f"{root}/pictures.npz", **pictures)
 """

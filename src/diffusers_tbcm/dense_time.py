@@ -86,6 +86,27 @@ def fit_embedder(target: torch.Tensor, features: torch.Tensor, s: torch.Tensor, 
     return next(weights for residual, weights in fits if residual <= NEARLY * best)
 
 
+def without_biases(weights: dict[str, torch.Tensor], features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Write an embedder without biases: a sum of features that is 1 is the first layer's, another unit the second's.
+
+    Args:
+        weights: of `fit_embedder`.
+        features: what the embedder sees, (times, channels), float64; slow cosines among them.
+
+    Returns:
+        The weights of a `TimestepEmbedding` without biases and with a unit more, by name, float64.
+    """
+    gram = features.T @ features
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    one = torch.linalg.solve(gram, features.sum(0))
+    biases = F.pad(weights["linear_1.bias"], (0, 1), value=1.0)
+    constant = weights["linear_2.bias"] / F.silu(biases[-1])
+    return {
+        "linear_1.weight": F.pad(weights["linear_1.weight"], (0, 0, 0, 1)) + torch.outer(biases, one),
+        "linear_2.weight": torch.cat([weights["linear_2.weight"], constant[:, None]], dim=1),
+    }
+
+
 @torch.no_grad()
 def to_dense_time(teacher: FlowTransformer) -> FlowTransformer:
     """Make a network in dense time of the very parameters of one that is not, but for the embedder of time.
@@ -106,9 +127,10 @@ def to_dense_time(teacher: FlowTransformer) -> FlowTransformer:
     s = torch.linspace(0, 1, FIT_POINTS, dtype=torch.float64)
     times = s.float().to(network.device)
     target = backbone.embed_time(network, times * teacher.timestep_scale, None)
-    features = backbone.time_features(network, times * backbone.DENSE_TIME_SCALE)
-    units = embedder.linear_1.out_features
-    embedder.load_state_dict(fit_embedder(target.cpu().double(), features.cpu().double(), s, units))
+    features = backbone.time_features(network, times * backbone.DENSE_TIME_SCALE).cpu().double()
+    biased = embedder.linear_1.bias is not None
+    weights = fit_embedder(target.cpu().double(), features, s, embedder.linear_1.out_features - (not biased))
+    embedder.load_state_dict(weights if biased else without_biases(weights, features))
     backbone.name_timestep_scale(prepared, backbone.DENSE_TIME_SCALE)
     return FlowTransformer(prepared, backbone.DENSE_TIME_SCALE)
 

@@ -171,12 +171,14 @@ class Backbone(Protocol):
 
 FAMILIES: tuple[Backbone, ...] = (sana, sd3)
 # Networks that diffusers has from some version on. An older Qwen-Image attends to the padding of its prompts.
-NEWER = {"LongCatImageTransformer2DModel": "0.37", "QwenImageTransformer2DModel": "0.37"}
+NEWER = dict.fromkeys(
+    ("LongCatImageTransformer2DModel", "QwenImageTransformer2DModel", "Flux2Transformer2DModel"), "0.37"
+)
 
 if hasattr(diffusers, "LongCatImageTransformer2DModel"):
-    from . import longcat_image, qwen_image
+    from . import flux2_klein, longcat_image, qwen_image
 
-    FAMILIES += (longcat_image, qwen_image)
+    FAMILIES += (longcat_image, qwen_image, flux2_klein)
 
 
 def backbone_of(model: nn.Module | DiffusionPipeline) -> Backbone:

@@ -19,8 +19,11 @@ from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
-from .patched import PACK, latent_size, pack, unpack
+from .packed import NATIVE_SIZE, PACK, pack, unpack
+from .packed import image_tokens as image_tokens
+from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
+from .patched import latent_size
 from .time_embedding import PROJECTED_TIME, WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
 from .time_embedding import modulation as modulation
 
@@ -50,7 +53,6 @@ TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
 DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # the stock pipeline's, which cannot be told another number; pictures' places count from it
-NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> LongCatImageTransformer2DModel:
@@ -149,24 +151,6 @@ def latent_shape(folder: Path, transformer: LongCatImageTransformer2DModel, reso
     """
     size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
     return transformer.config["in_channels"] // PACK**2, size, size
-
-
-def native_size(transformer: LongCatImageTransformer2DModel) -> int:
-    """Say how many latent pixels a side a network's own pictures have."""
-    return NATIVE_SIZE
-
-
-def image_tokens(transformer: LongCatImageTransformer2DModel, shape: tuple[int, ...]) -> int:
-    """Say how many tokens a picture is, which a dynamic shift of times depends on.
-
-    Args:
-        transformer: the network.
-        shape: of its latents, from `latent_shape`.
-
-    Returns:
-        The number of packed latents.
-    """
-    return (shape[-2] // PACK) * (shape[-1] // PACK)
 
 
 def blocks(transformer: LongCatImageTransformer2DModel) -> list[nn.Module]:

@@ -15,10 +15,12 @@ from torch import nn
 from ..files import read_json
 from ..text import Text
 from .loading import load_network, load_prompt_pipeline
-from .patched import PACK, latent_size, pack, unpack
+from .packed import NATIVE_SIZE, PACK, pack, unpack
+from .packed import image_tokens as image_tokens
+from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
-from .patched import image_tokens as image_tokens
+from .patched import latent_size
 from .time_embedding import WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
 
 
@@ -44,7 +46,6 @@ TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
 DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_text_embed.timestep_embedder"
 PROMPT_TOKENS, MAX_PROMPT_TOKENS = 512, 1024  # that the stock pipeline keeps of a prompt, and the most that it allows
-NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> QwenImageTransformer2DModel:
@@ -53,10 +54,9 @@ def load_transformer(folder: Path, variant: str | None = None) -> QwenImageTrans
     Raises:
         ValueError: as `load_network`, and for a network of pictures in layers.
     """
-    transformer = load_network(QwenImageTransformer2DModel, folder, "transformer", variant)
-    if transformer.config["use_layer3d_rope"]:
+    if read_json(folder / "transformer" / "config.json").get("use_layer3d_rope", False):
         raise ValueError(f"teacher {str(folder)!r} draws pictures in layers (`use_layer3d_rope`): give a Qwen-Image")
-    return transformer
+    return load_network(QwenImageTransformer2DModel, folder, "transformer", variant)
 
 
 def load_vae(folder: Path, variant: str | None = None) -> AutoencoderKLQwenImage:
@@ -221,11 +221,6 @@ def latent_shape(folder: Path, transformer: QwenImageTransformer2DModel, resolut
     """
     size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
     return transformer.config["in_channels"] // PACK**2, size, size
-
-
-def native_size(transformer: QwenImageTransformer2DModel) -> int:
-    """Say how many latent pixels a side a network's own pictures have."""
-    return NATIVE_SIZE
 
 
 def inner_dim(transformer: QwenImageTransformer2DModel) -> int:

@@ -171,7 +171,7 @@ class Preparation(Distillation):
         guidance = self.backbone.guidance_arguments(SHOWN_GUIDANCE_SCALE, 1)
         arguments = "".join(f", {name}={value}" for name, value in guidance.items())
         pipeline = f'{self.backbone.PIPELINE_CLASS.__name__}.from_pretrained("{folder}")'
-        return f'{pipeline}("a prompt"{arguments}).images[0]'
+        return f'{pipeline}(prompt="a prompt"{arguments}).images[0]'
 
     def _draw_columns(
         self, transformer: Any, prompts: Sequence[str]
