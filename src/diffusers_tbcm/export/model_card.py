@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SanaPipeline
+from diffusers import DiffusionPipeline, SanaPipeline
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -106,7 +107,7 @@ def render_model_card(
         flow=flow,
         matched=matched,
         standalone=(folder / CUSTOM_PIPELINE_FILE_NAME).is_file(),
-        call_options=_beyond_stock(call_options),
+        call_options=_beyond_stock(call_options, backbone.PIPELINE_CLASS if flow else backbone.STUDENT_PIPELINE_CLASS),
         unguided=backbone.guidance_arguments(GUIDANCE_SCALE, 1),
         call=backbone.CALL_OPTIONS,
         left_out=backbone.OPTIONAL_COMPONENTS,
@@ -217,12 +218,13 @@ def _eval_results(metrics: Metrics, model_id: str) -> dict[str, Any]:
     return {"model_name": model_id, "eval_results": results} if results else {}
 
 
-def _beyond_stock(call_options: Mapping[str, Any]) -> dict[str, str]:
+def _beyond_stock(call_options: Mapping[str, Any], pipeline_class: type[DiffusionPipeline]) -> dict[str, str]:
     """The arguments, in Python, that a stock pipeline has to be given to draw as the student was distilled."""
+    stock = inspect.signature(pipeline_class.__call__).parameters
     return {
         name: repr(value)
         for name, value in call_options.items()
-        if name in STOCK_CALL_OPTIONS and value != STOCK_CALL_OPTIONS[name]
+        if name in STOCK_CALL_OPTIONS and name in stock and value != stock[name].default
     }
 
 
