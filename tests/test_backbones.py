@@ -165,7 +165,9 @@ def test_euler_sampling_with_guidance_is_the_stock_pipelines(family, pipeline, f
     text, negative, scale = encode([PROMPTS[0], PROMPTS[2]]), encode([""]), torch.full((2,), guidance_scale)
     branches = guidance_branches(teacher, text, negative)
     sample = torch.cat([family.first_noise(shape, torch.Generator().manual_seed(seed)) for seed in (3, 4)])
-    recorded = record_branches(teacher, sample, sigmas[:-1].expand(2, -1), text, negative, scale)
+    if not teacher.guidance_embeds:  # one with an unconditional branch, which preparation records
+        recorded = record_branches(teacher, sample, sigmas[:-1].expand(2, -1), text, negative, scale)
+        assert (recorded.pred_original_sample - expected).norm() < 1e-6 * expected.norm()
     with torch.no_grad():
         for time, s, next_s in zip(times, sigmas[:-1], sigmas[1:], strict=True):
             velocity = guided_output(teacher, sample, time.expand(2), branches, scale)
@@ -173,7 +175,6 @@ def test_euler_sampling_with_guidance_is_the_stock_pipelines(family, pipeline, f
     # Not bit for bit: sums of float32 go in another order, as Sana's prompts are padded otherwise, SD3's unguided
     # pipeline has half the batch, and 1000 s / 1000 is not s.
     assert sample.shape == expected.shape and (sample - expected).norm() < 1e-6 * expected.norm()
-    assert (recorded.pred_original_sample - expected).norm() < 1e-6 * expected.norm()
     print(f"{type(pipeline).__name__}, guidance {guidance_scale}: {(sample - expected).norm() / expected.norm():.1e}")
 
 

@@ -172,7 +172,8 @@ class Backbone(Protocol):
 
 FAMILIES: tuple[Backbone, ...] = (sana, sd3, flux)
 # Networks that diffusers has from some version on. An older Qwen-Image attends to the padding of its prompts. Before
-# 0.38 Z-Image's pads its text in place, which no dual number follows, and its pipeline takes guidance below 1 for none.
+# 0.38 Z-Image's pads its text in place, which no dual number follows, and its pipeline takes guidance below 1 for
+# none.
 NEWER = {
     "LongCatImageTransformer2DModel": "0.37",
     "QwenImageTransformer2DModel": "0.37",
