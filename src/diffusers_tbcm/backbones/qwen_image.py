@@ -276,7 +276,9 @@ class Places(nn.Module):
 
 
 def share_prompts(transformer: QwenImageTransformer2DModel) -> None:
-    """Let the network embed `Places`, and freeze what its last block makes of the text, which nothing reads.
+    """Let the network embed `Places`, and freeze what its last block makes of the text.
+
+    Nothing reads that: it would have no gradient, for which several processes would wait.
 
     Prompts are not shared: the text is changed by the picture, so that every row has its own.
     """
