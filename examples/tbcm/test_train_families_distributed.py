@@ -1,6 +1,7 @@
 """Networks that are no Sana on two processes, whole and sharded: the weights of one process. CPU, gloo."""
 
 import pytest
+import torch
 from families import FAMILIES
 from runs import fork_two, largest_relative_difference
 from safetensors.torch import load_file
@@ -82,3 +83,8 @@ def test_cdm(own, cdm_flags, shard, same_training, tmp_path):
     train_cdm.main(cdm("one", train_batch_size=4))
     shard(train_cdm.main, cdm("sharded"))
     same_training("teacher", "one", "sharded")
+    whole = student_weights(tmp_path / "sharded")
+    (tmp_path / "sharded" / "model_index.json").unlink()
+    shard(train_cdm.main, [*cdm("sharded"), "--resume_from_checkpoint", "checkpoint-2"])
+    resumed = student_weights(tmp_path / "sharded")
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
