@@ -18,7 +18,7 @@ from diffusers_tbcm import backbones, dual
 from diffusers_tbcm.backbones import Backbone, backbone_of, backbone_of_pipeline, find_backbone, flux
 from diffusers_tbcm.backbones.time_embedding import slow_sinusoids, time_layers
 from diffusers_tbcm.data.embeddings import EmbeddingCache, PromptEncoder, encoder_fingerprint, precompute_embeddings
-from diffusers_tbcm.dense_time import compare_embeddings, to_dense_time
+from diffusers_tbcm.dense_time import compare_embeddings, record_branches, to_dense_time
 from diffusers_tbcm.dual import Dual, checkpoint_dual
 from diffusers_tbcm.evaluation.drawing import draw_pictures, load_pipeline
 from diffusers_tbcm.export.folders import save_flow_student
@@ -36,7 +36,13 @@ from diffusers_tbcm.text import Text
 from diffusers_tbcm.training.memory import activation_bytes, recomputed_bytes
 from diffusers_tbcm.training.preparation import merge_teachers_lora
 from diffusers_tbcm.trajectory import record_trajectory, reference_route, rotate
-from diffusers_tbcm.trigflow import TrigFlowTransformer, consistency_output
+from diffusers_tbcm.trigflow import (
+    TrigFlowTransformer,
+    consistency_output,
+    flow_to_trig_output,
+    trig_to_flow_sample,
+    trig_to_flow_timestep,
+)
 
 
 PROMPTS = ["a red fox", "", "three little birds and a dog"]
@@ -149,18 +155,21 @@ def test_euler_sampling_with_guidance_is_the_stock_pipelines(family, pipeline, f
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     expected = family.stock_latents(
         pipeline(
-            [PROMPTS[0], PROMPTS[2]], num_inference_steps=5, height=64, width=64, generator=generators,
+            prompt=[PROMPTS[0], PROMPTS[2]], num_inference_steps=5, height=64, width=64, generator=generators,
             output_type="latent", **family.backbone.guidance_arguments(guidance_scale, 2), **family.unguided_call,
             **family.guided_call,
         ).images
     )  # fmt: skip
     teacher = FlowTransformer(pipeline.transformer)
     times, sigmas = pipeline.scheduler.timesteps / 1000, pipeline.scheduler.sigmas
-    branches = guidance_branches(teacher, encode([PROMPTS[0], PROMPTS[2]]), encode([""]))
-    sample = torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    text, negative, scale = encode([PROMPTS[0], PROMPTS[2]]), encode([""]), torch.full((2,), guidance_scale)
+    branches = guidance_branches(teacher, text, negative)
+    sample = torch.cat([family.first_noise(shape, torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    if not teacher.guidance_embeds:  # one with an unconditional branch, which preparation records
+        recorded = record_branches(teacher, sample, sigmas[:-1].expand(2, -1), text, negative, scale)
+        assert (recorded.pred_original_sample - expected).norm() < 1e-6 * expected.norm()
     with torch.no_grad():
         for time, s, next_s in zip(times, sigmas[:-1], sigmas[1:], strict=True):
-            scale = torch.full((2,), guidance_scale)
             velocity = guided_output(teacher, sample, time.expand(2), branches, scale)
             sample = flow_step(sample, velocity, s.expand(2), next_s.expand(2))
     # Not bit for bit: sums of float32 go in another order, as Sana's prompts are padded otherwise, SD3's unguided
@@ -169,13 +178,29 @@ def test_euler_sampling_with_guidance_is_the_stock_pipelines(family, pipeline, f
     print(f"{type(pipeline).__name__}, guidance {guidance_scale}: {(sample - expected).norm() / expected.norm():.1e}")
 
 
+def test_a_guided_f_is_the_guided_velocity_seen_as_f(family, pipeline, encode, shape):
+    text, negative, scale = encode([PROMPTS[0], PROMPTS[2]]), encode([""]), torch.tensor([2.0, 4.5])
+    velocity, network = (wrapper(pipeline.transformer) for wrapper in (FlowTransformer, TrigFlowTransformer))
+    branches = guidance_branches(velocity, text, negative)
+    sample, t = noise_of(shape), torch.tensor([0.4, 1.3])
+    s, flow_sample = trig_to_flow_timestep(t), trig_to_flow_sample(sample, t, sigma_data=1.0)
+    with torch.no_grad():
+        found = guided_output(network, sample, t, branches, scale)
+        expected = flow_to_trig_output(flow_sample, guided_output(velocity, flow_sample, s, branches, scale), s)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_steps_of_a_flow_student_are_those_of_the_stock_scheduler(family, pipeline, folder, shape):
     backbone = family.backbone
     tokens = backbone.image_tokens(pipeline.transformer, shape)
     shift = flow_shift(folder, tokens)
-    pipeline("a dog", sigmas=even_sigmas(4), height=64, width=64, **unguided(family))
+    steps = {"sigmas": even_sigmas(4), "num_inference_steps": 200}  # which klein's shift depends on
+    pipeline(prompt="a dog", **steps, height=64, width=64, **unguided(family))
     s = torch.tensor(even_sigmas(4))
-    torch.testing.assert_close(pipeline.scheduler.sigmas[:-1], shift * s / (1 + (shift - 1) * s))
+    shifted = shift * s / (1 + (shift - 1) * s)
+    if last := pipeline.scheduler.config.shift_terminal:  # a teacher's own times are stretched to end there
+        shifted = 1 - (1 - shifted) * (1 - last) / (1 - shifted[-1])
+    torch.testing.assert_close(pipeline.scheduler.sigmas[:-1], shifted)
 
 
 def test_prompts_are_embedded_as_the_stock_pipeline_does(family, folder, tmp_path, pipeline, shape, monkeypatch):
@@ -198,7 +223,7 @@ def test_prompts_are_embedded_as_the_stock_pipeline_does(family, folder, tmp_pat
     cache = EmbeddingCache(tmp_path / "cache", fingerprint)
     for prompt in PROMPTS:
         read.clear()
-        pipeline(prompt, num_inference_steps=1, height=64, width=64, **unguided(family))
+        pipeline(prompt=prompt, num_inference_steps=1, height=64, width=64, **unguided(family))
         ((places, named),) = read
         given = family.given_text(*places, **named)
         text, length = cache([prompt]), int(cache([prompt]).mask.sum())
@@ -220,19 +245,18 @@ def test_latents_are_encoded_and_decoded_as_by_the_stock_classes(family, pipelin
     latents = backbone.encode_pixels(vae, pixels)
     assert latents.shape == (2, *shape) and latents.dtype == torch.float32
     with torch.no_grad():
-        encoded = pipeline.vae.encode(pixels)
-        raw = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-        shift = pipeline.vae.config.get("shift_factor") or 0.0
-        torch.testing.assert_close(latents, (raw - shift) * pipeline.vae.config.scaling_factor)
-        torch.testing.assert_close(backbone.decode_latents(vae, latents), pipeline.vae.decode(raw).sample.clamp(-1, 1))
+        raw, expected = family.encode(pipeline.vae, pixels)
+        torch.testing.assert_close(latents, expected)
+        decoded = pipeline.vae.decode(raw).sample.clamp(-1, 1)
+        torch.testing.assert_close(backbone.decode_latents(vae, latents), decoded.reshape(pixels.shape))
     # The stock call's picture of its own latents
     arguments = {"num_inference_steps": 2, "height": 64, "width": 64, **unguided(family)}
     drawn = [
-        pipeline("a dog", generator=torch.Generator().manual_seed(0), output_type=kind, **arguments).images
+        pipeline(prompt="a dog", generator=torch.Generator().manual_seed(0), output_type=kind, **arguments).images
         for kind in ("latent", "pt")
     ]
     picture = backbone.decode_latents(vae, family.stock_latents(drawn[0])) / 2 + 0.5
-    torch.testing.assert_close(picture, drawn[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(picture, drawn[1], rtol=0, atol=2e-6)  # klein's latents are taken off unit scale twice
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -243,22 +267,18 @@ def test_a_consistency_student_is_drawn_by_its_angles(family, pipeline, shape, e
     scheduler, network, text = TBCMScheduler(), TrigFlowTransformer(pipeline.transformer), encode(["a dog", "an owl"])
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
 
-    def noise():
-        drawn = torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators])
-        return SIGMA_DATA * drawn
+    def noise(draw):
+        return SIGMA_DATA * torch.cat([draw(shape, generator) for generator in generators])
 
     scheduler.set_timesteps(steps)
-    sample = noise()
+    sample = noise(family.first_noise)
     for number, t in enumerate(scheduler.timesteps[:-1]):
         with torch.no_grad():
             output = network(sample / SIGMA_DATA, t.expand(2), **text.arguments())
         sample = consistency_output(sample, output, t.expand(2))
         if number < steps - 1:
             after = scheduler.timesteps[number + 1]
-            packed = family.stock_latents(  # noise has no order, but the stock pipeline's latents have one
-                torch.cat([torch.randn(1, *stock_shape(family, shape), generator=each) for each in generators])
-            )
-            sample = after.cos() * sample + after.sin() * SIGMA_DATA * packed
+            sample = after.cos() * sample + after.sin() * noise(family.step_noise)
     expected = pixels_to_pil(backbone.decode_latents(pipeline.vae, sample / SIGMA_DATA) / 2 + 0.5)
     found = draw_pictures(
         student, ["a dog", "an owl"], [torch.Generator().manual_seed(seed) for seed in (3, 4)],
@@ -266,12 +286,6 @@ def test_a_consistency_student_is_drawn_by_its_angles(family, pipeline, shape, e
     )  # fmt: skip
     for picture, other in zip(found, expected, strict=True):
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(other)).max() <= 1  # rounded to 8 bits
-
-
-def stock_shape(family, shape):
-    """Of the stock pipeline's latents of a picture, packed where it packs them."""
-    packed = torch.zeros(1, (shape[1] // 2) * (shape[2] // 2), 4 * shape[0])
-    return packed.shape[1:] if family.stock_latents(packed).shape == (1, *shape) else shape
 
 
 # -- time
@@ -381,11 +395,11 @@ def test_a_rollout_ends_where_the_stock_pipeline_does(family, pipeline, folder, 
     """A flow student's rollout at guidance 1, as CDM records it, is what its stock pipeline will draw."""
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     drawn = pipeline(
-        ["a dog", "an owl"], sigmas=even_sigmas(4), height=64, width=64, generator=generators, output_type="latent",
-        **unguided(family),
+        prompt=["a dog", "an owl"], sigmas=even_sigmas(4), height=64, width=64, generator=generators,
+        output_type="latent", **unguided(family),
     ).images  # fmt: skip
     expected = family.stock_latents(drawn)
-    noise = torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    noise = torch.cat([family.first_noise(shape, torch.Generator().manual_seed(seed)) for seed in (3, 4)])
     student, text = FlowTransformer(pipeline.transformer), encode(["a dog", "an owl"])
     found = record_rollout(student, noise, pipeline.scheduler.sigmas, torch.tensor([3, 3]), text)
     assert (found.pred_original_sample - expected).norm() < 1e-6 * expected.norm()
@@ -470,12 +484,11 @@ def test_a_step_at_the_published_size_has_its_shapes_and_stays_on_its_device(fam
     output = network(torch.zeros(2, *shape, device="meta"), torch.ones(2, device="meta"), **text.arguments())
     assert output.shape == (2, *shape) and output.device.type == "meta" and output.dtype == torch.float32
     output.sum().backward()
-    assert all(
-        weight.grad is not None for block in family.backbone.blocks(transformer) for weight in block.parameters()
-    )
+    weights = [weight for block in family.backbone.blocks(transformer) for weight in block.parameters()]
+    trained = [weight for weight in weights if weight.requires_grad]
+    assert len(trained) >= len(weights) - 6 and all(weight.grad is not None for weight in trained)
     billions = sum(weight.numel() for weight in transformer.parameters()) / 1e9
-    sizes = {"sana": 1.6, "sd3": 2.0, "flux": 11.9, "longcat_image": 6.3, "z_image": 6.2}
-    assert sizes[family.backbone.__name__.rpartition(".")[2]] == round(billions, 1)
+    assert round(billions, 1) == family.billions
 
 
 # -- adapters

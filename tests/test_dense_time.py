@@ -25,6 +25,7 @@ from diffusers_tbcm.dense_time import (
     ridge_regression,
     time_response,
     to_dense_time,
+    without_biases,
 )
 from diffusers_tbcm.flow import FlowTransformer
 from diffusers_tbcm.text import Text
@@ -103,6 +104,18 @@ def test_an_embedder_of_s_is_fitted_to_a_smooth_function(units):
     assert any(slopes.max() == pytest.approx(slope, rel=1e-3) for slope in LARGEST_SLOPES[1:])  # it is no gentle one
     straight = before[0] + (before[-1] - before[0]) * TIMES[:, None]
     assert (before - straight).abs().max() < 1e-3
+
+
+def test_an_embedder_without_biases_is_the_same_function():
+    weights = fit_embedder(smooth(TIMES), FEATURES, TIMES, 64)
+    biased, plain = (
+        TimestepEmbedding(256, units, out_dim=3, sample_proj_bias=bias).double().requires_grad_(False)
+        for units, bias in ((64, True), (65, False))
+    )
+    biased.load_state_dict(weights)
+    plain.load_state_dict(without_biases(weights, FEATURES))
+    assert biased.linear_1.bias.abs().min() > 1e-3 and biased.linear_2.bias.any()
+    assert relative_error(plain(FEATURES), biased(FEATURES)) < 1e-4  # by the ridge
 
 
 def test_what_jitters_between_neighbouring_times_is_left_out():

@@ -49,6 +49,9 @@ class Network(torch.nn.Module):
         picture = torch.where(encoder_hidden_states[:, :1, :1, None] > 0, self.conditional, self.unconditional)
         return (sample - picture) / s.view(-1, 1, 1, 1)
 
+    def rescale_guided(self, guided, conditional, sample, s):
+        return guided
+
 
 def text(value):
     return lambda prompts: Text.unmasked(torch.full((len(prompts), 1, 1), value))

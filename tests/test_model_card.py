@@ -4,6 +4,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from diffusers import SanaPipeline, SanaSprintPipeline
+from families import tiny_sd3
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
@@ -109,6 +110,20 @@ def test_the_example_of_a_flow_student_is_a_stock_call_with_times_and_without_gu
     call = {"guidance_scale": 1.0, "height": 64, "width": 64, "use_resolution_binning": False, **reading}
     assert asked == [{"sigmas": sigmas, **call} for sigmas in ([1.0], [1.0, 0.5], [1.0, 0.75, 0.5, 0.25])]
     assert 'diffusers-tbcm generate --model "student" --prompt' in text and "SanaTBCM" not in text
+
+
+@pytest.mark.parametrize(("tokens", "named"), [(256, False), (300, True)])
+def test_the_example_names_what_its_own_pipeline_would_do_otherwise(tmp_path, tokens, named):
+    """The pipeline of SD3 reads 256 tokens, that of Sana 300."""
+    pipeline = tiny_sd3()
+    pipeline.save_pretrained(tmp_path / "teacher")
+    scheduler = FlowStudentScheduler(3.0, {"height": 64, "width": 64, "max_sequence_length": tokens})
+    description = StudentDescription("a dolphin", {})
+    save_flow_student(
+        pipeline.transformer, tmp_path / "teacher", tmp_path / "student", description, scheduler=scheduler
+    )
+    text = ModelCard.load(tmp_path / "student" / "README.md").text
+    assert (f'options["max_sequence_length"] = {tokens}\n' in text) is named
 
 
 def test_a_card_is_readable_however_many_and_long_the_prompts_are(export):

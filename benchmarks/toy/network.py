@@ -50,6 +50,8 @@ class Network(nn.Module):
 class Family:
     """What the library asks of a network's family in training: no guidance input, no scaling of time, nothing kept."""
 
+    RESCALE_GUIDED = None
+
     def timestep_scale(self, network: nn.Module) -> float:
         return 1.0
 

@@ -7,7 +7,7 @@ r"""Prepare a plain teacher for consistency training, without images: a network 
 
 TBCM, sCM and Sana-Sprint differentiate in time, and want a teacher in dense time, which answers smoothly to s in
 [0, 1]. What comes out is an ordinary pipeline that draws what the teacher draws, and that their scripts take. A plain
-Sana, Stable Diffusion 3, LongCat-Image and Z-Image will do. The steps:
+Sana, Stable Diffusion 3, LongCat-Image, Qwen-Image, FLUX.2 [klein] base and Z-Image will do. The steps:
 
     1. a LoRA, where one is given, is merged into the teacher
     2. a new embedding of s is fitted to the teacher's embedding of 1000 s; the teacher is not run

@@ -33,7 +33,8 @@ for folder in ("run", "adapted/lora"):
     card = open(f"{folder}/README.md", encoding="utf-8").read()
     exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
     assert image.size == (64, 64), image.size
-    drawn = pipe(prompt, sigmas=[1.0, 0.5], generator=torch.Generator().manual_seed(3), output_type="np", **options)
+    generator = torch.Generator().manual_seed(3)
+    drawn = pipe(prompt=prompt, sigmas=[1.0, 0.5], generator=generator, output_type="np", **options)
     pictures[folder.partition("/")[0]] = drawn.images
 np.savez("pictures.npz", **pictures)
 """

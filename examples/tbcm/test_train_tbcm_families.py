@@ -59,7 +59,7 @@ for folder in sys.argv[1:]:
     noise = lambda sample, *_, **__: torch.randn(getattr(sample, "shape", sample), generator=generator)
     stock.randn_tensor = torch.randn_like = noise  # the pipelines give their generator to the first noise alone
     sigmas = eval(re.search(r"sigmas=(\\[.*?\\])", card.split("image = ")[2])[1])
-    drawn = pipe(prompt, sigmas=sigmas, generator=generator, output_type="np", **options)
+    drawn = pipe(prompt=prompt, sigmas=sigmas, generator=generator, output_type="np", **options)
     pictures[folder.replace("/", "-")] = drawn.images
 np.savez(f"{root}/pictures.npz", **pictures)
 """

@@ -6,10 +6,9 @@ r"""Distil a text-to-image pipeline into a 1-4 step one, without images and with
         --prompts_file prompts.txt --output_dir outputs/cdm-sana-0.6b \
         --mixed_precision bf16 --gradient_checkpointing --use_ema
 
-A plain Sana, Stable Diffusion 3, LongCat-Image and Z-Image will do: the method asks for no tangent and no dense time.
-Three networks begin as copies of the teacher: itself, frozen, the student, and a critic that knows what the student
-draws.
-The steps, as they are numbered below:
+A plain Sana, Stable Diffusion 3, LongCat-Image, Qwen-Image, FLUX.2 [klein] base and Z-Image will do: the method asks
+for no tangent and no dense time. Three networks begin as copies of the teacher: itself, frozen, the student, and a
+critic that knows what the student draws. The steps, as they are numbered below:
 
     1. prompts -> frozen text encoder -> text: embeddings (B, L, D) and mask (B, L)
     2. one schedule for the whole step: N ~ U{1..28}, N - 1 times between, shifted as the teacher's

@@ -5,8 +5,8 @@ r"""Distil a text-to-image pipeline into a 1-4 step one, without images (TBCM, a
         --pretrained_model_name_or_path Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers \
         --prompts_file prompts.txt --output_dir outputs/tbcm-sana-0.6b --mixed_precision bf16
 
-A Sana in dense time, FLUX.1-dev, LongCat-Image, Z-Image, and what prepare_teacher.py makes of a plain Sana or Stable
-Diffusion 3 will do.
+A Sana in dense time, FLUX.1-dev, LongCat-Image, Qwen-Image, FLUX.2 [klein] base, Z-Image, and what prepare_teacher.py
+makes of a plain Sana or Stable Diffusion 3 will do.
 B prompts and N route steps give B (N - 1) training rows. The steps, as they are numbered below:
 
     1. prompts -> frozen text encoder -> text: embeddings (B, L, D) and mask (B, L); each prompt once

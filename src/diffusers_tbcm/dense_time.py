@@ -87,6 +87,27 @@ def fit_embedder(target: torch.Tensor, features: torch.Tensor, s: torch.Tensor, 
     return next(weights for residual, weights in fits if residual <= NEARLY * best)
 
 
+def without_biases(weights: dict[str, torch.Tensor], features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Write an embedder without biases: a sum of features that is 1 is the first layer's, another unit the second's.
+
+    Args:
+        weights: of `fit_embedder`.
+        features: what the embedder sees, (times, channels), float64; slow cosines among them.
+
+    Returns:
+        The weights of a `TimestepEmbedding` without biases and with a unit more, by name, float64.
+    """
+    gram = features.T @ features
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    one = torch.linalg.solve(gram, features.sum(0))
+    biases = F.pad(weights["linear_1.bias"], (0, 1), value=1.0)
+    constant = weights["linear_2.bias"] / F.silu(biases[-1])
+    return {
+        "linear_1.weight": F.pad(weights["linear_1.weight"], (0, 0, 0, 1)) + torch.outer(biases, one),
+        "linear_2.weight": torch.cat([weights["linear_2.weight"], constant[:, None]], dim=1),
+    }
+
+
 @torch.no_grad()
 def to_dense_time(teacher: FlowTransformer) -> FlowTransformer:
     """Make a network in dense time of the very parameters of one that is not, but for the embedder of time.
@@ -107,10 +128,14 @@ def to_dense_time(teacher: FlowTransformer) -> FlowTransformer:
     s = torch.linspace(0, 1, FIT_POINTS, dtype=torch.float64)
     times = s.float().to(network.device)
     target = backbone.embed_time(network, times * teacher.timestep_scale, None)
-    features = backbone.time_features(network, times * backbone.DENSE_TIME_SCALE)
-    fitted = fit_embedder(target.cpu().double(), features.cpu().double(), s, layers[0].out_features)
-    for name, layer in zip(("linear_1", "linear_2"), layers, strict=True):
-        layer.load_state_dict({part: fitted[f"{name}.{part}"] for part in ("weight", "bias")})
+    features = backbone.time_features(network, times * backbone.DENSE_TIME_SCALE).cpu().double()
+    biased = layers[0].bias is not None
+    weights = fit_embedder(target.cpu().double(), features, s, layers[0].out_features - (not biased))
+    if not biased:
+        weights = without_biases(weights, features)
+    for name, weight in weights.items():
+        layer, part = name.split(".")
+        getattr(layers[layer == "linear_2"], part).copy_(weight)
     backbone.name_timestep_scale(prepared, backbone.DENSE_TIME_SCALE)
     return FlowTransformer(prepared, backbone.DENSE_TIME_SCALE)
 
@@ -192,7 +217,7 @@ def record_branches(
             latents.append(sample)
             velocities.append(torch.stack([unconditional, conditional], dim=1))
             guided = combine_branches(unconditional, conditional, guidance_scale)
-            sample = flow_step(sample, guided, s, next_s)
+            sample = flow_step(sample, teacher.rescale_guided(guided, conditional, sample, s), s, next_s)
     return Recording(
         latents=torch.stack(latents, dim=1),
         velocity=torch.stack(velocities, dim=1),

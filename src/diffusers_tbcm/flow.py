@@ -149,6 +149,23 @@ class FlowTransformer(nn.Module):
             self.transformer, sample, timestep * self.timestep_scale, text, self._checked(guidance)
         ).to(wide)
 
+    def rescale_guided(
+        self, guided: torch.Tensor, conditional: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Rescale a guided v as the family's stock pipeline does, where it does.
+
+        Args:
+            guided: v_uncond + w (v_cond - v_uncond), (batch, channels, height, width).
+            conditional: v_cond, the shape of `guided`.
+            sample: x_s, the shape of `guided`.
+            timestep: s, (batch,).
+
+        Returns:
+            The guided v, the shape of `guided`.
+        """
+        rescale = self.backbone.RESCALE_GUIDED
+        return guided if rescale is None else rescale(guided, conditional)
+
     def _checked(self, guidance: torch.Tensor | None) -> torch.Tensor | None:
         if self.guidance_embeds and guidance is None and self.backbone.STUDENT_EMBEDS_GUIDANCE:
             raise ValueError("`guidance` is None, but the transformer embeds guidance and needs a weight per sample.")

@@ -37,6 +37,8 @@ def guided_output(
 ) -> torch.Tensor:
     """Evaluate F_uncond + w (F_cond - F_uncond), or F(w) of a teacher that embeds guidance.
 
+    It is what the teacher's stock pipeline follows: some rescale the guided v.
+
     Args:
         teacher: the network F, or v.
         sample: x_t / sigma_data, or x_s, (batch, channels, height, width).
@@ -51,7 +53,8 @@ def guided_output(
         return teacher(sample, t, **branches.arguments(), guidance=guidance_scale)
     both = teacher(torch.cat([sample, sample]), t.repeat(2), **branches.arguments())
     unconditional, conditional = both.chunk(2)
-    return combine_branches(unconditional, conditional, guidance_scale)
+    guided = combine_branches(unconditional, conditional, guidance_scale)
+    return teacher.rescale_guided(guided, conditional, sample, t)
 
 
 def combine_branches(

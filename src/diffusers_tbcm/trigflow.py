@@ -188,6 +188,27 @@ class TrigFlowTransformer(FlowTransformer):
         one = torch.ones(1, device=self.transformer.device)
         return self.embed_timestep(one, one if self.guidance_embeds else None).shape[1]
 
+    def rescale_guided(
+        self, guided: torch.Tensor, conditional: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Rescale a guided F as the family's stock pipeline does its guided v, where it does.
+
+        Args:
+            guided: F_uncond + w (F_cond - F_uncond), (batch, channels, height, width).
+            conditional: F_cond, the shape of `guided`.
+            sample: x_t / sigma_data, the shape of `guided`.
+            timestep: t in radians, (batch,).
+
+        Returns:
+            The guided F, the shape of `guided`.
+        """
+        if self.backbone.RESCALE_GUIDED is None:
+            return guided
+        s = trig_to_flow_timestep(timestep)
+        flow_sample = trig_to_flow_sample(sample, timestep, sigma_data=1.0)
+        guided, conditional = (trig_to_flow_output(flow_sample, output, s) for output in (guided, conditional))
+        return flow_to_trig_output(flow_sample, super().rescale_guided(guided, conditional, flow_sample, s), s)
+
     def embed_timestep(self, timestep: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """Embed time, and guidance where the network takes it, as the network does before its modulation layers.
 

@@ -30,7 +30,7 @@ class Backbone(Protocol):
       (batch, channels, height, width) whatever the network packs them to;
     - what the network computes: `velocity` is v = e - x_0 at s times `timestep_scale`, with the sign and the time of
       this package whatever the network's own are. Guidance is added outside, from both branches; `guidance_arguments`
-      says how the stock pipeline is asked for it;
+      says how the stock pipeline is asked for it, and `RESCALE_GUIDED` what that does to its result;
     - how time gets in: `embed_time` and its parts, and `in_dense_time`, which consistency training wants;
     - how it is trained: `make_student`, `blocks`, which are checkpointed and compiled, and LoRA's layers.
 
@@ -48,7 +48,9 @@ class Backbone(Protocol):
         INSTRUCTION: lines that the stock pipelines put before a prompt; None for none.
         READING_OPTIONS: arguments of the stock pipeline's call that say how prompts are read.
         CALL_OPTIONS: what the call is always given.
-        GUIDED_OPTIONS: what a guided call is given, so that it guides by the plain formula, as training does.
+        GUIDED_OPTIONS: what a guided call is given, so that it guides as training does.
+        RESCALE_GUIDED: what the stock pipeline makes of the guided v, from that and the v of the prompt; None where it
+            takes the guided v as it is.
         LORA_TARGET_MODULES: the layers that LoRA adapts by default, by the ends of their names.
         DENSE_TIME_SCALE: what s is multiplied by before a network in dense time sees it.
         TIME_EMBEDDER: the layers that embed a teacher's time, by their module path.
@@ -86,6 +88,9 @@ class Backbone(Protocol):
 
     @property
     def GUIDED_OPTIONS(self) -> Mapping[str, Any]: ...
+
+    @property
+    def RESCALE_GUIDED(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None: ...
 
     @property
     def LORA_TARGET_MODULES(self) -> tuple[str, ...]: ...
@@ -166,9 +171,15 @@ class Backbone(Protocol):
 
 
 FAMILIES: tuple[Backbone, ...] = (sana, sd3, flux)
-# Networks that diffusers has from some version on. Z-Image's pads its text in place before 0.38, which no dual number
-# follows, and in 0.36 its pipeline takes guidance of less than 1 for none.
-NEWER = {"LongCatImageTransformer2DModel": "0.37", "ZImageTransformer2DModel": "0.38"}
+# Networks that diffusers has from some version on. An older Qwen-Image attends to the padding of its prompts. Before
+# 0.38 Z-Image's pads its text in place, which no dual number follows, and its pipeline takes guidance below 1 for
+# none.
+NEWER = {
+    "LongCatImageTransformer2DModel": "0.37",
+    "QwenImageTransformer2DModel": "0.37",
+    "Flux2Transformer2DModel": "0.37",
+    "ZImageTransformer2DModel": "0.38",
+}
 
 
 def _has(name: str) -> bool:
@@ -176,9 +187,9 @@ def _has(name: str) -> bool:
 
 
 if _has("LongCatImageTransformer2DModel"):
-    from . import longcat_image
+    from . import flux2_klein, longcat_image, qwen_image
 
-    FAMILIES += (longcat_image,)
+    FAMILIES += (longcat_image, qwen_image, flux2_klein)
 
 if _has("ZImageTransformer2DModel"):
     from . import z_image

@@ -20,8 +20,11 @@ from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
-from .patched import PACK, double_and_single_blocks, latent_size, pack, packed_tokens, unpack
+from .packed import NATIVE_SIZE, PACK, pack, unpack
+from .packed import image_tokens as image_tokens
+from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
+from .patched import double_and_single_blocks, latent_size
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
 from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
@@ -39,6 +42,7 @@ INSTRUCTION = None
 READING_OPTIONS: tuple[str, ...] = ("max_sequence_length",)
 CALL_OPTIONS: dict[str, Any] = {}
 GUIDED_OPTIONS: dict[str, Any] = {}
+RESCALE_GUIDED = None
 
 # Attention and feed-forward of both streams, and of the blocks in which they are one. `proj_out` follows both there;
 # the network's last layer has that name too.
@@ -52,8 +56,7 @@ TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
 DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_text_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # that the stock pipeline gives T5, and the most that it allows
-NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
-blocks, image_tokens = double_and_single_blocks, packed_tokens
+blocks = double_and_single_blocks
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> FluxTransformer2DModel:
@@ -141,11 +144,6 @@ def latent_shape(folder: Path, transformer: FluxTransformer2DModel, resolution: 
     """
     size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
     return transformer.config["in_channels"] // PACK**2, size, size
-
-
-def native_size(transformer: FluxTransformer2DModel) -> int:
-    """Say how many latent pixels a side a network's own pictures have."""
-    return NATIVE_SIZE
 
 
 def inner_dim(transformer: FluxTransformer2DModel) -> int:

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
-from diffusers.models.transformers.transformer_longcat_image import LongCatImageTimestepEmbeddings
-from torch import nn
 
 from ..text import Text
 from .autoencoder_kl import decode_latents as decode_latents
@@ -18,11 +16,14 @@ from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
-from .patched import PACK, double_and_single_blocks, latent_size, pack, packed_tokens, unpack
+from .packed import NATIVE_SIZE, PACK, pack, unpack
+from .packed import image_tokens as image_tokens
+from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
+from .patched import double_and_single_blocks, latent_size
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
-from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import PROJECTED_TIME, WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
 from .time_embedding import modulation as modulation
 
 
@@ -37,6 +38,7 @@ INSTRUCTION = None
 READING_OPTIONS: tuple[str, ...] = ()
 CALL_OPTIONS: dict[str, Any] = {"enable_prompt_rewrite": False}  # prompts were learned as they are
 GUIDED_OPTIONS: dict[str, Any] = {"enable_cfg_renorm": False}  # guidance was learned as it is
+RESCALE_GUIDED = None
 
 # Attention and feed-forward of both streams, and of the blocks in which they are one. `proj_out` follows both there;
 # the network's last layer has that name too.
@@ -50,8 +52,7 @@ TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
 DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # the stock pipeline's, which cannot be told another number; pictures' places count from it
-NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
-blocks, image_tokens = double_and_single_blocks, packed_tokens
+blocks = double_and_single_blocks
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> LongCatImageTransformer2DModel:
@@ -150,11 +151,6 @@ def latent_shape(folder: Path, transformer: LongCatImageTransformer2DModel, reso
     """
     size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
     return transformer.config["in_channels"] // PACK**2, size, size
-
-
-def native_size(transformer: LongCatImageTransformer2DModel) -> int:
-    """Say how many latent pixels a side a network's own pictures have."""
-    return NATIVE_SIZE
 
 
 def inner_dim(transformer: LongCatImageTransformer2DModel) -> int:
@@ -269,22 +265,6 @@ def time_features(transformer: LongCatImageTransformer2DModel, time: torch.Tenso
 def in_dense_time(transformer: LongCatImageTransformer2DModel, scale: float) -> bool:
     """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
     return sees_slow_sinusoids_only(transformer.time_embed.time_proj, transformer.time_embed.timestep_embedder)
-
-
-class WideTimeEmbedding(LongCatImageTimestepEmbeddings):
-    """diffusers' embedding of time, in float32 under autocast too, as `WideTimestepEmbedding` is.
-
-    Args:
-        embed: whose parts it takes over.
-    """
-
-    def __init__(self, embed: LongCatImageTimestepEmbeddings) -> None:
-        nn.Module.__init__(self)
-        self.time_proj, self.timestep_embedder = embed.time_proj, WideTimestepEmbedding(embed.timestep_embedder)
-
-    def forward(self, timestep: torch.Tensor, hidden_dtype: torch.dtype) -> torch.Tensor:
-        """Embed times; `hidden_dtype`, the activations', is not followed."""
-        return self.timestep_embedder(self.time_proj(timestep))
 
 
 def make_student(teacher: LongCatImageTransformer2DModel) -> LongCatImageTransformer2DModel:

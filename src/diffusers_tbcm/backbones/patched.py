@@ -4,11 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-
-
-PACK = 2  # latent pixels a side of a token, of families whose latents are packed outside the network
 
 
 def image_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
@@ -23,11 +19,6 @@ def image_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
     """
     patch = transformer.config["patch_size"]
     return (shape[-2] // patch) * (shape[-1] // patch)
-
-
-def packed_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
-    """As `image_tokens`, of a network whose tokens are `PACK` latent pixels a side whatever its config says."""
-    return (shape[-2] // PACK) * (shape[-1] // PACK)
 
 
 def latent_size(resolution: int | None, *, native: int, factor: int, patch: int, largest: int | None = None) -> int:
@@ -53,36 +44,6 @@ def latent_size(resolution: int | None, *, native: int, factor: int, patch: int,
         limit = "" if largest is None else f", {largest} at most"
         raise ValueError(f"`resolution` is {resolution}: it has to be a positive multiple of {multiple} pixels{limit}")
     return resolution // factor
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Put the latent pixels of a token side by side, as stock pipelines with packed latents do.
-
-    Args:
-        latents: (batch, channels, height, width).
-
-    Returns:
-        Row by row, (batch, height width / 4, 4 channels).
-    """
-    batch, channels, height, width = latents.shape
-    tokens = latents.reshape(batch, channels, height // PACK, PACK, width // PACK, PACK).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(batch, height * width // PACK**2, channels * PACK**2)
-
-
-def unpack(tokens: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Undo `pack`.
-
-    Args:
-        tokens: (batch, height width / 4, 4 channels).
-        shape: (batch, channels, height, width).
-
-    Returns:
-        The latents, of `shape`.
-    """
-    batch, channels, height, width = shape
-    rows, columns = height // PACK, width // PACK
-    latents = tokens.reshape(batch, rows, columns, channels, PACK, PACK).permute(0, 3, 1, 4, 2, 5)
-    return latents.reshape(shape)
 
 
 def blocks(transformer: Any) -> list[nn.Module]:

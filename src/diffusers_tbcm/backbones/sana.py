@@ -34,6 +34,7 @@ INSTRUCTION: list[str] = inspect.signature(SanaSprintPipeline.__call__).paramete
 READING_OPTIONS: tuple[str, ...] = ("max_sequence_length", "complex_human_instruction")
 CALL_OPTIONS: dict[str, Any] = {"use_resolution_binning": False}  # draw the size that was asked for
 GUIDED_OPTIONS: dict[str, Any] = {}
+RESCALE_GUIDED = None
 PROMPT_TOKENS = 300
 
 # diffusers' SanaPipeline feeds the network 1000 s times `config.timestep_scale`, and its SanaSprintPipeline feeds s

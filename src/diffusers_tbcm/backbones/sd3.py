@@ -39,6 +39,7 @@ INSTRUCTION = None
 READING_OPTIONS: tuple[str, ...] = ("max_sequence_length",)
 CALL_OPTIONS: dict[str, Any] = {}
 GUIDED_OPTIONS: dict[str, Any] = {}
+RESCALE_GUIDED = None
 
 # Attention and feed-forward of both streams. The last block has no feed-forward for the text.
 LORA_TARGET_MODULES = (

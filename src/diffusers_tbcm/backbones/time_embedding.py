@@ -42,7 +42,7 @@ def slow_sinusoids(projection: Timesteps) -> torch.Tensor:
     Returns:
         Whether the slope is `STEEPEST` at most, (channels,), on the CPU.
     """
-    changes = projection(PROJECTED_TIME * torch.linspace(0, 1, POINTS)).diff(dim=0)
+    changes = projection(PROJECTED_TIME / projection.scale * torch.linspace(0, 1, POINTS)).diff(dim=0)
     return changes.abs().amax(0) * (POINTS - 1) <= STEEPEST
 
 
@@ -51,7 +51,7 @@ def slow_features(projection: Timesteps, time: torch.Tensor) -> torch.Tensor:
 
     Args:
         projection: diffusers' sinusoids.
-        time: 1000 s, (batch,).
+        time: 1000 s over the projection's own scale, (batch,).
 
     Returns:
         The slow sinusoids, and 0 for the fast ones, (batch, channels), float32.
@@ -109,3 +109,19 @@ class WideTimestepEmbedding(TimestepEmbedding):
         """Embed sinusoids, (batch, channels), in the layers' own dtype."""
         with torch.autocast(sample.device.type, enabled=False):
             return super().forward((sample * self.seen).to(self.linear_1.weight.dtype))
+
+
+class WideTimeEmbedding(nn.Module):
+    """A network's embedding of time through sinusoids, in float32 under autocast too, as `WideTimestepEmbedding` is.
+
+    Args:
+        embed: diffusers' module, whose parts it takes over.
+    """
+
+    def __init__(self, embed: Any) -> None:
+        super().__init__()
+        self.time_proj, self.timestep_embedder = embed.time_proj, WideTimestepEmbedding(embed.timestep_embedder)
+
+    def forward(self, timestep: torch.Tensor, *activations: Any) -> torch.Tensor:
+        """Embed times, (batch,); the dtype of `activations`, whatever says it, is not followed."""
+        return self.timestep_embedder(self.time_proj(timestep))

@@ -25,8 +25,11 @@ from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .loading import load_network, load_prompt_pipeline
-from .patched import PACK, latent_size, packed_tokens
+from .packed import NATIVE_SIZE, PACK
+from .packed import image_tokens as image_tokens
+from .packed import native_size as native_size
 from .patched import keep_text as keep_text
+from .patched import latent_size
 from .patched import share_prompts as share_prompts
 from .time_embedding import PROJECTED_TIME, sees_slow_sinusoids_only, slow_features
 
@@ -42,6 +45,7 @@ INSTRUCTION = None
 READING_OPTIONS: tuple[str, ...] = ("max_sequence_length",)
 CALL_OPTIONS: dict[str, Any] = {}
 GUIDED_OPTIONS: dict[str, Any] = {}  # the pipeline neither rescales guidance nor cuts it off by default
+RESCALE_GUIDED = None
 
 # Attention and feed-forward of all blocks, also of those that refine pictures and prompts apart.
 LORA_TARGET_MODULES = (
@@ -53,8 +57,6 @@ TIME_SCALE = 1.0  # the network multiplies its time by 1000 itself
 DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "t_embedder.mlp"
 PROMPT_TOKENS = 512  # the stock pipeline's
-NATIVE_SIZE = 128  # latent pixels a side, the stock pipeline's
-image_tokens = packed_tokens
 
 
 def load_transformer(folder: Path, variant: str | None = None) -> ZImageTransformer2DModel:
@@ -155,11 +157,6 @@ def latent_shape(folder: Path, transformer: ZImageTransformer2DModel, resolution
     largest = factor * PACK * min(transformer.config["axes_lens"][1:])
     size = latent_size(resolution, native=NATIVE_SIZE, factor=factor, patch=PACK, largest=largest)
     return transformer.config["in_channels"], size, size
-
-
-def native_size(transformer: ZImageTransformer2DModel) -> int:
-    """Say how many latent pixels a side a network's own pictures have."""
-    return NATIVE_SIZE
 
 
 def blocks(transformer: ZImageTransformer2DModel) -> list[nn.Module]:

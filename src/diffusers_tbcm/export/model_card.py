@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SanaPipeline
+from diffusers import DiffusionPipeline, SanaPipeline
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -33,6 +33,7 @@ TASK = "text-to-image"
 TEMPLATE, PREPARED_TEMPLATE = "model_card_template.md", "prepared_teacher_card_template.md"
 MAX_CAPTION = 300  # characters of a prompt
 SHOWN_STEPS = (1, 2, 4)  # by the examples
+SHOWN_GUIDANCE_SCALE = 4.5  # by a prepared teacher's
 
 
 def render_model_card(
@@ -151,6 +152,7 @@ def _render_prepared(
         model_id=model_id,
         prompt=json.dumps(_caption(record["prompt"]), ensure_ascii=False),
         pipeline=backbone.PIPELINE_CLASS.__name__,
+        guided=backbone.guidance_arguments(SHOWN_GUIDANCE_SCALE, 1),
         call=backbone.CALL_OPTIONS,
         left_out=backbone.OPTIONAL_COMPONENTS,
         one_guidance=not backbone.STUDENT_EMBEDS_GUIDANCE,
@@ -216,13 +218,13 @@ def _eval_results(metrics: Metrics, model_id: str) -> dict[str, Any]:
     return {"model_name": model_id, "eval_results": results} if results else {}
 
 
-def _beyond_stock(call_options: Mapping[str, Any], pipeline_class: Any) -> dict[str, str]:
+def _beyond_stock(call_options: Mapping[str, Any], pipeline_class: type[DiffusionPipeline]) -> dict[str, str]:
     """The arguments, in Python, that a stock pipeline has to be given to draw as the student was distilled."""
     stock = inspect.signature(pipeline_class.__call__).parameters
     return {
         name: repr(value)
         for name, value in call_options.items()
-        if name in STOCK_CALL_OPTIONS and value != stock[name].default
+        if name in STOCK_CALL_OPTIONS and name in stock and value != stock[name].default
     }
 
 

@@ -31,6 +31,7 @@ from ..evaluation.drawing import draw_pictures, load_lora, lora_record, numbered
 from ..evaluation.features import pictures_to_tensor
 from ..evaluation.generate import PROGRAM
 from ..export.folders import save_prepared_teacher, stock_scheduler
+from ..export.model_card import SHOWN_GUIDANCE_SCALE
 from ..export.record import StudentDescription
 from ..flow import FlowTransformer
 from ..lora import adapt, merge_lora
@@ -170,7 +171,10 @@ class Preparation(Distillation):
         return self.backbone.make_pipeline(vae, transformer, copy.deepcopy(self.scheduler))
 
     def _how_to_draw(self, folder: Path) -> str:
-        return f'{self.backbone.PIPELINE_CLASS.__name__}.from_pretrained("{folder}")("a prompt").images[0]'
+        guidance = self.backbone.guidance_arguments(SHOWN_GUIDANCE_SCALE, 1)
+        arguments = "".join(f", {name}={value}" for name, value in guidance.items())
+        pipeline = f'{self.backbone.PIPELINE_CLASS.__name__}.from_pretrained("{folder}")'
+        return f'{pipeline}(prompt="a prompt"{arguments}).images[0]'
 
     def _draw_columns(
         self, transformer: Any, prompts: Sequence[str]
@@ -245,7 +249,7 @@ class Preparation(Distillation):
             variants=settings.export_variants,
             teacher_variant=settings.variant,
         )
-        guidance = "" if self.backbone.STUDENT_EMBEDS_GUIDANCE else " --guidance_scales 4.5"
+        guidance = "" if self.backbone.STUDENT_EMBEDS_GUIDANCE else f" --guidance_scales {SHOWN_GUIDANCE_SCALE}"
         self._tell(
             f"Done. Distil it:\n  {PROGRAM} train tbcm_distill --pretrained_model_name_or_path {folder} --prompts_file"
             f" PROMPTS --output_dir OUT{guidance}"

@@ -280,7 +280,8 @@ class Run:
             raise RuntimeError(f"model {name!r} is added after `batches` has begun: add it before")
         settings = self.settings
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if len(parameters) < len(list(model.parameters())) and not self._partial:
+        frozen = len(parameters) < len(list(model.parameters()))
+        if frozen and not self._partial and not self.accelerator.is_fsdp2:  # whose state dicts no hook is given
             self.accelerator.register_save_state_pre_hook(drop_frozen_weights)
         trained = prepare_trained(
             self.accelerator,

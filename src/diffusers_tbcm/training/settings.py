@@ -246,7 +246,7 @@ class RowSettings(DistillationSettings):
         False,
         "train on a teacher that is not in dense time, for research: it is unstable",
     )
-    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt; of other families than Sana a single one")
+    guidance_scales: list[float] = setting([4.0, 4.5, 5.0], "one per prompt; a single one if the teacher is no Sana")
     teacher_batch_size: int | None = setting(
         None, "prompts per process that the teacher runs on at once; default: train_batch_size"
     )
