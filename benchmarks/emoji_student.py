@@ -49,7 +49,7 @@ FINAL_STEPS = 200  # then at a falling rate
 FINAL_LOSSES = ("consistency", "endpoint")
 MARKERS = {"endpoint": "v", "consistency": "*", "DMD": "D"}
 FINISHED = "endpoint"  # the nearer one
-DMD_STEPS = 800  # of the critic
+DMD_STEPS = 8400  # of the critic
 FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
@@ -83,8 +83,8 @@ DMD_FLAGS: Mapping[str, Any] = {
     "lr_warmup_steps": 20,
     "endpoint_weight": 0.1,
     **{name: FLAGS[name] for name in ("use_ema", "checkpoints_total_limit", "logging_steps", "report_to")},
-    "ema_decay": 0.99,
-    "checkpointing_steps": 300,
+    "ema_decay": 0.995,
+    "checkpointing_steps": 600,
 }
 ROWS_A_STEP, DMD_ROWS_A_STEP = (flags["train_batch_size"] * (flags["route_steps"] - 1) for flags in (FLAGS, DMD_FLAGS))
 
