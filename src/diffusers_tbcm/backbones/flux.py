@@ -20,11 +20,16 @@ from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
+from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
+from .own_time import infer_timestep_scale as infer_timestep_scale
+from .own_time import name_timestep_scale as name_timestep_scale
+from .own_time import timestep_scale as timestep_scale
 from .packed import NATIVE_SIZE, PACK, pack, unpack
 from .packed import image_tokens as image_tokens
 from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
 from .patched import double_and_single_blocks, latent_size
+from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
 from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
@@ -52,8 +57,6 @@ LORA_TARGET_MODULES = (
     "proj_out",
 )  # fmt: skip
 
-TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
-DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_text_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # that the stock pipeline gives T5, and the most that it allows
 blocks = double_and_single_blocks
@@ -146,11 +149,6 @@ def latent_shape(folder: Path, transformer: FluxTransformer2DModel, resolution: 
     return transformer.config["in_channels"] // PACK**2, size, size
 
 
-def inner_dim(transformer: FluxTransformer2DModel) -> int:
-    """Give the size of the network's hidden states."""
-    return transformer.inner_dim
-
-
 def embeds_guidance(transformer: FluxTransformer2DModel) -> bool:
     """Say whether the network takes the guidance scale as an input."""
     return transformer.config["guidance_embeds"]
@@ -217,21 +215,6 @@ def embed_time(transformer: FluxTransformer2DModel, time: torch.Tensor, guidance
     """
     embed = transformer.time_text_embed
     return embed.timestep_embedder(embed.time_proj(time * PROJECTED_TIME).to(transformer.dtype))
-
-
-def timestep_scale(transformer: FluxTransformer2DModel) -> float:
-    """Say what s is multiplied by before the network sees it."""
-    return TIME_SCALE
-
-
-def name_timestep_scale(transformer: FluxTransformer2DModel, scale: float) -> None:
-    """Write nothing: the stock pipeline feeds every network s."""
-    assert scale == TIME_SCALE
-
-
-def infer_timestep_scale(transformer: FluxTransformer2DModel, text: Text) -> float:
-    """As `timestep_scale`."""
-    return TIME_SCALE
 
 
 def time_features(transformer: FluxTransformer2DModel, time: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,16 @@ from ..text import Text
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
+from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
+from .own_time import infer_timestep_scale as infer_timestep_scale
+from .own_time import name_timestep_scale as name_timestep_scale
+from .own_time import timestep_scale as timestep_scale
 from .packed import NATIVE_SIZE, PACK, pack, unpack
 from .packed import image_tokens as image_tokens
 from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
 from .patched import double_and_single_blocks, latent_size
+from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
 from .time_embedding import PROJECTED_TIME, WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
@@ -45,8 +50,6 @@ LORA_TARGET_MODULES = (
     "attn.to_qkv_mlp_proj",
 )  # fmt: skip
 
-TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
-DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_guidance_embed.timestep_embedder"
 PROMPT_TOKENS = 512  # that the stock pipeline reads; it is the most that it has been tried with
 blocks = double_and_single_blocks
@@ -191,11 +194,6 @@ def latent_shape(folder: Path, transformer: Flux2Transformer2DModel, resolution:
     return transformer.config["in_channels"] // PACK**2, size, size
 
 
-def inner_dim(transformer: Flux2Transformer2DModel) -> int:
-    """Give the size of the network's hidden states."""
-    return transformer.inner_dim
-
-
 def embeds_guidance(transformer: Flux2Transformer2DModel) -> bool:
     """Say whether the network takes the guidance scale as an input: one that does is refused."""
     return False
@@ -279,21 +277,6 @@ def modulation(transformer: Flux2Transformer2DModel, embedded: torch.Tensor) -> 
         transformer.single_stream_modulation,
     )
     return torch.cat([layer(embedded) for layer in layers], dim=1)
-
-
-def timestep_scale(transformer: Flux2Transformer2DModel) -> float:
-    """Say what s is multiplied by before the network sees it."""
-    return TIME_SCALE
-
-
-def name_timestep_scale(transformer: Flux2Transformer2DModel, scale: float) -> None:
-    """Write nothing: the stock pipeline feeds every network s."""
-    assert scale == TIME_SCALE
-
-
-def infer_timestep_scale(transformer: Flux2Transformer2DModel, text: Text) -> float:
-    """As `timestep_scale`."""
-    return TIME_SCALE
 
 
 def time_features(transformer: Flux2Transformer2DModel, time: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,11 @@ def after_blocks(transformer: Any) -> nn.Module:
     return transformer.norm_out
 
 
+def inner_dim(transformer: Any) -> int:
+    """Give the size of the network's hidden states."""
+    return transformer.inner_dim
+
+
 def share_prompts(transformer: Any) -> None:
     """Leave the network as it is: the text is changed by the picture, so that every row has its own."""
 

@@ -13,11 +13,16 @@ from torch import nn
 from ..files import read_json
 from ..text import Text
 from .loading import load_network, load_prompt_pipeline
+from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
+from .own_time import infer_timestep_scale as infer_timestep_scale
+from .own_time import name_timestep_scale as name_timestep_scale
+from .own_time import timestep_scale as timestep_scale
 from .packed import NATIVE_SIZE, PACK, pack, unpack
 from .packed import image_tokens as image_tokens
 from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
+from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import latent_size
 from .time_embedding import WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
@@ -41,8 +46,6 @@ LORA_TARGET_MODULES = (
     "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
 )  # fmt: skip
 
-TIME_SCALE = 1.0  # the network is given s, and multiplies it by 1000 itself
-DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "time_text_embed.timestep_embedder"
 PROMPT_TOKENS, MAX_PROMPT_TOKENS = 512, 1024  # that the stock pipeline keeps of a prompt, and the most that it allows
 
@@ -222,11 +225,6 @@ def latent_shape(folder: Path, transformer: QwenImageTransformer2DModel, resolut
     return transformer.config["in_channels"] // PACK**2, size, size
 
 
-def inner_dim(transformer: QwenImageTransformer2DModel) -> int:
-    """Give the size of the network's hidden states."""
-    return transformer.inner_dim
-
-
 def embeds_guidance(transformer: QwenImageTransformer2DModel) -> bool:
     """Say whether the network takes the guidance scale as an input: its forward has an argument, but no layer."""
     return False
@@ -355,21 +353,6 @@ def modulation(transformer: QwenImageTransformer2DModel, embedded: torch.Tensor)
     """
     layers = [layer for block in transformer.transformer_blocks for layer in (block.img_mod, block.txt_mod)]
     return torch.cat([layer(embedded) for layer in layers], dim=1)
-
-
-def timestep_scale(transformer: QwenImageTransformer2DModel) -> float:
-    """Say what s is multiplied by before the network sees it."""
-    return TIME_SCALE
-
-
-def name_timestep_scale(transformer: QwenImageTransformer2DModel, scale: float) -> None:
-    """Write nothing: the stock pipeline feeds every network s."""
-    assert scale == TIME_SCALE
-
-
-def infer_timestep_scale(transformer: QwenImageTransformer2DModel, text: Text) -> float:
-    """As `timestep_scale`."""
-    return TIME_SCALE
 
 
 def time_features(transformer: QwenImageTransformer2DModel, time: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from .loading import load_network, load_prompt_pipeline
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
 from .patched import image_tokens as image_tokens
+from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import latent_size
 from .patched import share_prompts as share_prompts
@@ -147,11 +148,6 @@ def latent_shape(folder: Path, transformer: SD3Transformer2DModel, resolution: i
 def native_size(transformer: SD3Transformer2DModel) -> int:
     """Say how many latent pixels a side a network's own pictures have."""
     return transformer.config["sample_size"]
-
-
-def inner_dim(transformer: SD3Transformer2DModel) -> int:
-    """Give the size of the network's hidden states."""
-    return transformer.inner_dim
 
 
 def embeds_guidance(transformer: SD3Transformer2DModel) -> bool:

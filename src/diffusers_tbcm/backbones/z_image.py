@@ -25,6 +25,10 @@ from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .loading import load_network, load_prompt_pipeline
+from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
+from .own_time import infer_timestep_scale as infer_timestep_scale
+from .own_time import name_timestep_scale as name_timestep_scale
+from .own_time import timestep_scale as timestep_scale
 from .packed import NATIVE_SIZE, PACK
 from .packed import image_tokens as image_tokens
 from .packed import native_size as native_size
@@ -53,8 +57,6 @@ LORA_TARGET_MODULES = (
     "feed_forward.w3",
 )  # fmt: skip
 
-TIME_SCALE = 1.0  # the network multiplies its time by 1000 itself
-DENSE_TIME_SCALE = TIME_SCALE
 TIME_EMBEDDER = "t_embedder.mlp"
 PROMPT_TOKENS = 512  # the stock pipeline's
 
@@ -259,21 +261,6 @@ def modulation(transformer: ZImageTransformer2DModel, embedded: torch.Tensor) ->
     """
     modulated: list[Any] = [*blocks(transformer), after_blocks(transformer)]
     return torch.cat([block.adaLN_modulation(embedded) for block in modulated], dim=1)
-
-
-def timestep_scale(transformer: ZImageTransformer2DModel) -> float:
-    """Say what s is multiplied by before the network sees it."""
-    return TIME_SCALE
-
-
-def name_timestep_scale(transformer: ZImageTransformer2DModel, scale: float) -> None:
-    """Write nothing: the stock pipeline feeds every network 1 - s."""
-    assert scale == TIME_SCALE
-
-
-def infer_timestep_scale(transformer: ZImageTransformer2DModel, text: Text) -> float:
-    """As `timestep_scale`."""
-    return TIME_SCALE
 
 
 def time_features(transformer: ZImageTransformer2DModel, time: torch.Tensor) -> torch.Tensor:
