@@ -350,9 +350,7 @@ def noise_of_tokens(shape: tuple[int, ...], generator: torch.Generator) -> torch
 
 def unpacked(latents: torch.Tensor) -> torch.Tensor:
     """Packed latents of 64 x 64 pixels as (batch, channels, height, width)."""
-    from diffusers import LongCatImagePipeline
-
-    return LongCatImagePipeline._unpack_latents(latents, 64, 64, 8)
+    return FluxPipeline._unpack_latents(latents, 64, 64, 8)
 
 
 def packed_noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -390,7 +388,7 @@ FAMILIES = {
         published=({"guidance_embeds": True}, (16, 128, 128), (512, 4096), 768),  # FLUX.1-dev
         billions=11.9,
         unguided_call={"max_sequence_length": 16},
-        stock_latents=lambda latents: FluxPipeline._unpack_latents(latents, 64, 64, 8),
+        stock_latents=unpacked,
         step_noise=packed_noise,
     ),
 }
