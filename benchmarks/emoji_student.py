@@ -157,11 +157,16 @@ def power_law(rows: Sequence[float], excess: Sequence[float]) -> tuple[float, fl
     return float(numpy.exp(line.intercept)), float(line.slope)
 
 
+def at_constant_rate(table: pandas.DataFrame) -> pandas.Series:
+    """Say which rows are stages of the endpoint loss."""
+    return (table["loss"] == "endpoint") & (table["rate"] == "constant")
+
+
 def extrapolate(table: pandas.DataFrame, floor: float) -> dict[int, dict[str, float]]:
     """By number of steps: the power law of the distance above the floor over the endpoint stages, and the rows that it
     says bring the distance to 1.1 times the floor."""
     laws = {}
-    for steps, points in table[table["rate"] == "constant"].groupby("steps"):
+    for steps, points in table[at_constant_rate(table)].groupby("steps"):
         scale, exponent = power_law(points["rows"], (points[DISTANCE] - floor).clip(lower=0.01))
         needed = (0.1 * floor / scale) ** (1 / exponent)
         rows = float(f"{needed:.2g}")
@@ -169,22 +174,22 @@ def extrapolate(table: pandas.DataFrame, floor: float) -> dict[int, dict[str, fl
     return laws
 
 
-def plot(table: pandas.DataFrame, others: Mapping[int, float], floor: float, file: Path) -> None:
+def plot(table: pandas.DataFrame, untrained: Mapping[int, float], floor: float, file: Path) -> None:
     """Distance over trained rows, the untrained student's dotted."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for (steps, points), colour in zip(table.groupby("steps"), ("C0", "C1", "C2"), strict=True):
         label = "1 step" if steps == 1 else f"{steps} steps"
-        constant = points[points["rate"] == "constant"]
-        axes.plot(constant["rows"], constant[DISTANCE], "o-", color=colour, label=label)
+        stages, others = points[at_constant_rate(points)], points[~at_constant_rate(points)]
+        axes.plot(stages["rows"], stages[DISTANCE], "o-", color=colour, label=label)
         for loss, marker in MARKERS.items():
-            last = points[(points["rate"] == "falling") & (points["loss"] == loss)]
-            axes.plot(last["rows"], last[DISTANCE], marker, color=colour)
-        axes.axhline(others[steps], color=colour, linestyle=":", linewidth=1)
+            then = others[others["loss"] == loss]
+            axes.plot(then["rows"], then[DISTANCE], f"{marker}-", color=colour)
+        axes.axhline(untrained[steps], color=colour, linestyle=":", linewidth=1)
     axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="the teacher, other noises")
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="trained rows (falling rate: v endpoint, * consistency, D DMD)",
+        xlabel="trained rows (then, v: endpoint, falling rate; *: consistency; D: DMD)",
         ylabel=DISTANCE,
     )
     axes.legend()
@@ -250,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "flags": {"tbcm": FLAGS, "dmd": DMD_FLAGS},
     }
     write_results("emoji_student", table, details, args.output_dir, **more)
-    others = {each.num_inference_steps: each.metrics[DISTANCE] for each in judge.controls[1:]}
-    plot(table, others, judge.floor, args.output_dir / "emoji_student.png")
+    untrained = {each.num_inference_steps: each.metrics[DISTANCE] for each in judge.controls[1:]}
+    plot(table, untrained, judge.floor, args.output_dir / "emoji_student.png")
     if args.save:
         save_metrics(
             finished,
