@@ -24,8 +24,8 @@ def test_a_family_is_found_by_network_pipeline_and_folder(tmp_path):
     assert find_backbone(write_tiny_pipeline(tmp_path)) is sana
     with pytest.raises(ValueError, match="`model` is a Linear, and the families known are SanaTransformer2DModel"):
         backbone_of(torch.nn.Linear(2, 2))
-    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "FluxTransformer2DModel"]}))
-    with pytest.raises(ValueError, match=r"FluxTransformer2DModel.*known are SanaTransformer2DModel"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "PixArtTransformer2DModel"]}))
+    with pytest.raises(ValueError, match=r"PixArtTransformer2DModel.*known are SanaTransformer2DModel"):
         find_backbone(tmp_path)
 
 

@@ -144,14 +144,14 @@ def test_a_prepared_teacher_and_its_student_see_no_fast_sinusoid(name, trained, 
     folder, backbone = trained(name), FAMILIES[name].backbone
     load = partial(find_backbone(folder / "teacher").load_transformer)
     teacher, prepared = load(folder / "teacher"), load(folder / "prepared")
-    assert not backbone.in_dense_time(teacher, backbone.TIME_SCALE)
-    assert backbone.in_dense_time(prepared, backbone.TIME_SCALE)
+    assert not backbone.in_dense_time(teacher, backbone.DENSE_TIME_SCALE)
+    assert backbone.in_dense_time(prepared, backbone.DENSE_TIME_SCALE)
     assert "dense-time" in (folder / "prepared" / "README.md").read_text()
     assert (folder / "prepared" / "validation" / "step-1.png").is_file()
     changes = {"pretrained_model_name_or_path": f"{name}/prepared", "output_dir": f"{name}/dense"}
     train_tbcm_distill.main(tbcm(name, **changes))
     student = load(folder / "dense")
-    assert backbone.in_dense_time(student, backbone.TIME_SCALE)
+    assert backbone.in_dense_time(student, backbone.DENSE_TIME_SCALE)
     embedders = (network.get_submodule(backbone.TIME_EMBEDDER) for network in (student, prepared))
     assert not torch.equal(*(time_layers(embedder)[0].weight for embedder in embedders))  # slow ones' are trained
 

@@ -192,11 +192,11 @@ def record_trajectory(
             latents.append(sample)
             velocities.append(velocity)
             sample = rotate(sample, velocity, t - next_t)
-    places = [0] * noise_rows + list(range(1 + noise_rows, timesteps.shape[1]))
+    points = slice(1 + noise_rows, None)
     return Recording(
-        latents=torch.stack([latents[place] for place in places], dim=1),
-        velocity=torch.stack([velocities[place] for place in places], dim=1),
-        timesteps=timesteps[:, places],
+        latents=torch.stack(noise_rows * latents[:1] + latents[points], dim=1),
+        velocity=torch.stack(noise_rows * velocities[:1] + velocities[points], dim=1),
+        timesteps=torch.cat([timesteps[:, :1].expand(-1, noise_rows), timesteps[:, points]], dim=1),
         pred_original_sample=sample,
         text=text,
         guidance_scale=guidance_scale,
