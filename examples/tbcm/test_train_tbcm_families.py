@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from families import FAMILIES, tiny_z_image
 from PIL import Image
 from runs import metrics
@@ -108,6 +109,7 @@ def trained(root, tbcm):
             train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/broken", **full, **again))
             lora = {"rank": 2, "lora_alpha": 4, "merge_lora": True, "endpoint_warmup_steps": 1}
             train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/adapted", **lora))
+            AcceleratorState._reset_state(reset_partial_state=True)  # a test's own runs may have another precision
         return root / name
 
     return train
