@@ -170,3 +170,22 @@ class Text:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Text:
         return Text(change(self.embeds), change(self.mask), None if self.pooled is None else change(self.pooled))
+
+
+def tokens_read(asked: int | None, *, usual: int, most: int) -> int:
+    """Say how many tokens of a prompt a stock pipeline reads.
+
+    Args:
+        asked: as many as asked for; None for the usual number.
+        usual: what it reads where it is told nothing.
+        most: what it allows.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: for more than it allows.
+    """
+    if asked is not None and asked > most:
+        raise ValueError(f"`max_sequence_length` is {asked}: this teacher's pipeline reads {most} tokens")
+    return usual if asked is None else asked

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from ..text import Text
+from ..text import Text, tokens_read
 from .autoencoder_kl import decode_latents as decode_latents
 from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
@@ -21,18 +21,22 @@ from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
 from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
+from .own_time import embed_time as embed_time
 from .own_time import infer_timestep_scale as infer_timestep_scale
 from .own_time import name_timestep_scale as name_timestep_scale
+from .own_time import time_features as time_features
 from .own_time import timestep_scale as timestep_scale
-from .packed import NATIVE_SIZE, PACK, pack, unpack
+from .packed import PACK, image_places, pack, unpack
 from .packed import image_tokens as image_tokens
+from .packed import latent_shape as latent_shape
 from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
-from .patched import double_and_single_blocks, latent_size
+from .patched import double_and_single_blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
-from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding
+from .time_embedding import in_dense_time as in_dense_time
 from .time_embedding import modulation as modulation
 
 
@@ -92,9 +96,7 @@ def prompt_tokens(folder: Path, asked: int | None) -> int:
     Raises:
         ValueError: where the stock pipeline allows no prompt of that length.
     """
-    if asked is not None and asked > PROMPT_TOKENS:
-        raise ValueError(f"`max_sequence_length` is {asked}: this teacher's pipeline reads {PROMPT_TOKENS} tokens")
-    return PROMPT_TOKENS if asked is None else asked
+    return tokens_read(asked, usual=PROMPT_TOKENS, most=PROMPT_TOKENS)
 
 
 def encode_prompt(
@@ -129,24 +131,6 @@ def text_arguments(text: Text) -> dict[str, Any]:
 def make_pipeline(vae: Any, transformer: Any, scheduler: Any) -> FluxPipeline:
     """Make a pipeline that draws embedded prompts."""
     return FluxPipeline(scheduler, vae, None, None, None, None, transformer)
-
-
-def latent_shape(folder: Path, transformer: FluxTransformer2DModel, resolution: int | None) -> tuple[int, ...]:
-    """Say what shape a picture's latents have before they are packed, from the autoencoder's config alone.
-
-    Args:
-        folder: the pipeline's folder.
-        transformer: its transformer.
-        resolution: pixels a side; None for the stock pipeline's.
-
-    Returns:
-        (channels, height, width).
-
-    Raises:
-        ValueError: where the autoencoder and the packing do not allow the resolution.
-    """
-    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
-    return transformer.config["in_channels"] // PACK**2, size, size
 
 
 def embeds_guidance(transformer: FluxTransformer2DModel) -> bool:
@@ -185,7 +169,7 @@ def velocity(
             encoder_hidden_states=text.embeds.to(dtype),
             pooled_projections=text.pooled.to(dtype),
             timestep=time,
-            img_ids=_image_places(sample.shape[2] // PACK, sample.shape[3] // PACK, device),
+            img_ids=image_places(sample.shape[2] // PACK, sample.shape[3] // PACK, device),
             txt_ids=torch.zeros(text.embeds.shape[1], 3, device=device),
             guidance=guidance,
             return_dict=False,
@@ -193,47 +177,6 @@ def velocity(
     finally:
         exact.remove()
     return unpack(output, sample.shape)
-
-
-def _image_places(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """0, row and column of a picture's tokens, (tokens, 3)."""
-    row, column = (torch.arange(size, dtype=torch.float32, device=device) for size in (rows, columns))
-    places = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1)
-    return torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)
-
-
-def embed_time(transformer: FluxTransformer2DModel, time: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
-    """Embed time as the network does before it adds guidance and the pooled prompt.
-
-    Args:
-        transformer: the network.
-        time: s, (batch,).
-        guidance: of no effect.
-
-    Returns:
-        The conditioning vector, (batch, inner_dim).
-    """
-    embed = transformer.time_text_embed
-    return embed.timestep_embedder(embed.time_proj(time * PROJECTED_TIME).to(transformer.dtype))
-
-
-def time_features(transformer: FluxTransformer2DModel, time: torch.Tensor) -> torch.Tensor:
-    """Give the sinusoids through which `TIME_EMBEDDER` sees time in a network in dense time.
-
-    Args:
-        transformer: the network.
-        time: s, (batch,).
-
-    Returns:
-        (batch, channels), float32.
-    """
-    return slow_features(transformer.time_text_embed.time_proj, time * PROJECTED_TIME)
-
-
-def in_dense_time(transformer: FluxTransformer2DModel, scale: float) -> bool:
-    """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
-    embed = transformer.time_text_embed
-    return sees_slow_sinusoids_only(embed.time_proj, embed.timestep_embedder)
 
 
 def make_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:

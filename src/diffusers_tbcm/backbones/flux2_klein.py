@@ -9,24 +9,29 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 
+from ..components import MODEL_CONFIG
 from ..files import read_json
-from ..text import Text
+from ..text import Text, tokens_read
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
 from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
 from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
+from .own_time import embed_time as embed_time
 from .own_time import infer_timestep_scale as infer_timestep_scale
 from .own_time import name_timestep_scale as name_timestep_scale
+from .own_time import time_features as time_features
 from .own_time import timestep_scale as timestep_scale
-from .packed import NATIVE_SIZE, PACK, pack, unpack
+from .packed import PACK, pack, unpack
 from .packed import image_tokens as image_tokens
+from .packed import latent_shape as latent_shape
 from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
-from .patched import double_and_single_blocks, latent_size
+from .patched import double_and_single_blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
-from .time_embedding import PROJECTED_TIME, WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import PROJECTED_TIME, WideTimeEmbedding
+from .time_embedding import in_dense_time as in_dense_time
 
 
 TRANSFORMER_CLASS = Flux2Transformer2DModel
@@ -63,7 +68,7 @@ def load_transformer(folder: Path, variant: str | None = None) -> Flux2Transform
     """
     if read_json(folder / "model_index.json").get("is_distilled", False):
         raise ValueError(f"teacher {str(folder)!r} is distilled itself (`is_distilled`): give a klein *base*")
-    if read_json(folder / "transformer" / "config.json").get("guidance_embeds", True):
+    if read_json(folder / "transformer" / MODEL_CONFIG).get("guidance_embeds", True):
         raise ValueError(f"teacher {str(folder)!r} embeds guidance (`guidance_embeds`): give a klein *base*")
     return load_network(Flux2Transformer2DModel, folder, "transformer", variant)
 
@@ -91,9 +96,7 @@ def prompt_tokens(folder: Path, asked: int | None) -> int:
     Raises:
         ValueError: for more than the stock pipeline's number.
     """
-    if asked is not None and asked > PROMPT_TOKENS:
-        raise ValueError(f"`max_sequence_length` is {asked}: this teacher's pipeline reads {PROMPT_TOKENS} tokens")
-    return PROMPT_TOKENS if asked is None else asked
+    return tokens_read(asked, usual=PROMPT_TOKENS, most=PROMPT_TOKENS)
 
 
 def encode_prompt(
@@ -176,24 +179,6 @@ def _scale(vae: AutoencoderKLFlux2) -> tuple[torch.Tensor, torch.Tensor]:
     return vae.bn.running_mean.float(), torch.sqrt(vae.bn.running_var.float() + vae.config["batch_norm_eps"])
 
 
-def latent_shape(folder: Path, transformer: Flux2Transformer2DModel, resolution: int | None) -> tuple[int, ...]:
-    """Say what shape a picture's latents have before they are packed, from the autoencoder's config alone.
-
-    Args:
-        folder: the pipeline's folder.
-        transformer: its transformer.
-        resolution: pixels a side; None for the stock pipeline's.
-
-    Returns:
-        (channels, height, width).
-
-    Raises:
-        ValueError: where the autoencoder and the packing do not allow the resolution.
-    """
-    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
-    return transformer.config["in_channels"] // PACK**2, size, size
-
-
 def embeds_guidance(transformer: Flux2Transformer2DModel) -> bool:
     """Say whether the network takes the guidance scale as an input: one that does is refused."""
     return False
@@ -244,23 +229,6 @@ def _places(rows: int, columns: int, length: int, device: torch.device) -> torch
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, rows, columns, length)))
 
 
-def embed_time(
-    transformer: Flux2Transformer2DModel, time: torch.Tensor, guidance: torch.Tensor | None
-) -> torch.Tensor:
-    """Embed time as the network does.
-
-    Args:
-        transformer: the network.
-        time: s, (batch,).
-        guidance: None.
-
-    Returns:
-        The conditioning vector, (batch, inner_dim).
-    """
-    embed = transformer.time_guidance_embed
-    return embed.timestep_embedder(embed.time_proj(time * PROJECTED_TIME).to(transformer.dtype))
-
-
 def modulation(transformer: Flux2Transformer2DModel, embedded: torch.Tensor) -> torch.Tensor:
     """Give what the network's blocks are modulated by, all of a kind alike.
 
@@ -277,25 +245,6 @@ def modulation(transformer: Flux2Transformer2DModel, embedded: torch.Tensor) -> 
         transformer.single_stream_modulation,
     )
     return torch.cat([layer(embedded) for layer in layers], dim=1)
-
-
-def time_features(transformer: Flux2Transformer2DModel, time: torch.Tensor) -> torch.Tensor:
-    """Give the sinusoids through which `TIME_EMBEDDER` sees time in a network in dense time.
-
-    Args:
-        transformer: the network.
-        time: s, (batch,).
-
-    Returns:
-        (batch, channels), float32.
-    """
-    return slow_features(transformer.time_guidance_embed.time_proj, time * PROJECTED_TIME)
-
-
-def in_dense_time(transformer: Flux2Transformer2DModel, scale: float) -> bool:
-    """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
-    embed = transformer.time_guidance_embed
-    return sees_slow_sinusoids_only(embed.time_proj, embed.timestep_embedder)
 
 
 def make_student(teacher: Flux2Transformer2DModel) -> Flux2Transformer2DModel:

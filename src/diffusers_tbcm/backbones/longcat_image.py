@@ -19,16 +19,19 @@ from .loading import load_network, load_prompt_pipeline
 from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
 from .own_time import infer_timestep_scale as infer_timestep_scale
 from .own_time import name_timestep_scale as name_timestep_scale
+from .own_time import time_features as time_features
 from .own_time import timestep_scale as timestep_scale
-from .packed import NATIVE_SIZE, PACK, pack, unpack
+from .packed import PACK, image_places, pack, unpack
 from .packed import image_tokens as image_tokens
+from .packed import latent_shape as latent_shape
 from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
-from .patched import double_and_single_blocks, latent_size
+from .patched import double_and_single_blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import share_prompts as share_prompts
-from .time_embedding import PROJECTED_TIME, WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import PROJECTED_TIME, WideTimeEmbedding
+from .time_embedding import in_dense_time as in_dense_time
 from .time_embedding import modulation as modulation
 
 
@@ -138,24 +141,6 @@ def make_pipeline(vae: Any, transformer: Any, scheduler: Any) -> EmbeddedPrompts
     return EmbeddedPromptsPipeline(scheduler, vae, None, None, None, transformer)
 
 
-def latent_shape(folder: Path, transformer: LongCatImageTransformer2DModel, resolution: int | None) -> tuple[int, ...]:
-    """Say what shape a picture's latents have before they are packed, from the autoencoder's config alone.
-
-    Args:
-        folder: the pipeline's folder.
-        transformer: its transformer.
-        resolution: pixels a side; None for the stock pipeline's.
-
-    Returns:
-        (channels, height, width).
-
-    Raises:
-        ValueError: where the autoencoder and the packing do not allow the resolution.
-    """
-    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
-    return transformer.config["in_channels"] // PACK**2, size, size
-
-
 def embeds_guidance(transformer: LongCatImageTransformer2DModel) -> bool:
     """Say whether the network takes the guidance scale as an input: its forward has an argument that it ignores.
 
@@ -195,7 +180,7 @@ def velocity(
             encoder_hidden_states=text.embeds.to(dtype),
             timestep=time,
             txt_ids=_text_places(length, sample.device),
-            img_ids=_image_places(rows, columns, sample.device),
+            img_ids=image_places(rows, columns, sample.device, kind=1, first=PROMPT_TOKENS),
             return_dict=False,
         )[0]
     finally:
@@ -207,13 +192,6 @@ def _text_places(length: int, device: torch.device) -> torch.Tensor:
     """What a token is, 0 for text, and its place twice, (length, 3)."""
     place = torch.arange(length, dtype=torch.float32, device=device)
     return torch.stack([torch.zeros_like(place), place, place], dim=1)
-
-
-def _image_places(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """What a token is, 1 for a picture's, and its row and column, counted from behind the text, (tokens, 3)."""
-    row, column = (torch.arange(size, dtype=torch.float32, device=device) + PROMPT_TOKENS for size in (rows, columns))
-    places = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1)
-    return torch.cat([torch.ones_like(places[:, :1]), places], dim=1)
 
 
 def embed_time(
@@ -230,24 +208,6 @@ def embed_time(
         The conditioning vector, (batch, inner_dim).
     """
     return transformer.time_embed(time * PROJECTED_TIME, transformer.dtype)
-
-
-def time_features(transformer: LongCatImageTransformer2DModel, time: torch.Tensor) -> torch.Tensor:
-    """Give the sinusoids through which `TIME_EMBEDDER` sees time in a network in dense time.
-
-    Args:
-        transformer: the network.
-        time: s, (batch,).
-
-    Returns:
-        (batch, channels), float32.
-    """
-    return slow_features(transformer.time_embed.time_proj, time * PROJECTED_TIME)
-
-
-def in_dense_time(transformer: LongCatImageTransformer2DModel, scale: float) -> bool:
-    """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
-    return sees_slow_sinusoids_only(transformer.time_embed.time_proj, transformer.time_embed.timestep_embedder)
 
 
 def make_student(teacher: LongCatImageTransformer2DModel) -> LongCatImageTransformer2DModel:

@@ -1,8 +1,12 @@
 """What families answer alike whose tokens are 2 x 2 latent pixels: most pipelines pack them outside the network."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from .autoencoder_kl import vae_scale_factor
+from .patched import latent_size
 
 
 PACK = 2  # latent pixels a side of a token
@@ -25,6 +29,43 @@ def image_tokens(transformer: Any, shape: tuple[int, ...]) -> int:
         The number of packed latents.
     """
     return (shape[-2] // PACK) * (shape[-1] // PACK)
+
+
+def latent_shape(folder: Path, transformer: Any, resolution: int | None) -> tuple[int, ...]:
+    """Say what shape a picture's latents have before they are packed, from the autoencoder's config alone.
+
+    Args:
+        folder: the pipeline's folder.
+        transformer: its transformer.
+        resolution: pixels a side; None for the stock pipeline's.
+
+    Returns:
+        (channels, height, width).
+
+    Raises:
+        ValueError: where the autoencoder and the packing do not allow the resolution.
+    """
+    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
+    return transformer.config["in_channels"] // PACK**2, size, size
+
+
+def image_places(
+    rows: int, columns: int, device: torch.device, *, kind: float = 0.0, first: float = 0.0
+) -> torch.Tensor:
+    """Give the places of a picture's tokens.
+
+    Args:
+        rows, columns: of tokens.
+        device: where to compute.
+        kind: what says that they are a picture's.
+        first: the first row, and the first column.
+
+    Returns:
+        Kind, row and column, (tokens, 3), float32.
+    """
+    row, column = (torch.arange(size, dtype=torch.float32, device=device) + first for size in (rows, columns))
+    places = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.cat([torch.full_like(places[:, :1], kind), places], dim=1)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

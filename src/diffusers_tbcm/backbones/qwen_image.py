@@ -10,12 +10,15 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import nn
 
+from ..components import MODEL_CONFIG
 from ..files import read_json
-from ..text import Text
+from ..text import Text, tokens_read
 from .loading import load_network, load_prompt_pipeline
 from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
+from .own_time import embed_time as embed_time
 from .own_time import infer_timestep_scale as infer_timestep_scale
 from .own_time import name_timestep_scale as name_timestep_scale
+from .own_time import time_features as time_features
 from .own_time import timestep_scale as timestep_scale
 from .packed import NATIVE_SIZE, PACK, pack, unpack
 from .packed import image_tokens as image_tokens
@@ -25,7 +28,8 @@ from .patched import blocks as blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import latent_size
-from .time_embedding import WideTimeEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import WideTimeEmbedding
+from .time_embedding import in_dense_time as in_dense_time
 
 
 TRANSFORMER_CLASS = QwenImageTransformer2DModel
@@ -56,7 +60,7 @@ def load_transformer(folder: Path, variant: str | None = None) -> QwenImageTrans
     Raises:
         ValueError: as `load_network`, and for a network of pictures in layers.
     """
-    if read_json(folder / "transformer" / "config.json").get("use_layer3d_rope", False):
+    if read_json(folder / "transformer" / MODEL_CONFIG).get("use_layer3d_rope", False):
         raise ValueError(f"teacher {str(folder)!r} draws pictures in layers (`use_layer3d_rope`): give a Qwen-Image")
     return load_network(QwenImageTransformer2DModel, folder, "transformer", variant)
 
@@ -84,9 +88,7 @@ def prompt_tokens(folder: Path, asked: int | None) -> int:
     Raises:
         ValueError: where the stock pipeline allows no prompt of that length.
     """
-    if asked is not None and asked > MAX_PROMPT_TOKENS:
-        raise ValueError(f"`max_sequence_length` is {asked}: this teacher's pipeline reads {MAX_PROMPT_TOKENS} tokens")
-    return PROMPT_TOKENS if asked is None else asked
+    return tokens_read(asked, usual=PROMPT_TOKENS, most=MAX_PROMPT_TOKENS)
 
 
 def encode_prompt(
@@ -324,23 +326,6 @@ def velocity(
     return unpack(output, sample.shape)
 
 
-def embed_time(
-    transformer: QwenImageTransformer2DModel, time: torch.Tensor, guidance: torch.Tensor | None
-) -> torch.Tensor:
-    """Embed time as the network does.
-
-    Args:
-        transformer: the network.
-        time: s, (batch,).
-        guidance: None.
-
-    Returns:
-        The conditioning vector, (batch, inner_dim).
-    """
-    embed = transformer.time_text_embed
-    return embed.timestep_embedder(embed.time_proj(time).to(transformer.dtype))
-
-
 def modulation(transformer: QwenImageTransformer2DModel, embedded: torch.Tensor) -> torch.Tensor:
     """Give what the network's blocks are modulated by.
 
@@ -353,25 +338,6 @@ def modulation(transformer: QwenImageTransformer2DModel, embedded: torch.Tensor)
     """
     layers = [layer for block in transformer.transformer_blocks for layer in (block.img_mod, block.txt_mod)]
     return torch.cat([layer(embedded) for layer in layers], dim=1)
-
-
-def time_features(transformer: QwenImageTransformer2DModel, time: torch.Tensor) -> torch.Tensor:
-    """Give the sinusoids through which `TIME_EMBEDDER` sees time in a network in dense time.
-
-    Args:
-        transformer: the network.
-        time: s, (batch,).
-
-    Returns:
-        (batch, channels), float32.
-    """
-    return slow_features(transformer.time_text_embed.time_proj, time)
-
-
-def in_dense_time(transformer: QwenImageTransformer2DModel, scale: float) -> bool:
-    """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
-    embed = transformer.time_text_embed
-    return sees_slow_sinusoids_only(embed.time_proj, embed.timestep_embedder)
 
 
 def make_student(teacher: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from ..text import Text
+from ..text import Text, tokens_read
 from .autoencoder_kl import decode_latents as decode_latents
 from .autoencoder_kl import encode_pixels as encode_pixels
 from .autoencoder_kl import load_vae as load_vae
@@ -23,7 +23,8 @@ from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import latent_size
 from .patched import share_prompts as share_prompts
-from .time_embedding import WideTimestepEmbedding, sees_slow_sinusoids_only, slow_features
+from .time_embedding import WideTimestepEmbedding, slow_features
+from .time_embedding import in_dense_time as in_dense_time
 from .time_embedding import modulation as modulation
 
 
@@ -77,9 +78,7 @@ def prompt_tokens(folder: Path, asked: int | None) -> int:
     Raises:
         ValueError: where the stock pipeline allows no prompt of that length.
     """
-    if asked is not None and asked > MAX_PROMPT_TOKENS:
-        raise ValueError(f"`max_sequence_length` is {asked}: this teacher's pipeline reads {MAX_PROMPT_TOKENS} tokens")
-    return PROMPT_TOKENS if asked is None else asked
+    return tokens_read(asked, usual=PROMPT_TOKENS, most=MAX_PROMPT_TOKENS)
 
 
 def encode_prompt(
@@ -226,12 +225,6 @@ def time_features(transformer: SD3Transformer2DModel, time: torch.Tensor) -> tor
         (batch, channels), float32.
     """
     return slow_features(transformer.time_text_embed.time_proj, time)
-
-
-def in_dense_time(transformer: SD3Transformer2DModel, scale: float) -> bool:
-    """Say whether the network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
-    embed = transformer.time_text_embed
-    return sees_slow_sinusoids_only(embed.time_proj, embed.timestep_embedder)
 
 
 def make_student(teacher: SD3Transformer2DModel) -> SD3Transformer2DModel:

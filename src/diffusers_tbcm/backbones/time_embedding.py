@@ -1,6 +1,6 @@
 """Time embedded through sinusoids of 1000 s, as many families do, and what consistency training makes of it.
 
-Timesteps of periods from 6 to 60,000 let the embedding, and the network with it, jitter between neighbouring s. A
+Sinusoids of periods from 6 to 60,000 let the embedding, and the network with it, jitter between neighbouring s. A
 network in dense time sees the slow ones alone, and is still given 1000 s by its stock pipeline.
 """
 
@@ -31,6 +31,11 @@ def time_layers(embedder: nn.Module) -> tuple[Any, Any]:
     """
     first, _, second = embedder.children()
     return first, second
+
+
+def time_embedding_of(transformer: nn.Module) -> Any:
+    """Give the part of a network that has the sinusoids of time, `time_proj`, and their `timestep_embedder`."""
+    return next(part for part in transformer.children() if hasattr(part, "time_proj"))
 
 
 def slow_sinusoids(projection: Timesteps) -> torch.Tensor:
@@ -73,6 +78,12 @@ def sees_slow_sinusoids_only(projection: Timesteps, embedder: nn.Module) -> bool
     return not weight[:, ~slow_sinusoids(projection).to(weight.device)].any()
 
 
+def in_dense_time(transformer: nn.Module, scale: float) -> bool:
+    """Say whether a network sees slow sinusoids of 1000 s alone, as consistency training wants it."""
+    embed = time_embedding_of(transformer)
+    return sees_slow_sinusoids_only(embed.time_proj, embed.timestep_embedder)
+
+
 def modulation(transformer: nn.Module, embedded: torch.Tensor) -> torch.Tensor:
     """Give what a network's blocks are modulated by, were time all that modulates them.
 
@@ -92,7 +103,7 @@ def modulation(transformer: nn.Module, embedded: torch.Tensor) -> torch.Tensor:
 class WideTimestepEmbedding(TimestepEmbedding):
     """diffusers' embedding of sinusoids, in float32 under autocast too: its tangent spikes in bf16.
 
-    Timesteps without weight stay so in training: Adam would soon give the fast ones as much as the slow ones.
+    Sinusoids without weight stay so in training: Adam would soon give the fast ones as much as the slow ones.
 
     Args:
         embedder: whose layers it takes over.
