@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What preparation is worth: plain twins of the embedded emoji teacher, prepared and distilled.
 
-    python -m benchmarks.prepared_teacher        # some 20 minutes on 2 CPU cores
+    python -m benchmarks.prepared_teacher        # some 7 minutes on 2 CPU cores
 
 The embedded teacher is in dense time. Two twins of it see 1000 s and are made here, not shipped: of the *plain* one
 only the embedding of time is another, fitted through the sinusoids of 1000 s; of the *rough* one all weights were then
