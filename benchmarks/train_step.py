@@ -24,7 +24,7 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_tbcm.backbones.sana import make_student
-from diffusers_tbcm.backbones.sana_attention import share_prompts
+from diffusers_tbcm.backbones.sana_attention import make_ready
 from diffusers_tbcm.dual import checkpoint_dual
 from diffusers_tbcm.guidance import guidance_branches, guided_output
 from diffusers_tbcm.loss import LogvarHead, StudentWithLogvar, consistency_loss
@@ -232,7 +232,7 @@ def prepare(trainer: Trainer, variant: Variant) -> None:
                 block.compile()
     if variant.shared_text:
         for transformer in transformers:
-            share_prompts(transformer)
+            make_ready(transformer)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

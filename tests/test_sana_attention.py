@@ -3,7 +3,7 @@ import torch
 from tiny import tiny_transformer
 from toy_networks import network_inputs, randn
 
-from diffusers_tbcm.backbones.sana_attention import deal_out, keep_text, share_prompts
+from diffusers_tbcm.backbones.sana_attention import deal_out, keep_text, make_ready
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import record_trajectory, sample_timesteps
 from diffusers_tbcm.trigflow import TrigFlowTransformer
@@ -23,7 +23,7 @@ def test_a_prompt_a_row_is_what_diffusers_computes():
     transformer = tiny_transformer()
     stock = transformer(sample, embeds, t, encoder_attention_mask=mask, return_dict=False)[0]
     unmasked = transformer(sample, embeds, t, return_dict=False)[0]
-    share_prompts(transformer)
+    make_ready(transformer)
     torch.testing.assert_close(
         transformer(sample, embeds, t, encoder_attention_mask=mask, return_dict=False)[0], stock
     )
@@ -88,4 +88,4 @@ def test_what_is_kept_goes_when_a_call_fails():
     with pytest.raises(RuntimeError), keep_text(transformer):
         TrigFlowTransformer(transformer)(*network_inputs())
         raise RuntimeError
-    assert all(processor.key_value is None and not processor.keeps_text for processor in share_prompts(transformer))
+    assert all(processor.key_value is None and not processor.keeps_text for processor in make_ready(transformer))

@@ -58,7 +58,7 @@ class Family:
     def embeds_guidance(self, network: nn.Module) -> bool:
         return False
 
-    def share_prompts(self, network: nn.Module) -> None:
+    def make_ready(self, network: nn.Module) -> None:
         pass
 
     def keep_text(self, network: nn.Module) -> AbstractContextManager[Callable[[Text], Text]]:

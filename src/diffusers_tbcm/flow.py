@@ -99,7 +99,7 @@ class FlowTransformer(nn.Module):
         super().__init__()
         self.transformer = transformer
         self._backbone = backbone
-        self.backbone.share_prompts(transformer)
+        self.backbone.make_ready(transformer)
         self.timestep_scale = self.backbone.timestep_scale(transformer) if timestep_scale is None else timestep_scale
 
     @property

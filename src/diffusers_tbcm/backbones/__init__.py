@@ -29,8 +29,9 @@ class Backbone(Protocol):
     - where latents lie: `latent_shape`, `encode_pixels` and `decode_latents`, on unit scale as the network sees them,
       (batch, channels, height, width) whatever the network packs them to;
     - what the network computes: `velocity` is v = e - x_0 at s times `timestep_scale`, with the sign and the time of
-      this package whatever the network's own are. Guidance is added outside, from both branches; `guidance_arguments`
-      says how the stock pipeline is asked for it, and `RESCALE_GUIDED` what that does to its result;
+      this package whatever the network's own are; `make_ready` changes the network for it, in place. Guidance is added
+      outside, from both branches; `guidance_arguments` says how the stock pipeline is asked for it, and
+      `RESCALE_GUIDED` what that does to its result;
     - how time gets in: `embed_time` and its parts, and `in_dense_time`, which consistency training wants;
     - how it is trained: `make_student`, `blocks`, which are checkpointed and compiled, and LoRA's layers.
 
@@ -145,7 +146,7 @@ class Backbone(Protocol):
 
     def embeds_guidance(self, transformer: Any) -> bool: ...
 
-    def share_prompts(self, transformer: Any) -> Any: ...
+    def make_ready(self, transformer: Any) -> Any: ...
 
     def keep_text(self, transformer: Any) -> AbstractContextManager[Callable[[Text], Text]]: ...
 

@@ -6,7 +6,6 @@ one scale, as those of other families do, and are told 1.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,10 @@ from .patched import after_blocks as after_blocks
 from .patched import double_and_single_blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
-from .patched import share_prompts as share_prompts
-from .time_embedding import PROJECTED_TIME, WideTimestepEmbedding
+from .patched import make_ready as make_ready
+from .time_embedding import PROJECTED_TIME
 from .time_embedding import in_dense_time as in_dense_time
+from .time_embedding import make_student as make_student
 from .time_embedding import modulation as modulation
 
 
@@ -177,18 +177,3 @@ def velocity(
     finally:
         exact.remove()
     return unpack(output, sample.shape)
-
-
-def make_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """Copy a teacher into a trainable student, which is equal to it.
-
-    Args:
-        teacher: the network to copy; it is left as it is.
-
-    Returns:
-        The student, on the teacher's device and in its dtype, every parameter trainable.
-    """
-    student = copy.deepcopy(teacher)
-    embed = student.time_text_embed
-    embed.timestep_embedder = WideTimestepEmbedding(embed.timestep_embedder)
-    return student.requires_grad_(True)

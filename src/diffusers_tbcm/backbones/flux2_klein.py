@@ -29,7 +29,7 @@ from .patched import after_blocks as after_blocks
 from .patched import double_and_single_blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
-from .patched import share_prompts as share_prompts
+from .patched import make_ready as make_ready
 from .time_embedding import PROJECTED_TIME, WideTimeEmbedding
 from .time_embedding import in_dense_time as in_dense_time
 

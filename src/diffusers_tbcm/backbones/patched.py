@@ -66,11 +66,11 @@ def inner_dim(transformer: Any) -> int:
     return transformer.inner_dim
 
 
-def share_prompts(transformer: Any) -> None:
-    """Leave the network as it is: the text is changed by the picture, so that every row has its own."""
+def make_ready(transformer: Any) -> None:
+    """Leave the network as it is: prompts are not shared, as the picture changes the text of every row."""
 
 
 @contextmanager
 def keep_text(transformer: Any) -> Iterator[Any]:
-    """Keep nothing of the text over calls, for the reason of `share_prompts`."""
+    """Keep nothing of the text over calls, for the reason of `make_ready`."""
     yield lambda text: text

@@ -275,12 +275,12 @@ class Places(nn.Module):
         return torch.polar(torch.ones_like(together), together)
 
 
-def share_prompts(transformer: QwenImageTransformer2DModel) -> None:
+def make_ready(transformer: QwenImageTransformer2DModel) -> None:
     """Let the network embed `Places`, and freeze what its last block makes of the text.
 
     Nothing reads that: it would have no gradient, for which several processes would wait.
 
-    Prompts are not shared: the text is changed by the picture, so that every row has its own.
+    Prompts are not shared, as the picture changes the text of every row.
     """
     if not isinstance(transformer.pos_embed, Places):
         transformer.pos_embed = Places(transformer.pos_embed)

@@ -20,7 +20,7 @@ from .patched import image_tokens as image_tokens
 from .patched import latent_size
 from .sana_attention import deal_out
 from .sana_attention import keep_text as keep_text
-from .sana_attention import share_prompts as share_prompts
+from .sana_attention import make_ready as make_ready
 
 
 TRANSFORMER_CLASS = SanaTransformer2DModel
@@ -215,7 +215,7 @@ def velocity(
     """Evaluate the network, v(x_s, s).
 
     Args:
-        transformer: the network, prepared by `share_prompts`.
+        transformer: the network, prepared by `make_ready`.
         sample: x_s on unit scale, (batch, channels, height, width).
         time: s in the network's own units, (batch,).
         text: of the prompts; batch is a multiple of them.

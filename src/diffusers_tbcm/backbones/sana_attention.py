@@ -93,7 +93,7 @@ def deal_out(embeds: torch.Tensor, mask: torch.Tensor, rows: int) -> tuple[torch
     return embeds.reshape(rows, -1, embeds.shape[-1]), mask
 
 
-def share_prompts(transformer: SanaTransformer2DModel) -> list[PromptAttnProcessor]:
+def make_ready(transformer: SanaTransformer2DModel) -> list[PromptAttnProcessor]:
     """Let the cross-attention of a transformer take the text of `deal_out`; its weights stay as they are.
 
     Args:
@@ -120,7 +120,7 @@ def keep_text(transformer: SanaTransformer2DModel) -> Iterator[Callable[[Text], 
     Yields:
         What makes of the first call's text that of the others: a token a prompt, as nothing is read but the mask.
     """
-    processors = share_prompts(transformer)
+    processors = make_ready(transformer)
     for processor in processors:
         processor.keeps_text = True
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from .patched import image_tokens as image_tokens
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import latent_size
-from .patched import share_prompts as share_prompts
-from .time_embedding import WideTimestepEmbedding, slow_features
+from .patched import make_ready as make_ready
 from .time_embedding import in_dense_time as in_dense_time
+from .time_embedding import make_student as make_student
 from .time_embedding import modulation as modulation
+from .time_embedding import slow_features
 
 
 TRANSFORMER_CLASS = SD3Transformer2DModel
@@ -225,18 +225,3 @@ def time_features(transformer: SD3Transformer2DModel, time: torch.Tensor) -> tor
         (batch, channels), float32.
     """
     return slow_features(transformer.time_text_embed.time_proj, time)
-
-
-def make_student(teacher: SD3Transformer2DModel) -> SD3Transformer2DModel:
-    """Copy a teacher into a trainable student, which is equal to it.
-
-    Args:
-        teacher: the network to copy; it is left as it is.
-
-    Returns:
-        The student, on the teacher's device and in its dtype, every parameter trainable.
-    """
-    student = copy.deepcopy(teacher)
-    embed = student.time_text_embed
-    embed.timestep_embedder = WideTimestepEmbedding(embed.timestep_embedder)
-    return student.requires_grad_(True)

@@ -6,6 +6,7 @@ network in dense time sees the slow ones alone, and is still given 1000 s by its
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -136,3 +137,18 @@ class WideTimeEmbedding(nn.Module):
     def forward(self, timestep: torch.Tensor, *activations: Any) -> torch.Tensor:
         """Embed times, (batch,); the dtype of `activations`, whatever says it, is not followed."""
         return self.timestep_embedder(self.time_proj(timestep))
+
+
+def make_student(teacher: Any) -> Any:
+    """Copy a teacher into a trainable student, which is equal to it and embeds sinusoids in float32.
+
+    Args:
+        teacher: the network to copy; it is left as it is.
+
+    Returns:
+        The student, on the teacher's device and in its dtype, every parameter trainable.
+    """
+    student = copy.deepcopy(teacher)
+    embed = time_embedding_of(student)
+    embed.timestep_embedder = WideTimestepEmbedding(embed.timestep_embedder)
+    return student.requires_grad_(True)

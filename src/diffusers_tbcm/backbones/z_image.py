@@ -34,7 +34,7 @@ from .packed import image_tokens as image_tokens
 from .packed import native_size as native_size
 from .patched import keep_text as keep_text
 from .patched import latent_size
-from .patched import share_prompts as share_prompts
+from .patched import make_ready as make_ready
 from .time_embedding import PROJECTED_TIME, sees_slow_sinusoids_only, slow_features
 
 
