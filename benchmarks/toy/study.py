@@ -1,6 +1,6 @@
 """All methods on the mixture, and when trajectory rows beat noised rows.
 
-    python -m benchmarks.toy.study          # both tables; half an hour of a quiet core
+    python -m benchmarks.toy.study          # both tables; some 40 minutes of a quiet core
     python -m benchmarks.toy.study methods  # the first alone
 
 Every finished run is kept in outputs/toy, and a second call goes on where the first was ended. Writes
