@@ -11,7 +11,7 @@ Sana, Stable Diffusion 3, LongCat-Image, Qwen-Image, FLUX.2 [klein] base and Z-I
 
     1. a LoRA, where one is given, is merged into the teacher
     2. a new embedding of s is fitted to the teacher's embedding of 1000 s; the teacher is not run
-    3. with --qk_norm, for a Sana whose queries and keys are not normalised: norms are fitted, and change v' a little
+    3. with --qk_norm, for a Sana whose queries and keys are not normalised: norms, fitted to change v' least
     4. the teacher goes along its own trajectories -> x_s, s, v of both branches of its guidance
     5. mean ||v'(x, s) - v(x, 1000 s)||^2 there -> backward, clipping, optimiser, EMA
     6. v', a plain transformer of the teacher's class in dense time, inside the teacher's own pipeline class
