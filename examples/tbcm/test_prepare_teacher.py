@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
 from families import FAMILIES
 from peft import LoraConfig
-from runs import assert_same_state, metrics
+from runs import assert_same_state, fork_two, largest_relative_difference, metrics
+from safetensors.torch import load_file
 from tiny import generate, student_weights, write_plain_pipeline, write_tiny_flow_lora, write_tiny_pipeline
 
 from diffusers_tbcm import dense_time
@@ -200,6 +201,20 @@ def test_norms_are_as_they_were_fitted_where_alignment_is_left_out(
     assert "alignment is left out of what is saved" in caplog.text
     fitted, saved = student_weights(tmp_path / "fit"), student_weights(tmp_path / "run")
     assert saved.keys() == fitted.keys() and all(torch.equal(saved[name], fitted[name]) for name in fitted)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_two_processes_align_norms_as_one_does(prepare_flags, unnormalised_teacher, rank, tmp_path):
+    own = {"pretrained_model_name_or_path": unnormalised_teacher, "qk_norm": True, "rank": rank, "use_ema": True}
+    main(prepare_flags(**own, max_train_steps=2, train_batch_size=2, output_dir=tmp_path / "one"))
+    fork_two(main, prepare_flags(**own, max_train_steps=2, train_batch_size=1, output_dir=tmp_path / "two"))
+    one, two = (load_file(tmp_path / name / "checkpoint-2" / "ema.safetensors") for name in ("one", "two"))
+    norms = [
+        {name: weight for name, weight in each.items() if ".norm_q." in name or ".norm_k." in name}
+        for each in (two, one)
+    ]
+    assert len(norms[0]) == 8 and largest_relative_difference(*norms) < 1e-6
+    assert largest_relative_difference(two, one) < 1e-3  # adapters begin at 0, and Adam steps by a gradient's sign
 
 
 def test_norms_are_fitted_on_other_trajectories_than_v_is_measured_on(
