@@ -299,7 +299,7 @@ def measure_students(students: Mapping[str, Path], task: Task) -> list[dict[str,
             "less native": "{:+.1f} ({:+.1f} to {:+.1f})".format(*difference),
             "top-5 retrieval": round(judge.retrieval(found), 3),
             "tangent norm": round(statistics.median(line["tangent_norm"] for line in log), 2),
-            "gradient norm": round(statistics.median(line["grad_norm"] for line in log), 2),
+            "gradient norm": round(statistics.median(line["grad_norm"] for line in log), 3),
         })  # fmt: skip
     return table
 
