@@ -1,23 +1,26 @@
 #!/usr/bin/env python
 """What preparation is worth: plain twins of the embedded emoji teacher, prepared and distilled.
 
-    python -m benchmarks.prepared_teacher        # some 7 minutes on 2 CPU cores
+    python -m benchmarks.prepared_teacher        # some 15 minutes on 2 CPU cores
 
-The embedded teacher is in dense time. Two twins of it see 1000 s and are made here, not shipped: of the *plain* one
+The embedded teacher is in dense time. Three twins of it see 1000 s and are made here, not shipped: of the *plain* one
 only the embedding of time is another, fitted through the sinusoids of 1000 s; of the *rough* one all weights were then
-trained on 1000 s. examples/tbcm/prepare_teacher.py makes dense teachers of them, by its fit alone and with alignment.
+trained on 1000 s; the *unnormalised* one was so trained without the norms of queries and keys, as Sana 1.0 was.
+examples/tbcm/prepare_teacher.py makes dense teachers of them, by its fit alone, with alignment, with --qk_norm.
 Measured are the stock pipeline's pictures from the same noise, how strongly a network answers to time, and short TBCM
-runs on the native teacher, on the plain twin (forced) and on the prepared one. What is done is kept in --work_dir: the
+runs on the native teacher, on the plain twin (forced) and on prepared ones. What is done is kept in --work_dir: the
 same command goes on where it was interrupted. Writes benchmarks/results/prepared_teacher.json, .md and .png.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +72,11 @@ from matplotlib import pyplot
 PLAIN_TIME = 1000.0
 ROUTE_STEPS = 16
 ROUGH = {"steps": 200, "rows": 24, "learning_rate": 3e-4}  # all weights trained on 1000 s
+TWINS: dict[str, Mapping[str, float] | None] = {"plain": None, "rough": ROUGH, "unnormalised": {**ROUGH, "steps": 300}}
 ALIGNED = {"max_train_steps": 60, "learning_rate": 3e-5, "route_steps": 8}  # as prepare_teacher.py takes it
+NORMALISED = {"qk_norm": True, "max_train_steps": 100, "train_batch_size": 4, "learning_rate": 1e-4, "route_steps": 8}
 NATIVE, FORCED, PREPARED = "native", "plain, forced", "prepared"
+WITHOUT_NORMS, WITH_NORMS = "unnormalised, prepared", "normalised, prepared"
 STUDENT_STEPS = (1, 2)
 PICTURES = 12  # that PSNR is taken over
 
@@ -102,13 +108,41 @@ def trajectories(native: FlowTransformer, text: Text, negative_text: Text, seed:
     return record_branches(native, noise, trig_to_flow_timestep(angles).clamp(max=1), text, negative_text, scale)
 
 
-def roughen(twin: SanaTransformer2DModel, recording: Recording, negative_text: Text) -> None:
+def without_norms(native: SanaTransformer2DModel, recording: Recording, negative_text: Text) -> SanaTransformer2DModel:
+    """The native network without norms of queries and keys: their projections have the weights, over a mean length."""
+    lengths: dict[str, list[torch.Tensor]] = {}
+
+    def look(name: str, module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        lengths.setdefault(name, []).append(args[0].square().mean(-1).sqrt().flatten())
+
+    norms = [(name, part) for name, part in native.named_modules() if name.endswith((".norm_q", ".norm_k"))]
+    hooks = [part.register_forward_pre_hook(partial(look, name)) for name, part in norms]
+    sample, s, text = branch_inputs(recording.rows(torch.arange(0, len(recording), 7)), negative_text)
+    with torch.no_grad():
+        FlowTransformer(native)(sample, s, **text.arguments())
+    for hook in hooks:
+        hook.remove()
+    weights = dict(native.state_dict())
+    for name, found in lengths.items():
+        factor = weights.pop(f"{name}.weight") / torch.cat(found).mean()
+        projection = name.replace("norm_", "to_")
+        weights[f"{projection}.weight"] = factor[:, None] * weights[f"{projection}.weight"]
+        if f"{projection}.bias" in weights:
+            weights[f"{projection}.bias"] = factor * weights[f"{projection}.bias"]
+    network = SanaTransformer2DModel.from_config({**native.config, "qk_norm": None})
+    network.load_state_dict(weights)
+    return network
+
+
+def roughen(
+    twin: SanaTransformer2DModel, recording: Recording, negative_text: Text, recipe: Mapping[str, float]
+) -> None:
     """Train all weights of a twin on 1000 s, towards the native velocity, in place."""
     network = FlowTransformer(twin.requires_grad_(True), PLAIN_TIME)
-    optimizer = torch.optim.Adam(twin.parameters(), lr=ROUGH["learning_rate"])
+    optimizer = torch.optim.Adam(twin.parameters(), lr=recipe["learning_rate"])
     generator = torch.Generator().manual_seed(0)
-    for _ in range(int(ROUGH["steps"])):
-        rows = recording.rows(torch.randint(len(recording), (int(ROUGH["rows"]),), generator=generator))
+    for _ in range(int(recipe["steps"])):
+        rows = recording.rows(torch.randint(len(recording), (int(recipe["rows"]),), generator=generator))
         sample, s, text = branch_inputs(rows, negative_text)
         optimizer.zero_grad()
         alignment_loss(network(sample, s, **text.arguments()), rows).backward()
@@ -189,20 +223,24 @@ def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
 def make_teachers(work_dir: Path, recording: Recording, negative_text: Text) -> dict[str, Path]:
     """The twins and what the script makes of them, by name."""
     native = SanaTransformer2DModel.from_pretrained(EMBEDDED_TEACHER, subfolder="transformer")
-    folders = {NATIVE: EMBEDDED_TEACHER, "plain": work_dir / "plain", "rough": work_dir / "rough"}
-    for name in ("plain", "rough"):
+    folders = {NATIVE: EMBEDDED_TEACHER, **{name: work_dir / name for name in TWINS}}
+    for name, training in TWINS.items():
         if not folders[name].exists():
-            twin = twin_network(native)
-            if name == "rough":
-                roughen(twin, recording, negative_text)
+            origin = without_norms(native, recording, negative_text) if name == "unnormalised" else native
+            twin = twin_network(origin)
+            if training is not None:
+                roughen(twin, recording, negative_text, training)
             save_twin(twin, folders[name])
-    fit_alone = {"max_train_steps": 0}
+    fit_alone: dict[str, Any] = {"max_train_steps": 0}
     for name, made, flags in (
         ("plain", "fitted", fit_alone),
         ("rough", "fitted", fit_alone),
         ("rough", "aligned", ALIGNED),
+        ("unnormalised", "fitted", fit_alone),
+        ("unnormalised", "normalised", {**fit_alone, "qk_norm": True}),
+        ("unnormalised", "normalised and aligned", NORMALISED),
     ):
-        folder = work_dir / f"{name}_{made}"
+        folder = work_dir / f"{name}_{made.replace(' ', '_')}"
         folders[f"{name}, {made}"] = prepare(folders[name], folder, **flags)
     return folders
 
@@ -215,7 +253,7 @@ def measure_teachers(
     networks, drawn, table, responses = {}, {}, [], {}
     for name, folder in folders.items():
         pipeline = SanaPipeline.from_pretrained(folder)
-        networks[name] = FlowTransformer(pipeline.transformer, PLAIN_TIME if name in ("plain", "rough") else 1.0)
+        networks[name] = FlowTransformer(pipeline.transformer, PLAIN_TIME if name in TWINS else 1.0)
         drawn[name] = pictures_to_tensor(draw(pipeline, prompts, TEACHER_STEPS))
         responses[name] = time_response(networks[name], rows, negative_text)
     sample, s, text = branch_inputs(rows, negative_text)
@@ -251,6 +289,7 @@ def measure_students(students: Mapping[str, Path], task: Task) -> list[dict[str,
     for (name, steps), found in features.items():
         distance, native = judge.distance(found), judge.distance(features[NATIVE, steps])
         difference = judge.distance(found, features[NATIVE, steps])
+        log = [line for line in read_log(students[name]) if "tangent_norm" in line]
         table.append({
             "student of": name,
             "steps": steps,
@@ -259,6 +298,8 @@ def measure_students(students: Mapping[str, Path], task: Task) -> list[dict[str,
             "/ native": round(distance.value / native.value, 3),
             "less native": "{:+.1f} ({:+.1f} to {:+.1f})".format(*difference),
             "top-5 retrieval": round(judge.retrieval(found), 3),
+            "tangent norm": round(statistics.median(line["tangent_norm"] for line in log), 2),
+            "gradient norm": round(statistics.median(line["grad_norm"] for line in log), 3),
         })  # fmt: skip
     return table
 
@@ -292,7 +333,8 @@ def plot(
         of = [row for row in table if row["student of"] == name]
         places = [place + 0.4 * number for number in range(len(of))]
         right.bar(places, [row["FD to the teacher"] for row in of], width=0.38, color=["C0", "C1"][: len(of)])
-    right.set_xticks([place + 0.2 for place in range(len(students))], list(students), fontsize=7)
+    labels = [name.replace(", ", "\n") for name in students]
+    right.set_xticks([place + 0.2 for place in range(len(students))], labels, fontsize=7)
     right.set(ylabel="FD to the teacher", title=f"students at {' and '.join(map(str, STUDENT_STEPS))} steps")
     figure.tight_layout()
     return figure
@@ -316,7 +358,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     negative_text, text = texts[0], Text.cat(texts[1:])
     native = FlowTransformer(sana.load_transformer(EMBEDDED_TEACHER).requires_grad_(False))
     folders = make_teachers(args.work_dir, trajectories(native, text, negative_text, 1), negative_text)
-    origins = {NATIVE: NATIVE, FORCED: "plain", PREPARED: "plain, fitted"}
+    origins = {
+        NATIVE: NATIVE,
+        FORCED: "plain",
+        PREPARED: "plain, fitted",
+        WITHOUT_NORMS: "unnormalised, fitted",
+        WITH_NORMS: "unnormalised, normalised and aligned",
+    }
     students = {
         name: distil(
             folders[origin],
@@ -335,7 +383,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "pictures": len(task.prompts),
         "seconds": round(time.perf_counter() - start),
         "rough": ROUGH,
+        "unnormalised": TWINS["unnormalised"],
         "aligned": ALIGNED,
+        "normalised": NORMALISED,
         **machine(torch.device("cpu")),
     }
     write_results("prepared_teacher", pandas.DataFrame(table), details, args.output_dir, teachers=teachers)

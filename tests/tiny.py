@@ -163,15 +163,17 @@ def write_tiny_flow_student(folder: str | Path, **call_options: Any) -> Path:
     return Path(folder)
 
 
-def write_plain_pipeline(folder: str | Path) -> Path:
+def write_plain_pipeline(folder: str | Path, **overrides: Any) -> Path:
     """Save a tiny plain Sana: one that has learned, a little, that time 1000 is pure noise, and 1 hardly any.
 
     Between them its embedding of time goes over smoothly, but for the jitter of sinusoids of 1000 s.
 
     Args:
         folder: where to write; created where it does not exist.
+        overrides: entries of the transformer's config to change.
     """
-    pipeline = tiny_sana_pipeline(attention_head_dim=32, cross_attention_dim=64, cross_attention_head_dim=32)
+    wide = {"attention_head_dim": 32, "cross_attention_dim": 64, "cross_attention_head_dim": 32}
+    pipeline = tiny_sana_pipeline(**wide, **overrides)
     transformer, generator = pipeline.transformer, torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(transformer.parameters(), lr=3e-3)
     times = torch.tensor([1.0, 1000.0]).repeat_interleave(4)

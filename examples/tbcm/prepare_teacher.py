@@ -11,11 +11,12 @@ Sana, Stable Diffusion 3, LongCat-Image, Qwen-Image, FLUX.2 [klein] base and Z-I
 
     1. a LoRA, where one is given, is merged into the teacher
     2. a new embedding of s is fitted to the teacher's embedding of 1000 s; the teacher is not run
-    3. the teacher goes along its own trajectories -> x_s, s, v of both branches of its guidance
-    4. mean ||v'(x, s) - v(x, 1000 s)||^2 there -> backward, clipping, optimiser, EMA
-    5. v', a plain transformer of the teacher's class in dense time, inside the teacher's own pipeline class
+    3. with --qk_norm, for a Sana whose queries and keys are not normalised: norms, fitted to change v' least
+    4. the teacher goes along its own trajectories -> x_s, s, v of both branches of its guidance
+    5. mean ||v'(x, s) - v(x, 1000 s)||^2 there -> backward, clipping, optimiser, EMA
+    6. v', a plain transformer of the teacher's class in dense time, inside the teacher's own pipeline class
 
-Step 2 is seconds, and often enough: --max_train_steps 0 leaves 4 out. The card says how close v' is to v on
+Step 2 is seconds, and often enough: --max_train_steps 0 leaves 5 out. The card says how close v' is to v on
 trajectories that no training has seen.
 
 The file needs nothing but installed packages: copy it and change what you like.
@@ -41,6 +42,7 @@ from diffusers_tbcm.trigflow import trig_to_flow_timestep
 
 METHOD = "preparation for consistency training, image-free"  # on the model card
 HELD_OUT = 2**40  # number of the first draw that is held out: no run comes to it
+FOR_NORMS = 2**41  # of the first that norms are fitted on
 
 
 @dataclass(kw_only=True)
@@ -49,6 +51,7 @@ class PreparationSettings(PromptSettings):
 
     lora: str | None = setting(None, "folder, file or Hub id of a LoRA to merge into the teacher first")
     lora_scale: float = setting(1.0, "what it is multiplied by")
+    qk_norm: bool = setting(False, "normalise queries and keys of a Sana that does not; it takes alignment")
     max_train_steps: int = setting(500, "optimiser steps of the alignment; 0: the fit alone")
     lr_scheduler: str = setting("cosine", "of the learning rate")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
@@ -75,13 +78,14 @@ class PreparationSettings(PromptSettings):
         return {
             "trajectories": f"{self.route_steps} steps, {shift}",
             "guidance scales": ", ".join(f"{scale:g}" for scale in self.guidance_scales),
+            **({"queries and keys": "normalised, which the teacher's are not"} if self.qk_norm else {}),
         }
 
 
 def record_trajectories(
     settings: PreparationSettings, run: Run, preparation: Preparation, prompts: Sequence[str]
 ) -> Record:
-    """Step 3, as a function of the draws to make rows of."""
+    """Step 4, as a function of the draws to make rows of."""
     shift = preparation.shift if settings.flow_shift is None else settings.flow_shift
 
     def record(draws: list[int]) -> tuple[Recording, torch.Tensor]:
@@ -111,29 +115,42 @@ def train(settings: PreparationSettings, stop: StopRequest) -> Run:
 
     # 1., 2. LoRA and fit
     preparation = Preparation(
-        run, settings, prompts.prompts, method=METHOD, lora=settings.lora, lora_scale=settings.lora_scale
+        run,
+        settings,
+        prompts.prompts,
+        method=METHOD,
+        lora=settings.lora,
+        lora_scale=settings.lora_scale,
+        qk_norm=settings.qk_norm,
     )
     record = record_trajectories(settings, run, preparation, prompts.prompts)
-    recording, finite = record([HELD_OUT + number for number in range(settings.held_out_prompts)])
-    preparation.hold_out(recording.select(finite.nonzero()[:, 0]))
+
+    def unseen(first: int) -> Recording:
+        """Trajectories that are none of training."""
+        recording, finite = record([first + number for number in range(settings.held_out_prompts)])
+        return recording.select(finite.nonzero()[:, 0])
+
+    preparation.hold_out(unseen(HELD_OUT))
+    if settings.qk_norm:
+        preparation.normalise(unseen(FOR_NORMS))  # 3. Norms of queries and keys
 
     prepared = preparation.add_prepared(rows_per_prompt=2 * settings.route_steps)
     batches = run.batches(
-        record,  # 3. The teacher's trajectories
+        record,  # 4. The teacher's trajectories
         rows_per_prompt=settings.route_steps,
         num_prompts=len(prompts.prompts),
         drops=True,  # a trajectory that is not finite
     )
     for batch in batches:
         for rows in batch:
-            # 4. mean ||v'(x, s) - v(x, 1000 s)||^2 over both branches
+            # 5. mean ||v'(x, s) - v(x, 1000 s)||^2 over both branches
             sample, s, text = branch_inputs(rows, preparation.negative_text)
             velocity = prepared(sample, s, **text.arguments())
             run.backward(alignment_loss(velocity, rows), prepared)
         run.update(prepared)
         preparation.show_when_due(prepared)  # validation pictures; a push at a checkpoint
 
-    # 5. Export
+    # 6. Export
     if not run.stopped:
         preparation.export(prepared)
     return run

@@ -8,9 +8,11 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from families import FAMILIES
 from peft import LoraConfig
-from runs import assert_same_state, metrics
-from tiny import generate, student_weights, write_tiny_flow_lora, write_tiny_pipeline
+from runs import assert_same_state, fork_two, largest_relative_difference, metrics
+from safetensors.torch import load_file
+from tiny import generate, student_weights, write_plain_pipeline, write_tiny_flow_lora, write_tiny_pipeline
 
 from diffusers_tbcm import dense_time
 from diffusers_tbcm.backbones.sana import TIME_EMBEDDER, load_transformer, timestep_scale
@@ -45,6 +47,18 @@ def lora(plain_teacher, tmp_path_factory):
             layers[name.replace(".default", "")] = weight.detach()
     folder = tmp_path_factory.mktemp("lora")
     SanaPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unnormalised_teacher(tmp_path_factory):
+    """A plain teacher whose queries and keys are not normalised, as those of Sana 1.0, and attend sharply."""
+    folder = write_plain_pipeline(tmp_path_factory.mktemp("unnormalised_teacher"), qk_norm=None)
+    transformer = load_transformer(folder).requires_grad_(False)
+    for block in transformer.transformer_blocks:
+        block.attn2.to_q.weight *= 10
+        block.attn2.to_k.weight *= 10
+    transformer.save_pretrained(folder / "transformer")
     return folder
 
 
@@ -132,6 +146,107 @@ def test_alignment_that_comes_no_closer_is_left_out(prepare_flags, rank, tmp_pat
     assert card_entry(tmp_path / "run", "relative error of v'").endswith("after, which was left out")
     fitted, saved = student_weights(tmp_path / "fit"), student_weights(tmp_path / "run")
     assert all(torch.equal(saved[name], fitted[name]) for name in fitted)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_queries_and_keys_are_normalised_aligned_and_distilled(
+    prepare_flags, flags, unnormalised_teacher, rank, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(dense_time, "RIDGE", 1.0)  # a poor fit of time, too
+    aligned = {
+        "pretrained_model_name_or_path": unnormalised_teacher, "qk_norm": True, "rank": rank, "max_train_steps": 30,
+        "checkpointing_steps": 10, "use_ema": True, "ema_decay": 0.8, "gradient_checkpointing": True,
+        "learning_rate": 1e-4 if rank is None else 1e-3,
+    }  # fmt: skip
+    main(prepare_flags(**aligned, validation_prompts=["a dog"]))
+    folder = tmp_path / "run"
+    prepared = SanaPipeline.from_pretrained(folder).transformer
+    assert prepared.config.qk_norm == "rms_norm_across_heads" and timestep_scale(prepared) == 1
+    fitted, normalised, after = map(float, re.findall(r"\d\S*", card_entry(folder, "relative error of v'")))
+    assert fitted < normalised and after < 0.8 * normalised
+    card = (folder / "README.md").read_text()
+    assert "| queries and keys | normalised" in card and "its queries and keys were normalised" in card
+    assert (card_entry(folder, "weights") == "all") is (rank is None)
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(folder, resumed)
+    main(prepare_flags(**aligned, output_dir=resumed, resume_from_checkpoint=resumed / "checkpoint-10"))
+    assert_same_state(resumed / "checkpoint-30", folder / "checkpoint-30")
+    saved, again = student_weights(folder), student_weights(resumed)
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
+    assert card_entry(resumed, "relative error of v'") == card_entry(folder, "relative error of v'")
+
+    main(prepare_flags(**aligned | {"max_train_steps": 0}, output_dir=tmp_path / "fit"))
+    fit = student_weights(tmp_path / "fit")
+    norms = {name for name in fit if ".norm_q." in name or ".norm_k." in name}
+    assert fit.keys() == saved.keys() and len(norms) == 8  # of 2 blocks
+    assert all(not torch.equal(fit[name], saved[name]) for name in norms)
+    before = student_weights(unnormalised_teacher)
+    assert {name for name in before if not torch.equal(before[name], fit[name])} == {
+        name for name in before if name.startswith(TIME_EMBEDDER)
+    }
+    train_tbcm_distill.main(
+        flags(pretrained_model_name_or_path=folder, output_dir=tmp_path / "student", max_train_steps=1)
+    )
+    assert "transformer_blocks.0.attn1.norm_q.weight" in student_weights(tmp_path / "student")
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_norms_are_as_they_were_fitted_where_alignment_is_left_out(
+    prepare_flags, unnormalised_teacher, rank, tmp_path, caplog
+):
+    own = {"pretrained_model_name_or_path": unnormalised_teacher, "qk_norm": True, "rank": rank}
+    main(prepare_flags(**own, output_dir=tmp_path / "fit"))
+    main(prepare_flags(**own, max_train_steps=2, learning_rate=3.0, lr_scheduler="constant"))
+    assert "alignment is left out of what is saved" in caplog.text
+    fitted, saved = student_weights(tmp_path / "fit"), student_weights(tmp_path / "run")
+    assert saved.keys() == fitted.keys() and all(torch.equal(saved[name], fitted[name]) for name in fitted)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_two_processes_align_norms_as_one_does(prepare_flags, unnormalised_teacher, rank, tmp_path):
+    own = {"pretrained_model_name_or_path": unnormalised_teacher, "qk_norm": True, "rank": rank, "use_ema": True}
+    main(prepare_flags(**own, max_train_steps=2, train_batch_size=2, output_dir=tmp_path / "one"))
+    fork_two(main, prepare_flags(**own, max_train_steps=2, train_batch_size=1, output_dir=tmp_path / "two"))
+    one, two = (load_file(tmp_path / name / "checkpoint-2" / "ema.safetensors") for name in ("one", "two"))
+    norms = [
+        {name: weight for name, weight in each.items() if ".norm_q." in name or ".norm_k." in name}
+        for each in (two, one)
+    ]
+    assert len(norms[0]) == 8 and largest_relative_difference(*norms) < 1e-6
+    assert largest_relative_difference(two, one) < 1e-3  # adapters begin at 0, and Adam steps by a gradient's sign
+
+
+def test_norms_are_fitted_on_other_trajectories_than_v_is_measured_on(
+    prepare_flags, unnormalised_teacher, monkeypatch
+):
+    asked = []
+    record = prepare_teacher.record_trajectories
+
+    def noting(*arguments):
+        inner = record(*arguments)
+        return lambda draws: asked.append(draws) or inner(draws)
+
+    monkeypatch.setattr(prepare_teacher, "record_trajectories", noting)
+    main(prepare_flags(pretrained_model_name_or_path=unnormalised_teacher, qk_norm=True))
+    held_out, for_norms = map(set, asked)
+    assert len(held_out) == len(for_norms) == 2 and not held_out & for_norms
+    assert min(held_out | for_norms) >= prepare_teacher.HELD_OUT
+
+
+def test_norms_are_refused_to_a_teacher_that_has_them_and_to_other_families(prepare_flags, tmp_path, monkeypatch):
+    FAMILIES["sd3"].make_pipeline().save_pretrained(tmp_path / "sd3")
+    monkeypatch.setattr(prepare_teacher.Preparation, "_load_teacher", lambda self: pytest.fail("weights were loaded"))
+    for changes, message in (
+        ({}, "`qk_norm`: the teacher normalises its queries and keys already: leave it out"),
+        (
+            {"pretrained_model_name_or_path": tmp_path / "sd3"},
+            "`qk_norm` is for a Sana alone, and the teacher is a StableDiffusion3Pipeline: leave it out",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(prepare_flags(qk_norm=True, **changes))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -223,8 +338,10 @@ def test_settings_that_do_not_fit_are_refused(prepare_flags, changes, message, c
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_dry_run_leaves_nothing(prepare_flags, tmp_path, capsys):
-    main(prepare_flags(max_train_steps=100, dry_run=True, validation_prompts=["a dog"]))
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_dry_run_leaves_nothing(prepare_flags, plain_teacher, unnormalised_teacher, qk_norm, tmp_path, capsys):
+    own = {"pretrained_model_name_or_path": unnormalised_teacher if qk_norm else plain_teacher, "qk_norm": qk_norm}
+    main(prepare_flags(**own, max_train_steps=100, dry_run=True, validation_prompts=["a dog"]))
     assert "everything ran once" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 

@@ -15,7 +15,8 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from torch import nn
 
-from ..backbones import Backbone
+from ..backbones import Backbone, sana
+from ..components import MODEL_CONFIG
 from ..dense_time import (
     EmbeddingFit,
     branch_inputs,
@@ -33,9 +34,11 @@ from ..evaluation.generate import PROGRAM
 from ..export.folders import save_prepared_teacher, stock_scheduler
 from ..export.model_card import SHOWN_GUIDANCE_SCALE
 from ..export.record import StudentDescription
+from ..files import read_json
 from ..flow import FlowTransformer
 from ..lora import adapt, merge_lora
-from ..pipeline_folder import flow_shift
+from ..pipeline_folder import TRANSFORMER, flow_shift
+from ..qk_norm import fit_norms, train_norms, with_qk_norm
 from ..rows import Recording, TrainingRows
 from ..text import Text
 from .distillation import Distillation
@@ -56,15 +59,17 @@ class Preparation(Distillation):
     Args:
         lora: folder, file or Hub id of LoRA weights to merge into the teacher first; None for none.
         lora_scale: what they are multiplied by.
+        qk_norm: whether `normalise` will be called.
 
     Attributes:
         teacher: the frozen network v, LoRA merged.
-        prepared: v' as the fit has made it.
+        prepared: v' before any training.
         fit: how close its embedding of time is.
         shift: the teacher's static shift of times.
 
     Raises:
-        ValueError: for a teacher that is in dense time already or embeds guidance, and for a LoRA that is none of it.
+        ValueError: for a teacher that is in dense time already, embeds guidance, or has no queries and keys to
+            normalise, and for a LoRA that is none of it.
     """
 
     teacher: FlowTransformer
@@ -78,8 +83,12 @@ class Preparation(Distillation):
         method: str,
         lora: str | None = None,
         lora_scale: float = 1.0,
+        qk_norm: bool = False,
     ) -> None:
-        self._lora, self._lora_scale = lora, lora_scale
+        self._lora, self._lora_scale, self._qk_norm = lora, lora_scale, qk_norm
+        self._norms: dict[str, torch.Tensor] = {}  # weights, as they were fitted
+        if qk_norm:
+            self.beside_lora = ", norms of queries and keys"
         super().__init__(run, settings, prompts, method=method, image_free=True)
         self.scheduler = stock_scheduler(self.folder)
         tokens = self.backbone.image_tokens(self.teacher.transformer, self.latent_shape)
@@ -100,13 +109,24 @@ class Preparation(Distillation):
         Raises:
             ValueError: where it is empty, as the teacher gave no numbers.
         """
-        if not len(recording):
-            raise ValueError("`pretrained_model_name_or_path` names a teacher whose own trajectories are not finite")
-        prompts = torch.arange(len(recording.guidance_scale))
-        self._held_out = [recording.select(prompt).rows() for prompt in prompts.split(1)]
+        self._held_out = rows_by_prompt(recording)
         self._measured["teacher"] = self._measure(self.teacher)
+        self._measured["fitted"] = self._measured["before"] = self._measure(self.prepared)
+        self.run.say(f"In dense time the relative error of v' is {self._measured['fitted'][0]:.2g}")
+
+    def normalise(self, recording: Recording) -> None:
+        """Normalise the queries and keys of v', and measure how close it is then.
+
+        Args:
+            recording: of `record_branches`, other trajectories than those that were held out.
+
+        Raises:
+            ValueError: where it is empty, as the teacher gave no numbers.
+        """
+        self._norms = fit_norms(self.prepared, rows_by_prompt(recording), self.negative_text)
+        self.prepared = with_qk_norm(self.prepared, self._norms)
         self._measured["before"] = self._measure(self.prepared)
-        self.run.say(f"Before alignment the relative error of v' is {self._measured['before'][0]:.2g}")
+        self.run.say(f"With queries and keys normalised it is {self._measured['before'][0]:.2g}")
 
     def add_prepared(self, rows_per_prompt: int) -> nn.Module:
         """Make v' ready to be trained and add it; the memory plan is printed.
@@ -135,7 +155,14 @@ class Preparation(Distillation):
                 "`pretrained_model_name_or_path` names a teacher that embeds guidance: only one with an unconditional"
                 " branch can be prepared"
             )
-        return super()._find_backbone()
+        backbone = super()._find_backbone()
+        if self._qk_norm and backbone is not sana:
+            raise ValueError(
+                f"`qk_norm` is for a Sana alone, and the teacher is a {backbone.PIPELINE_CLASS.__name__}: leave it out"
+            )
+        if self._qk_norm and read_json(self.folder / TRANSFORMER / MODEL_CONFIG).get("qk_norm"):
+            raise ValueError("`qk_norm`: the teacher normalises its queries and keys already: leave it out")
+        return backbone
 
     def _load_teacher(self) -> Any:
         transformer = super()._load_teacher()
@@ -161,7 +188,10 @@ class Preparation(Distillation):
             # The embedder is as good as it gets, and Adam would move it far
             student.get_submodule(self.backbone.TIME_EMBEDDER).requires_grad_(False)
             return student
-        return self._adapted(lambda teacher, **options: adapt(fitted, **options))
+        student = self._adapted(lambda teacher, **options: adapt(fitted, **options))
+        if self._norms:
+            train_norms(student)
+        return student
 
     def _first_output(self, transformer: Any, noise: torch.Tensor) -> torch.Tensor:
         one = torch.ones(1, device=noise.device)
@@ -215,17 +245,18 @@ class Preparation(Distillation):
         """Weights of the alignment, or those that it began with where it has come no closer to v."""
         aligned = self._measure(self._see_prepared(self._whole(self._load_student(weights))))
         self._measured["aligned"] = aligned
+        self.run.say(f"After {self.run.step} steps of alignment the relative error of v' is {aligned[0]:.2g}")
         if aligned[0] < self._measured["before"][0]:
             return weights
         logger.warning(
             f"After {self.run.step} steps the relative error of v' is {aligned[0]:.2g}, not below"
-            f" {self._measured['before'][0]:.2g} of the fit: alignment is left out of what is saved (a lower"
+            f" {self._measured['before'][0]:.2g} before: alignment is left out of what is saved (a lower"
             " `learning_rate` may help)"
         )
         if self.settings.rank is not None:
-            return {name: weight * ("lora_B" not in name) for name, weight in weights.items()}
-        fresh = FlowTransformer(self._load_teacher().to(self.run.device), self.teacher.timestep_scale)
-        return to_dense_time(fresh).transformer.state_dict()
+            return {name: weight * ("lora_B" not in name) for name, weight in weights.items()} | self._norms
+        fresh = to_dense_time(FlowTransformer(self._load_teacher().to(self.run.device), self.teacher.timestep_scale))
+        return (with_qk_norm(fresh, self._norms) if self._norms else fresh).transformer.state_dict()
 
     def _see_prepared(self, transformer: Any) -> FlowTransformer:
         """A network v' as a velocity."""
@@ -278,6 +309,8 @@ class Preparation(Distillation):
         """What the card says of v' beside v."""
         before, saved = self._measured["before"][0], self._measured["saved"]
         error = f"{before:.2g}"
+        if self._norms:
+            error = f"{self._measured['fitted'][0]:.2g} in dense time, {error} with queries and keys normalised"
         if "aligned" in self._measured:
             aligned = self._measured["aligned"][0]
             error += f" before alignment, {aligned:.2g} after" + (", which was left out" if aligned >= before else "")
@@ -295,6 +328,24 @@ class Preparation(Distillation):
             {} if self._lora is None else {"LoRA merged into the teacher": f"{self._lora}, scale {self._lora_scale:g}"}
         )
         return {**super()._training_table(), **merged}
+
+
+def rows_by_prompt(recording: Recording) -> list[TrainingRows]:
+    """Take a recording apart, into what one pass of a measurement sees.
+
+    Args:
+        recording: of `record_branches`.
+
+    Returns:
+        The rows of every prompt.
+
+    Raises:
+        ValueError: where it is empty, as the teacher gave no numbers.
+    """
+    if not len(recording):
+        raise ValueError("`pretrained_model_name_or_path` names a teacher whose own trajectories are not finite")
+    prompts = torch.arange(len(recording.guidance_scale))
+    return [recording.select(prompt).rows() for prompt in prompts.split(1)]
 
 
 def merge_teachers_lora(backbone: Backbone, transformer: Any, folder: Path, lora: str, scale: float) -> str:
