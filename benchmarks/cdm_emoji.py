@@ -47,7 +47,7 @@ from examples.tbcm.quickstart import (
     many,
 )
 
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, write_results
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, made_folder, write_results
 
 
 STEPS = (1, 2, 4)
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_train_steps", type=int, default=800, help="of the critic; the student takes one in six")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/cdm_emoji"))
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     names = args.settings or list(TABLES[args.table])
     if unknown := {*names} - {*TABLES[args.table]}:

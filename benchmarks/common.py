@@ -75,6 +75,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def made_folder(path: str) -> Path:
+    """The type of an argument that names a folder of results: it is there before hours are spent on what it is for."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def arguments(flags: Mapping[str, Any]) -> list[str]:
     """Flags by name as a command has them: True stands alone, a list has several values, False is left out."""
     found = []

@@ -39,7 +39,17 @@ from examples.tbcm.quickstart import (
     many,
 )
 
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, ROOT, arguments, default_device, machine, write_results
+from .common import (
+    EMBEDDED_TEACHER,
+    EXAMPLES,
+    RESULTS,
+    ROOT,
+    arguments,
+    default_device,
+    machine,
+    made_folder,
+    write_results,
+)
 from .emoji_judge import DISTANCE, EmojiJudge, flat
 
 
@@ -220,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dmd_steps", type=int, default=DMD_STEPS, help="then, of the critic")
     parser.add_argument("--prompts", type=int, default=EVALUATION_PROMPTS)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/emoji_student"))
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     parser.add_argument("--save", action="store_true", help="write examples/tbcm/sana_emoji_mini_tbcm")
     args = parser.parse_args(argv)
     judge, run = EmojiJudge(many(args.prompts), args.work_dir / "drawn"), args.work_dir / "run"

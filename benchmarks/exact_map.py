@@ -43,7 +43,7 @@ from examples.tbcm.quickstart import (
     many,
 )
 
-from .common import EMBEDDED_TEACHER, RESULTS, default_device, machine, write_results
+from .common import EMBEDDED_TEACHER, RESULTS, default_device, machine, made_folder, write_results
 from .emoji_judge import DISTANCE
 
 
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", choices=TASKS)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/exact_map"))
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     task = TASKS[args.prompts]()
     kept = args.work_dir / args.prompts

@@ -25,7 +25,7 @@ from diffusers_tbcm.pipeline_folder import CHECKPOINT, MODEL_INDEX, list_checkpo
 from examples.tbcm.quickstart import Task, few, many, recipe
 
 from . import emoji_student
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, write_results
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, made_folder, write_results
 from .emoji_judge import DISTANCE, EmojiJudge, paired_differences
 
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--work_dir", type=Path, default=Path("runs/late_consistency"))
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     if args.ways[0] != CONTROL:
         parser.error(f"--ways begins with {args.ways[0]}: the first is {CONTROL}, with which the others are compared")

@@ -62,7 +62,7 @@ from examples.tbcm.quickstart import (
     recipe,
 )
 
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, machine, write_results
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, machine, made_folder, write_results
 
 
 matplotlib.use("Agg")
@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_train_steps", type=int, default=60, help="of each TBCM run")
     parser.add_argument("--noises", type=int, default=4, help="pictures of each of the 24 prompts")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/prepared_teacher"))
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     start, task = time.perf_counter(), few(args.noises)

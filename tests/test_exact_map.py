@@ -41,9 +41,9 @@ def test_results_are_written_and_what_was_drawn_is_found_again(tmp_path, monkeyp
     monkeypatch.setattr(exact_map, "TEACHER_STEPS", 4)
     task = Task("few", PROMPTS_FILE, ["dolphin", "noto owl"] * 3, ["dolphin", "owl"] * 3, 2)
     monkeypatch.setattr(exact_map, "TASKS", {"few": lambda: task})
-    arguments = ["few", "--work_dir", str(tmp_path / "work"), "--output_dir", str(tmp_path)]
+    arguments = ["few", "--work_dir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "new")]
     exact_map.main(arguments)
-    first = json.loads((tmp_path / "exact_map_few.json").read_text())["rows"]
+    first = json.loads((tmp_path / "new" / "exact_map_few.json").read_text())["rows"]
     assert [(row["guidance"], row["later steps"], row["model"], row["steps"]) for row in first] == [
         (*scales, *each)
         for scales in ((4.5, 4.5), (4.5, 1.0), (1.0, 1.0))
@@ -53,4 +53,4 @@ def test_results_are_written_and_what_was_drawn_is_found_again(tmp_path, monkeyp
     assert np.isfinite(distances).all() and len({*distances}) == 10  # guided, 1 step and teacher are twice the same
     monkeypatch.setattr(exact_map, "ExactMap", None)  # all is kept
     exact_map.main(arguments)
-    assert json.loads((tmp_path / "exact_map_few.json").read_text())["rows"] == first
+    assert json.loads((tmp_path / "new" / "exact_map_few.json").read_text())["rows"] == first

@@ -28,7 +28,7 @@ from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.files import read_json
 from examples.tbcm.quickstart import TEACHER_STEPS, Task, draw, few
 
-from ..common import EMBEDDED_TEACHER, default_device, machine, markdown, write_results
+from ..common import EMBEDDED_TEACHER, default_device, machine, made_folder, markdown, write_results
 from ..emoji_judge import DISTANCE, EmojiJudge, flat, paired_differences
 from .study import TABLES
 from .study_report import RESULTS
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_train_steps", type=int, default=400, help=f"of {ROWS_PER_STEP} rows")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="of each prompt, to train on")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/few_prompts"))
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     task, settings = few(), settings_of(args.table)
     pictures = args.work_dir / "pictures"

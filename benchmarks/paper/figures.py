@@ -23,7 +23,7 @@ import torch
 
 from examples.tbcm.mini_teacher.emoji_metrics import SEED
 
-from ..common import ROOT
+from ..common import ROOT, made_folder
 from .noise import draw_noise
 from .sampling import draw_predictions, draw_schemes
 from .side_by_side import draw_pictures
@@ -48,11 +48,10 @@ def main() -> None:
     parser.add_argument("--students", nargs="*", default=[], metavar="NAME=FOLDER", help="pictures: what to compare")
     parser.add_argument("--steps", type=int, nargs="+", default=[1], help="pictures: of the students")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "paper_figures")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args()
     if args.prompts < MIN_PROMPTS:
         parser.error(f"--prompts is {args.prompts}, but has to be at least {MIN_PROMPTS}: some of the first are shown")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()
     record = {

@@ -30,7 +30,7 @@ from diffusers_tbcm.evaluation.features import NUM_COMPONENTS
 from diffusers_tbcm.evaluation.metrics import bootstrap, frechet_distance
 from examples.tbcm.mini_teacher.emoji_metrics import REFERENCE_FILE
 
-from ..common import EMBEDDED_TEACHER, default_device, machine
+from ..common import EMBEDDED_TEACHER, default_device, machine, made_folder
 from .study_report import RESULTS, report
 from .study_runs import ROWS_PER_STEP, Setting, Study
 
@@ -200,7 +200,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_train_steps", type=int, default=240)
     parser.add_argument("--prompts", type=int, default=500, help="that the students are measured on")
     parser.add_argument("--work_dir", type=Path, help="of the runs, some 100 MB each; default: runs/study/<teacher>")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     if args.max_train_steps < 1:
         parser.error(f"--max_train_steps is {args.max_train_steps}: it has to be positive")
@@ -238,7 +238,6 @@ def main(argv: list[str] | None = None) -> None:
     }
     flags = {name: setting.all_flags(all_steps[name], args.seeds[0]) for name, setting in settings.items()}
     compared = [] if args.table in UNPAIRED else differences(settings, all_steps, args.seeds, study)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     name = args.table if args.teacher == EMBEDDED_TEACHER else f"{args.table}_{args.teacher.name}"
     report(name, records, compared, details, flags, args.output_dir)
 
