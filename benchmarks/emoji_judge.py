@@ -1,6 +1,7 @@
 """Students of the embedded teacher, judged by its own pictures: what the benchmarks on it draw, keep and say."""
 
 from collections.abc import Callable, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def paired_differences(
 
     Returns:
         A row for each pair and number of steps: the mean over seeds of each metric's difference, with Student's 95%
-        interval.
+        interval where there are several.
     """
     rows = []
     by_model = table.set_index(["model", "steps", "seed"]).sort_index()
@@ -130,6 +131,7 @@ def paired_differences(
             row = {"way": model, "less": other, "steps": steps}
             for metric in metrics:
                 mean, half = seed_interval(by_model.loc[model, steps][metric] - by_model.loc[other, steps][metric])
-                row[metric] = f"{mean:+.3g} ({mean - half:+.3g} to {mean + half:+.3g})"
+                interval = "" if isnan(half) else f" ({mean - half:+.3g} to {mean + half:+.3g})"
+                row[metric] = f"{mean:+.3g}{interval}"
             rows.append(row)
     return pandas.DataFrame(rows)

@@ -73,6 +73,7 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
         ("random", "reference", steps) for steps in (1, 2, 4)
     ]
     assert len({row["FD to the teacher"] for row in result["students"]}) == 6
+    assert not any("(" in row["FD to the teacher"] for row in result["rows"])  # no interval of one seed
     assert result["flags"]["random"]["sampling_scheme"] == "random"
     assert "Means over seeds" in (tmp_path / "few_table4.md").read_text()
     monkeypatch.setattr(study_runs.subprocess, "run", lambda *_, **__: pytest.fail("was trained again"))
