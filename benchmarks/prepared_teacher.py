@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What preparation is worth: plain twins of the embedded emoji teacher, prepared and distilled.
 
-    python -m benchmarks.prepared_teacher        # some 15 minutes on 2 CPU cores
+    python -m benchmarks.prepared_teacher        # some 12 minutes on 2 CPU cores
 
 The embedded teacher is in dense time. Three twins of it see 1000 s and are made here, not shipped: of the *plain* one
 only the embedding of time is another, fitted through the sinusoids of 1000 s; of the *rough* one all weights were then
@@ -315,7 +315,7 @@ def plot(
     table: Sequence[dict[str, Any]],
 ) -> pyplot.Figure:
     """How teachers answer to time, the tangent's norm in training, and the students' distances."""
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 5.2))
     edges = torch.linspace(0, 1, 13)
     for name, response in responses.items():
         bins = torch.bucketize(s, edges[1:-1])
@@ -323,18 +323,18 @@ def plot(
         style = "--" if "," in name else "-"
         left.plot((edges[1:] + edges[:-1]) / 2, medians, style, marker=".", label=name)
     left.set(xlabel="s", ylabel="median ||dv/ds|| / ||v||", yscale="log", title="answer to time")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for name, folder in students.items():
         lines = [line for line in read_log(folder) if "tangent_norm" in line]
         middle.plot([line["step"] for line in lines], [line["tangent_norm"] for line in lines], label=name)
     middle.set(xlabel="step of TBCM", ylabel="tangent norm", yscale="log", title="tangent in training")
-    middle.legend(fontsize=7)
+    middle.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for place, name in enumerate(students):
         of = [row for row in table if row["student of"] == name]
         places = [place + 0.4 * number for number in range(len(of))]
         right.bar(places, [row["FD to the teacher"] for row in of], width=0.38, color=["C0", "C1"][: len(of)])
     labels = [name.replace(", ", "\n") for name in students]
-    right.set_xticks([place + 0.2 for place in range(len(students))], labels, fontsize=7)
+    right.set_xticks([place + 0.2 for place in range(len(students))], labels, fontsize=7, rotation=30)
     right.set(ylabel="FD to the teacher", title=f"students at {' and '.join(map(str, STUDENT_STEPS))} steps")
     figure.tight_layout()
     return figure
