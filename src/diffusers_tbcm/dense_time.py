@@ -26,7 +26,7 @@ from .text import Text
 FIT_POINTS = 4001  # times in [0, 1] that an embedding is fitted at: four for each of a plain teacher's own
 LARGEST_SLOPES = (3.0, 6.0, 12.0, 25.0, 50.0)  # of a hidden unit in s; a unit bends over about 1 / its slope
 FITTED_UNITS = 64  # of the embedder's hidden units
-NEARLY = 1.01  # times the smallest residual: gentler slopes would have their units cancel, by large weights
+NEARLY = 1.1  # times the smallest residual
 RIDGE = 1e-6  # of the least squares, over the mean variance of the regressors
 
 
