@@ -62,7 +62,7 @@ from examples.tbcm.quickstart import (
     recipe,
 )
 
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, machine, made_folder, write_results
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, machine, made_folder, write_results
 
 
 matplotlib.use("Agg")
@@ -173,11 +173,7 @@ def run_script(script: str, folder: Path, flags: Mapping[str, Any]) -> Path:
         "checkpointing_steps": 1000,
         "resume_from_checkpoint": "latest" if list_checkpoints(folder) else False,
     }
-    command = [sys.executable, str(EXAMPLES / script)]
-    for name, value in {**shared, **flags}.items():
-        if value is not False:
-            command += [f"--{name}", *([] if value is True else [str(value)])]
-    subprocess.run(command, check=True)
+    subprocess.run([sys.executable, str(EXAMPLES / script), *arguments({**shared, **flags})], check=True)
     return folder
 
 

@@ -62,6 +62,20 @@ def unnormalised_teacher(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """The draws of every recording, as they are asked for."""
+    asked = []
+    record = prepare_teacher.record_trajectories
+
+    def noting(*arguments):
+        inner = record(*arguments)
+        return lambda draws: asked.append(draws) or inner(draws)
+
+    monkeypatch.setattr(prepare_teacher, "record_trajectories", noting)
+    return asked
+
+
 def psnr(first, second):
     return -10 * (first - second).square().mean().log10().item()
 
@@ -217,17 +231,7 @@ def test_two_processes_align_norms_as_one_does(prepare_flags, unnormalised_teach
     assert largest_relative_difference(two, one) < 1e-3  # adapters begin at 0, and Adam steps by a gradient's sign
 
 
-def test_norms_are_fitted_on_other_trajectories_than_v_is_measured_on(
-    prepare_flags, unnormalised_teacher, monkeypatch
-):
-    asked = []
-    record = prepare_teacher.record_trajectories
-
-    def noting(*arguments):
-        inner = record(*arguments)
-        return lambda draws: asked.append(draws) or inner(draws)
-
-    monkeypatch.setattr(prepare_teacher, "record_trajectories", noting)
+def test_norms_are_fitted_on_other_trajectories_than_v_is_measured_on(prepare_flags, unnormalised_teacher, asked):
     main(prepare_flags(pretrained_model_name_or_path=unnormalised_teacher, qk_norm=True))
     held_out, for_norms = map(set, asked)
     assert len(held_out) == len(for_norms) == 2 and not held_out & for_norms
@@ -346,15 +350,7 @@ def test_a_dry_run_leaves_nothing(prepare_flags, plain_teacher, unnormalised_tea
     assert not (tmp_path / "run").exists()
 
 
-def test_trajectories_that_are_held_out_are_none_of_training(prepare_flags, monkeypatch):
-    asked = []
-    record = prepare_teacher.record_trajectories
-
-    def noting(*arguments):
-        inner = record(*arguments)
-        return lambda draws: asked.append(draws) or inner(draws)
-
-    monkeypatch.setattr(prepare_teacher, "record_trajectories", noting)
+def test_trajectories_that_are_held_out_are_none_of_training(prepare_flags, asked):
     main(prepare_flags(max_train_steps=3))
     assert len(asked[0]) == 2 and min(asked[0]) >= prepare_teacher.HELD_OUT
     assert sorted(draw for draws in asked[1:] for draw in draws) == [0, 1, 2]

@@ -45,7 +45,12 @@ def latent_shape(folder: Path, transformer: Any, resolution: int | None) -> tupl
     Raises:
         ValueError: where the autoencoder and the packing do not allow the resolution.
     """
-    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
+    return shape_before_packing(transformer, resolution, vae_scale_factor(folder))
+
+
+def shape_before_packing(transformer: Any, resolution: int | None, factor: int) -> tuple[int, ...]:
+    """As `latent_shape`, for an autoencoder of a given compression."""
+    size = latent_size(resolution, native=NATIVE_SIZE, factor=factor, patch=PACK)
     return transformer.config["in_channels"] // PACK**2, size, size
 
 

@@ -20,14 +20,13 @@ from .own_time import infer_timestep_scale as infer_timestep_scale
 from .own_time import name_timestep_scale as name_timestep_scale
 from .own_time import time_features as time_features
 from .own_time import timestep_scale as timestep_scale
-from .packed import NATIVE_SIZE, PACK, pack, unpack
+from .packed import PACK, pack, shape_before_packing, unpack
 from .packed import image_tokens as image_tokens
 from .packed import native_size as native_size
 from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
-from .patched import latent_size
 from .time_embedding import WideTimeEmbedding
 from .time_embedding import in_dense_time as in_dense_time
 
@@ -210,21 +209,8 @@ def vae_scale_factor(folder: Path) -> int:
 
 
 def latent_shape(folder: Path, transformer: QwenImageTransformer2DModel, resolution: int | None) -> tuple[int, ...]:
-    """Say what shape a picture's latents have before they are packed, from the autoencoder's config alone.
-
-    Args:
-        folder: the pipeline's folder.
-        transformer: its transformer.
-        resolution: pixels a side; None for the stock pipeline's.
-
-    Returns:
-        (channels, height, width).
-
-    Raises:
-        ValueError: where the autoencoder and the packing do not allow the resolution.
-    """
-    size = latent_size(resolution, native=NATIVE_SIZE, factor=vae_scale_factor(folder), patch=PACK)
-    return transformer.config["in_channels"] // PACK**2, size, size
+    """As `packed.latent_shape`, with this family's autoencoder."""
+    return shape_before_packing(transformer, resolution, vae_scale_factor(folder))
 
 
 def embeds_guidance(transformer: QwenImageTransformer2DModel) -> bool:
