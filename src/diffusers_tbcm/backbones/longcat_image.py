@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from .guided import guidance_arguments as guidance_arguments
 from .loading import load_network, load_prompt_pipeline
 from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
 from .own_time import infer_timestep_scale as infer_timestep_scale
+from .own_time import make_student as make_student
 from .own_time import name_timestep_scale as name_timestep_scale
 from .own_time import time_features as time_features
 from .own_time import timestep_scale as timestep_scale
@@ -30,7 +30,7 @@ from .patched import double_and_single_blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
 from .patched import make_ready as make_ready
-from .time_embedding import PROJECTED_TIME, WideTimeEmbedding
+from .time_embedding import PROJECTED_TIME
 from .time_embedding import in_dense_time as in_dense_time
 from .time_embedding import modulation as modulation
 
@@ -208,17 +208,3 @@ def embed_time(
         The conditioning vector, (batch, inner_dim).
     """
     return transformer.time_embed(time * PROJECTED_TIME, transformer.dtype)
-
-
-def make_student(teacher: LongCatImageTransformer2DModel) -> LongCatImageTransformer2DModel:
-    """Copy a teacher into a trainable student, which is equal to it.
-
-    Args:
-        teacher: the network to copy; it is left as it is.
-
-    Returns:
-        The student, on the teacher's device and in its dtype, every parameter trainable.
-    """
-    student = copy.deepcopy(teacher)
-    student.time_embed = WideTimeEmbedding(student.time_embed)
-    return student.requires_grad_(True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from .loading import load_network, load_prompt_pipeline
 from .own_time import DENSE_TIME_SCALE as DENSE_TIME_SCALE
 from .own_time import embed_time as embed_time
 from .own_time import infer_timestep_scale as infer_timestep_scale
+from .own_time import make_student as make_student
 from .own_time import name_timestep_scale as name_timestep_scale
 from .own_time import time_features as time_features
 from .own_time import timestep_scale as timestep_scale
@@ -27,7 +27,6 @@ from .patched import after_blocks as after_blocks
 from .patched import blocks as blocks
 from .patched import inner_dim as inner_dim
 from .patched import keep_text as keep_text
-from .time_embedding import WideTimeEmbedding
 from .time_embedding import in_dense_time as in_dense_time
 
 
@@ -324,17 +323,3 @@ def modulation(transformer: QwenImageTransformer2DModel, embedded: torch.Tensor)
     """
     layers = [layer for block in transformer.transformer_blocks for layer in (block.img_mod, block.txt_mod)]
     return torch.cat([layer(embedded) for layer in layers], dim=1)
-
-
-def make_student(teacher: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
-    """Copy a teacher into a trainable student, which is equal to it.
-
-    Args:
-        teacher: the network to copy; it is left as it is.
-
-    Returns:
-        The student, on the teacher's device and in its dtype, every parameter trainable.
-    """
-    student = copy.deepcopy(teacher)
-    student.time_text_embed = WideTimeEmbedding(student.time_text_embed)
-    return student.requires_grad_(True)
