@@ -8,6 +8,9 @@ and two that go on from its last checkpoint at a falling one: by the same loss, 
 `train_dmd.py` finishes the former. The averaged student at the end of each stage draws the quickstart's 500 evaluation
 prompts. Distances are to what the teacher draws of them in 20 steps from other noises. Writes
 benchmarks/results/emoji_student.json, .md and .png.
+
+The student that is saved has weights between those of the finished one and those of the one before it, which is better
+in two and four steps.
 """
 
 import argparse
@@ -27,15 +30,27 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import linregress
 
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.model_card import render_model_card
-from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.export.record import Measurement, Sample, StudentDescription, save_metrics
 from diffusers_tbcm.export.selection import select_files
-from diffusers_tbcm.pipeline_folder import CARD, CHECKPOINT, TRANSFORMER, list_checkpoints
+from diffusers_tbcm.files import read_json
+from diffusers_tbcm.pipeline_folder import (
+    CARD,
+    CHECKPOINT,
+    MODEL_INDEX,
+    TRAINING_CONFIG,
+    TRAINING_RECORD,
+    TRANSFORMER,
+    list_checkpoints,
+)
 from examples.tbcm.quickstart import (
     EVALUATION_PROMPTS,
     GRID_PROMPTS,
     MAX_SEQUENCE_LENGTH,
     SEED,
+    STUDENT_STEPS,
+    draw,
     many,
 )
 
@@ -50,16 +65,20 @@ from .common import (
     made_folder,
     write_results,
 )
-from .emoji_judge import DISTANCE, EmojiJudge, flat
+from .emoji_judge import DISTANCE, EmojiJudge, Tensors, flat
 
 
 SHIPPED = EXAMPLES / "sana_emoji_mini_tbcm"
 STAGES = (100, 200, 400, 800)  # steps at the end of each, by the endpoint loss
 FINAL_STEPS = 200  # then at a falling rate
 FINAL_LOSSES = ("consistency", "endpoint")
-MARKERS = {"endpoint": "v", "consistency": "*", "DMD": "D"}
+AVERAGED = "DMD, averaged"
+MARKERS = {"endpoint": "v", "consistency": "*", "DMD": "D", AVERAGED: "s"}
 FINISHED = "endpoint"  # the nearer one
 DMD_STEPS = 8400  # of the critic
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)  # of the student that DMD began with, in the weights of one between
+SHARES_SEED = 777  # of the noises that they are compared on
+SAVED_SHARE = 0.2  # the greatest that costs nothing in one step
 FLAGS: Mapping[str, Any] = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
     "no-complex_human_instruction": True,
@@ -161,6 +180,78 @@ def finish(folder: Path, start: Path, steps: int) -> SanaTBCMPipeline:
     return run_script("train_dmd.py", flags)
 
 
+def between(finished: Path, start: Path, share: float) -> SanaTBCMPipeline:
+    """Give the student between two (weights as in arXiv 2109.01903).
+
+    Args:
+        finished: folder of the student that training ended with.
+        start: of the one that it began with.
+        share: of the latter's weights, in 0 to 1; the rest is the former's.
+
+    Returns:
+        The student.
+    """
+    pipeline, other = (SanaTBCMPipeline.from_pretrained(folder) for folder in (finished, start))
+    beginning = other.transformer.state_dict()
+    for name, weight in pipeline.transformer.state_dict().items():
+        weight.lerp_(beginning[name], share)
+    return pipeline.to(default_device())
+
+
+def compare_shares(judge: EmojiJudge, finished: Path, start: Path) -> list[dict[str, Any]]:
+    """Say how near the students of `SHARES` are to the teacher, from noises that nothing else is measured on.
+
+    Args:
+        judge: what draws and measures.
+        finished, start: as `between` takes them.
+
+    Returns:
+        A row for each share and number of steps.
+    """
+    rows: list[dict[str, Any]] = []
+    first: dict[int, Tensors] = {}
+    for share in SHARES:
+        drawn = judge.draw(f"share_{share}", partial(between, finished, start, share), seed=SHARES_SEED)
+        first = first or drawn
+        for steps, each in drawn.items():
+            distance = judge.judge.distance(each["features"])
+            row: dict[str, Any] = {"share": share, "steps": steps, DISTANCE: round(distance.value, 2)}
+            if drawn is not first:
+                less = judge.judge.distance(each["features"], first[steps]["features"])
+                row["less share 0"] = f"{less.value:+.1f} ({less.low:+.1f} to {less.high:+.1f})"
+            rows.append(row)
+    return rows
+
+
+def save_between(folder: Path, finished: Path, start: Path, share: float) -> SanaTBCMPipeline:
+    """Save the student between two, with card and pictures, unless that has been done.
+
+    Args:
+        folder: of the one between.
+        finished, start, share: as `between` takes them.
+
+    Returns:
+        The student.
+    """
+    if not (folder / MODEL_INDEX).exists():
+        pipeline, record = between(finished, start, share), read_json(finished / TRAINING_RECORD)
+        drawn = {steps: draw(pipeline, GRID_PROMPTS, steps) for steps in STUDENT_STEPS}
+        description = StudentDescription(
+            prompt=record["prompt"],
+            training={**record["training"], "averaged": f"{share:g} of the weights before distribution matching"},
+            config=read_json(finished / TRAINING_CONFIG),
+            samples=[
+                Sample(prompt, steps, pictures[place])
+                for place, prompt in enumerate(GRID_PROMPTS)
+                for steps, pictures in drawn.items()
+            ],
+        )
+        save_student_pipeline(
+            pipeline.transformer, EMBEDDED_TEACHER, folder, description, scheduler=pipeline.scheduler
+        )
+    return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
+
+
 def power_law(rows: Sequence[float], excess: Sequence[float]) -> tuple[float, float]:
     """Fit excess = scale rows^exponent by least squares of the logarithms; gives scale and exponent."""
     line = linregress(numpy.log(rows), numpy.log(excess))
@@ -199,7 +290,7 @@ def plot(table: pandas.DataFrame, untrained: Mapping[int, float], floor: float, 
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="trained rows (then, v: endpoint, falling rate; *: consistency; D: DMD)",
+        xlabel="trained rows (then, v: endpoint, falling rate; *: consistency; D: DMD, s: averaged)",
         ylabel=DISTANCE,
     )
     axes.legend()
@@ -255,13 +346,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     finished = args.work_dir / "dmd"
     load = partial(finish, finished, args.work_dir / FINISHED, args.dmd_steps)
     trained = ROWS_A_STEP * steps + DMD_ROWS_A_STEP * (args.dmd_steps // DMD_FLAGS["student_every"])
-    final = measure(f"stage_{steps}_dmd_{args.dmd_steps}", trained, load, loss="DMD", rate="falling")
+    name = f"stage_{steps}_dmd_{args.dmd_steps}"
+    measure(name, trained, load, loss="DMD", rate="falling")
+    start, saved = args.work_dir / FINISHED, args.work_dir / "saved"
+    shares = compare_shares(judge, finished, start)
+    load = partial(save_between, saved, finished, start, SAVED_SHARE)
+    final = measure(f"{name}_averaged", trained, load, loss=AVERAGED, rate="")
 
     table = pandas.DataFrame(rows)
     details = {"prompts": args.prompts, "batch": ROWS_A_STEP, **machine(default_device())}
     more = {
         "controls": [flat(each) for each in judge.controls],
         "laws": extrapolate(table, judge.floor),
+        "shares": shares,
         "flags": {"tbcm": FLAGS, "dmd": DMD_FLAGS},
     }
     write_results("emoji_student", table, details, args.output_dir, **more)
@@ -269,13 +366,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     plot(table, untrained, judge.floor, args.output_dir / "emoji_student.png")
     if args.save:
         save_metrics(
-            finished,
+            saved,
             [*judge.controls, *final],
             dataset=f"{args.prompts} evaluation prompts of the embedded emoji teacher",
             command="python -m benchmarks.emoji_student",
-            details={"seed": SEED, "rows": trained, "loss": "endpoint, then DMD", **machine(default_device())},
+            details={
+                "seed": SEED,
+                "rows": trained,
+                "loss": "endpoint, then DMD, averaged",
+                **machine(default_device()),
+            },
         )
-        save(finished, SHIPPED)
+        save(saved, SHIPPED)
 
 
 if __name__ == "__main__":
