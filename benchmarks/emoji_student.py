@@ -290,7 +290,7 @@ def plot(table: pandas.DataFrame, untrained: Mapping[int, float], floor: float, 
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="trained rows (then, v: endpoint, falling rate; *: consistency; D: DMD, s: averaged)",
+        xlabel="trained rows\n(v: endpoint, falling rate; *: consistency; D: DMD; s: averaged)",
         ylabel=DISTANCE,
     )
     axes.legend()
