@@ -38,7 +38,7 @@ def test_every_setting_trains_as_many_rows_at_all_times_on_the_few_prompts(table
         on_trajectories = setting.method == "tbcm"
         assert args.train_batch_size * (args.route_steps - 1 if on_trajectories else 1) == ROWS_PER_STEP
         assert getattr(args, "loss_weighting", "uniform") == "uniform"
-        assert args.learning_rate == 2e-4
+        assert args.learning_rate == setting.flags.get("learning_rate", 2e-4)
         if on_trajectories:
             assert args.prompts_file == str(PROMPTS_FILE)
         names.add(setting.run_name(400, 3))
@@ -62,8 +62,7 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(emoji_judge, "TEACHER_STEPS", 2)
     monkeypatch.setattr(few_prompts, "few", lambda: TASK)
     monkeypatch.setitem(OF_METHOD, "tbcm", {**OF_METHOD["tbcm"], **LITTLE})
-    table4 = few_prompts.TABLES["table4"]
-    monkeypatch.setitem(few_prompts.TABLES, "table4", {name: table4[name] for name in ("random", "reference")})
+    monkeypatch.setitem(SHOWN, "table4", {name: SHOWN["table4"][name] for name in ("random", "reference")})
     monkeypatch.setattr(study_runs, "subprocess", SimpleNamespace(run=run_forked))
     command = ["table4", "--seeds", "0", "--max_train_steps", "1"]
     command += ["--work_dir", f"{tmp_path / 'work'}", "--output_dir", f"{tmp_path}"]
@@ -79,8 +78,12 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(study_runs.subprocess, "run", lambda *_, **__: pytest.fail("was trained again"))
     few_prompts.main(command)
     assert json.loads((tmp_path / "few_table4.json").read_text())["rows"] == result["rows"]
-    few_prompts.main([*command, "--work_dir", str(tmp_path / "another machine's")])
-    assert json.loads((tmp_path / "few_table4.json").read_text())["students"] == result["students"]
+
+    monkeypatch.setattr(study_runs.subprocess, "run", run_forked)
+    few_prompts.main([*command, "--seeds", "1", "--work_dir", str(tmp_path / "another machine's")])
+    added = json.loads((tmp_path / "few_table4.json").read_text())
+    assert added["students"][: len(result["students"])] == result["students"] and added["details"]["seeds"] == [0, 1]
+    assert all("(" in row["FD to the teacher"] for row in added["rows"])
 
 
 def test_students_of_a_result_are_those_of_the_same_flags(tmp_path):

@@ -4,13 +4,14 @@
     python -m benchmarks.paper.few_prompts table4    # sampling schemes
     python -m benchmarks.paper.few_prompts table6    # the tangent's final ratio
     python -m benchmarks.paper.few_prompts table7    # warm-up against warm-up and cooldown
+    python -m benchmarks.paper.few_prompts rates     # Table 2's methods at another learning rate
 
 The settings are those of `study`, but every time counts alike in the consistency loss, and few prompts let a student
 of some minutes come near its teacher. The methods that train on pictures are given the teacher's own of the same
 prompts, from noises of their own. Runs and pictures are kept in --work_dir and shared by the tables. Writes
 benchmarks/paper/results/few_<table>.json and .md: each setting less the paper's TBCM in pairs of one seed, and every
-student. Students that are in the file already, trained with the same flags, are taken from there: seeds may be added
-one by one, on other machines too.
+student. Students that are in the file already, trained with the same flags, stay: seeds may be added one by one, on
+other machines too.
 """
 
 import argparse
@@ -30,12 +31,17 @@ from examples.tbcm.quickstart import TEACHER_STEPS, Task, draw, few
 
 from ..common import EMBEDDED_TEACHER, default_device, machine, made_folder, markdown, write_results
 from ..emoji_judge import DISTANCE, EmojiJudge, flat, paired_differences
-from .study import TABLES
+from .study import METHODS, TABLES, TBCM
 from .study_report import RESULTS
 from .study_runs import Setting, Study
 
 
-SHOWN = ("table2", "table4", "table6", "table7")
+OTHER_RATE = {"learning_rate": 5e-5}
+SHOWN = {table: TABLES[table] for table in ("table2", "table4", "table6", "table7")}
+SHOWN["rates"] = {
+    **{f"{name} at 5e-5": replace(setting, flags=OTHER_RATE) for name, setting in METHODS.items()},
+    TBCM: METHODS[TBCM],
+}
 METRICS = (DISTANCE, "decisiveness", "top-5 retrieval")
 ROWS_PER_STEP = 60
 COMMON = {"learning_rate": 2e-4, "loss_weighting": "uniform"}
@@ -50,7 +56,7 @@ PICTURES, PICTURES_SEED = 40, 9876  # of each prompt, to train on
 
 def settings_of(table: str) -> dict[str, Setting]:
     """A table's settings, as they are trained here."""
-    return {name: replace(setting, common=OF_METHOD[setting.method]) for name, setting in TABLES[table].items()}
+    return {name: replace(setting, common=OF_METHOD[setting.method]) for name, setting in SHOWN[table].items()}
 
 
 def draw_pictures(task: Task, folder: Path, each: int) -> None:
@@ -105,9 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = {name: setting.all_flags(args.max_train_steps, seed=0) for name, setting in settings.items()}
     for each in flags.values():
         del each["seed"]
-    students = [student for student in kept_students(file, flags) if student["seed"] in args.seeds]
+    students = kept_students(file, flags)
     done = {(student["seed"], student["model"]) for student in students}
-    for seed in args.seeds:
+    seeds = sorted({*args.seeds, *(seed for seed, _ in done)})
+    for seed in seeds:
         for name, setting in tqdm(settings.items(), desc=f"seed {seed}"):
             if (seed, name) in done:
                 continue
@@ -117,11 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             students += [{"seed": seed, **flat(judge.describe(name, *of_steps))} for of_steps in drawn.items()]
 
     table = pandas.DataFrame(students)
-    (reference,) = (name for name, setting in TABLES[args.table].items() if setting == Setting())
+    (reference,) = (name for name, setting in SHOWN[args.table].items() if setting == Setting())
     others = [(name, reference) for name in settings if name != reference]
     details = {
         "pictures": len(task.prompts),
-        "seeds": args.seeds,
+        "seeds": seeds,
         "max_train_steps": args.max_train_steps,
         "rows a step": ROWS_PER_STEP,
         **machine(default_device()),
