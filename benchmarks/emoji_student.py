@@ -30,17 +30,12 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import linregress
 
 from diffusers_tbcm import SanaTBCMPipeline
-from diffusers_tbcm.export.folders import save_student_pipeline
 from diffusers_tbcm.export.model_card import render_model_card
-from diffusers_tbcm.export.record import Measurement, Sample, StudentDescription, save_metrics
+from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.export.selection import select_files
-from diffusers_tbcm.files import read_json
 from diffusers_tbcm.pipeline_folder import (
     CARD,
     CHECKPOINT,
-    MODEL_INDEX,
-    TRAINING_CONFIG,
-    TRAINING_RECORD,
     TRANSFORMER,
     list_checkpoints,
 )
@@ -49,8 +44,6 @@ from examples.tbcm.quickstart import (
     GRID_PROMPTS,
     MAX_SEQUENCE_LENGTH,
     SEED,
-    STUDENT_STEPS,
-    draw,
     many,
 )
 
@@ -155,13 +148,17 @@ def train(folder: Path, steps: int, endpoint_steps: int, *, start: Path | None =
     return run_script("train_tbcm_distill.py", flags)
 
 
-def finish(folder: Path, start: Path, steps: int) -> SanaTBCMPipeline:
+def finish(
+    folder: Path, start: Path, steps: int, *, start_share: float = 0.0, after: Path | None = None
+) -> SanaTBCMPipeline:
     """Let distribution matching finish a student, or go on with that; the averaged student.
 
     Args:
         folder: of the run.
         start: the student's folder.
         steps: of the critic.
+        start_share: of the student's weights, in those that are saved.
+        after: a checkpoint of another run to go on from; None for none.
 
     Returns:
         The student.
@@ -169,13 +166,14 @@ def finish(folder: Path, start: Path, steps: int) -> SanaTBCMPipeline:
     flags = {
         "pretrained_model_name_or_path": EMBEDDED_TEACHER,
         "student_model_name_or_path": start,
+        "start_share": start_share,
         "prompts_file": many().prompts_file,
         "output_dir": folder,
         "max_train_steps": steps,
         "validation_prompts": GRID_PROMPTS,
         "validation_steps": steps,
         **DMD_FLAGS,
-        "resume_from_checkpoint": "latest" if list_checkpoints(folder) else False,
+        "resume_from_checkpoint": "latest" if list_checkpoints(folder) else after or False,
     }
     return run_script("train_dmd.py", flags)
 
@@ -221,35 +219,6 @@ def compare_shares(judge: EmojiJudge, finished: Path, start: Path) -> list[dict[
                 row["less share 0"] = f"{less.value:+.1f} ({less.low:+.1f} to {less.high:+.1f})"
             rows.append(row)
     return rows
-
-
-def save_between(folder: Path, finished: Path, start: Path, share: float) -> SanaTBCMPipeline:
-    """Save the student between two, with card and pictures, unless that has been done.
-
-    Args:
-        folder: of the one between.
-        finished, start, share: as `between` takes them.
-
-    Returns:
-        The student.
-    """
-    if not (folder / MODEL_INDEX).exists():
-        pipeline, record = between(finished, start, share), read_json(finished / TRAINING_RECORD)
-        drawn = {steps: draw(pipeline, GRID_PROMPTS, steps) for steps in STUDENT_STEPS}
-        description = StudentDescription(
-            prompt=record["prompt"],
-            training={**record["training"], "averaged": f"{share:g} of the weights before distribution matching"},
-            config=read_json(finished / TRAINING_CONFIG),
-            samples=[
-                Sample(prompt, steps, pictures[place])
-                for place, prompt in enumerate(GRID_PROMPTS)
-                for steps, pictures in drawn.items()
-            ],
-        )
-        save_student_pipeline(
-            pipeline.transformer, EMBEDDED_TEACHER, folder, description, scheduler=pipeline.scheduler
-        )
-    return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
 
 
 def power_law(rows: Sequence[float], excess: Sequence[float]) -> tuple[float, float]:
@@ -343,14 +312,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = run / f"{CHECKPOINT}{args.stages[-1]}"
         load = partial(train, args.work_dir / loss, steps, endpoint_steps, start=start)
         measure(f"stage_{steps}_{loss}", ROWS_A_STEP * steps, load, loss=loss, rate="falling")
-    finished = args.work_dir / "dmd"
-    load = partial(finish, finished, args.work_dir / FINISHED, args.dmd_steps)
+    start, finished = args.work_dir / FINISHED, args.work_dir / "dmd"
+    load = partial(finish, finished, start, args.dmd_steps)
     trained = ROWS_A_STEP * steps + DMD_ROWS_A_STEP * (args.dmd_steps // DMD_FLAGS["student_every"])
     name = f"stage_{steps}_dmd_{args.dmd_steps}"
     measure(name, trained, load, loss="DMD", rate="falling")
-    start, saved = args.work_dir / FINISHED, args.work_dir / "saved"
+    saved = args.work_dir / "saved"
     shares = compare_shares(judge, finished, start)
-    load = partial(save_between, saved, finished, start, SAVED_SHARE)
+    after = finished / f"{CHECKPOINT}{args.dmd_steps}"
+    load = partial(finish, saved, start, args.dmd_steps, start_share=SAVED_SHARE, after=after)
     final = measure(f"{name}_averaged", trained, load, loss=AVERAGED, rate="")
 
     table = pandas.DataFrame(rows)

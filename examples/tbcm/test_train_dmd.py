@@ -144,6 +144,20 @@ def test_a_share_of_the_rows_is_where_a_single_step_begins(dmd_flags, monkeypatc
     assert f"| rows at pi/2 | {rows} of 4 |" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_a_share_of_the_weights_it_began_with_is_saved(dmd_flags, start, tmp_path):
+    """Training is the same; so the share may change when a run goes on, even one that has ended."""
+    begun, run = student_weights(start), tmp_path / "run"
+    train_dmd.main(dmd_flags(student_model_name_or_path=start, use_ema=True))
+    trained = student_weights(run)
+    again = {"student_model_name_or_path": start, "use_ema": True, "resume_from_checkpoint": "latest"}
+    train_dmd.main(dmd_flags(start_share=0.25, **again))
+    for name, weight in student_weights(run).items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight.double(), 0.75 * trained[name].double() + 0.25 * begun[name].double())
+    assert any(not torch.equal(begun[name], weight) for name, weight in trained.items())
+    assert "| saved | 0.25 of the weights it began with |" in (run / "README.md").read_text()
+
+
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(dmd_flags, tmp_path):
     rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "max_train_steps": 2}
     train_dmd.main(dmd_flags(output_dir=tmp_path / "one", **{**rates, "train_batch_size": 4}))
@@ -166,6 +180,8 @@ def test_adapters_begin_as_the_teacher_and_are_drawn(dmd_flags, tmp_path):
         ({"student_every": 0}, "--student_every is 0"),
         ({"route_steps": 1}, "--route_steps is 1"),
         ({"noise_share": 1.5}, "--noise_share is 1.5: it is a share, at most 1"),
+        ({"start_share": 2, "student_model_name_or_path": "x"}, "--start_share is 2.0: it is a share, at most 1"),
+        ({"start_share": 0.2}, "--start_share is of the weights of --student_model_name_or_path: give that too"),
         ({"rank": 2, "student_model_name_or_path": "x"}, "--student_model_name_or_path has others: give one of them"),
     ],
 )

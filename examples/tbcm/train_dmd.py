@@ -62,6 +62,9 @@ class DMDSettings(PromptSettings, RowSettings):
     student_model_name_or_path: str | None = setting(
         None, "folder or Hub id of the TBCM student to begin with; default: the teacher"
     )
+    start_share: float = setting(
+        0.0, "of that student's weights in those that are drawn and saved; the rest is what was trained"
+    )
     max_train_steps: int = setting(3000, "steps of the critic; the student takes one in every student_every")
     lr_scheduler: str = setting("cosine", "of the learning rates")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
@@ -80,9 +83,12 @@ class DMDSettings(PromptSettings, RowSettings):
                 f"`route_steps` is {self.route_steps}: it takes 2, as the step at pi/2 gives no training row"
             )
         check_positive(self, "flow_shift", "student_every", "critic_learning_rate")
-        check_not_negative(self, "noise_share", "dm_weight", "endpoint_weight")
-        if self.noise_share > 1:
-            raise ValueError(f"`noise_share` is {self.noise_share}: it is a share, at most 1")
+        check_not_negative(self, "noise_share", "start_share", "dm_weight", "endpoint_weight")
+        for name in ("noise_share", "start_share"):
+            if (share := getattr(self, name)) > 1:
+                raise ValueError(f"`{name}` is {share}: it is a share, at most 1")
+        if self.start_share and self.student_model_name_or_path is None:
+            raise ValueError("`start_share` is of the weights of `student_model_name_or_path`: give that too")
         if not self.dm_weight + self.endpoint_weight > 0:
             raise ValueError("`dm_weight` and `endpoint_weight` are 0: there is nothing to train the student on")
         if self.rank is not None and self.student_model_name_or_path is not None:
@@ -100,6 +106,7 @@ class DMDSettings(PromptSettings, RowSettings):
         """What the model card says of the method's own settings."""
         return {
             "begins as": "the teacher" if self.student_model_name_or_path is None else "a TBCM student",
+            **({"saved": f"{self.start_share:g} of the weights it began with"} if self.start_share else {}),
             "route": f"{self.route_steps} steps, shift {self.flow_shift}",
             "rows at pi/2": f"{self.noise_rows} of {self.route_steps - 1}",
             "student": f"one step in {self.student_every} of the critic's",
@@ -156,6 +163,7 @@ def train(settings: DMDSettings, stop: StopRequest) -> Run:
     student, critic = distillation.add_student_and_critic(
         rows_per_prompt=settings.route_steps - 1,
         start=settings.student_model_name_or_path,
+        start_share=settings.start_share,
         every=settings.student_every,
         critic_learning_rate=settings.critic_learning_rate,
     )

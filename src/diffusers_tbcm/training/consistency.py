@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class ConsistencyDistillation(Distillation):
         else:
             self.scheduler = FlowStudentScheduler(call_options=drawn_with, stochastic_sampling=True)
             self.save_pipeline, self.save_lora = save_flow_student, save_flow_lora
+        self._start, self._start_share = "", 0.0
 
     @property
     def inner_dim(self) -> int:
@@ -108,13 +109,20 @@ class ConsistencyDistillation(Distillation):
         )
 
     def add_student_and_critic(
-        self, rows_per_prompt: int, *, start: str | None, every: int, critic_learning_rate: float
+        self,
+        rows_per_prompt: int,
+        *,
+        start: str | None,
+        start_share: float,
+        every: int,
+        critic_learning_rate: float,
     ) -> tuple[nn.Module, nn.Module]:
         """Make a student and its critic, which begins as the teacher, and add them; the memory plan is printed.
 
         Args:
             rows_per_prompt: rows that both will see of every prompt.
             start: folder or Hub id of the student to begin with; None for the teacher.
+            start_share: of its weights, in those of the student that is drawn and saved (as in arXiv 2109.01903).
             every: the student is updated in every so many steps of the run, the critic in every one.
             critic_learning_rate: after the warm-up, which is the student's.
 
@@ -128,7 +136,8 @@ class ConsistencyDistillation(Distillation):
         student = self._make_network().to(device)
         critic = FlowTransformer(copy_trained(student.transformer), self.teacher.timestep_scale).to(device)
         if start is not None:
-            self._load_start(student.transformer, start)
+            self._start, self._start_share = start, start_share
+            student.transformer.load_state_dict(self._start_weights(student.transformer))
         return self._add_pair(
             student,
             critic,
@@ -149,19 +158,28 @@ class ConsistencyDistillation(Distillation):
             transformer.enable_gradient_checkpointing(checkpoint_dual)
         return TrigFlowTransformer(transformer, self.teacher.timestep_scale)
 
-    def _load_start(self, transformer: nn.Module, start: str) -> None:
-        """Give a network the weights of a student."""
+    def _start_weights(self, transformer: nn.Module) -> dict[str, torch.Tensor]:
+        """The weights of the student to begin with, for a network."""
         try:
-            folder = resolve_teacher(start)
+            folder = resolve_teacher(self._start)
             self.run.depends_on(start=digest_component(folder, TRANSFORMER))
             weights, own = find_backbone(folder).load_transformer(folder).state_dict(), transformer.state_dict()
             if {name: weights[name].shape for name in weights} != {name: own[name].shape for name in own}:
                 raise ValueError("its transformer has other layers")
-            transformer.load_state_dict(weights)
         except ValueError as error:
             raise ValueError(
-                f"`student_model_name_or_path` {start!r} is no consistency student of this teacher: {in_a_line(error)}"
+                f"`student_model_name_or_path` {self._start!r} is no consistency student of this teacher:"
+                f" {in_a_line(error)}"
             ) from error
+        return weights
+
+    def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
+        student = super()._load_student(weights)
+        if self._start_share:
+            start = self._start_weights(student)
+            for name, weight in student.state_dict().items():
+                weight.lerp_(start[name].to(weight), self._start_share)
+        return student
 
     def _training_table(self) -> dict[str, Any]:
         table, scales = super()._training_table(), self.settings.guidance_scales

@@ -15,7 +15,7 @@ FREE = frozenset({
     "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_license",
     "merge_lora", "export_variants", "precompute_embeddings", "latents_cache",
     "teacher_batch_size", "offload_text_encoder", "gradient_checkpointing", "compile", "allow_plain_teacher",
-    "drift_steps", "drift_tolerance",
+    "drift_steps", "drift_tolerance", "start_share",
 })  # fmt: skip
 # What names teacher and data: these are compared by their content.
 BY_CONTENT = frozenset({
