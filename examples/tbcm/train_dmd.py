@@ -39,6 +39,7 @@ from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import (
+    LR_SCHEDULERS,
     PromptSettings,
     RowSettings,
     check_not_negative,
@@ -63,7 +64,7 @@ class DMDSettings(PromptSettings, RowSettings):
         None, "folder or Hub id of the TBCM student to begin with; default: the teacher"
     )
     max_train_steps: int = setting(3000, "steps of the critic; the student takes one in every student_every")
-    lr_scheduler: str = setting("cosine", "of the learning rates")
+    lr_scheduler: str = setting("cosine", "of the learning rates", choices=LR_SCHEDULERS)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     route_steps: int = setting(16, "teacher steps N of a trajectory")
     flow_shift: float = setting(2.5, "of the route")
