@@ -153,6 +153,13 @@ def test_two_processes_and_two_micro_steps_give_the_weights_of_one(dmd_flags, tm
         assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
 
 
+def test_a_dry_run_comes_to_a_step_of_the_student(dmd_flags, tmp_path, capsys):
+    train_dmd.main(dmd_flags(dry_run=True, student_every=3, max_train_steps=100))
+    steps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert ["dm_loss" in line for line in steps] == [False, False, True]
+    assert not (tmp_path / "run").exists()
+
+
 def test_adapters_begin_as_the_teacher_and_are_drawn(dmd_flags, tmp_path):
     train_dmd.main(dmd_flags(rank=2, merge_lora=True))
     assert (tmp_path / "run" / "lora").is_dir()
