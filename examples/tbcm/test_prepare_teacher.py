@@ -20,6 +20,7 @@ from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.scripts import prepare_teacher, train_scm, train_tbcm_distill
 from diffusers_tbcm.scripts.prepare_teacher import PreparationSettings, main
+from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import parse_settings
 from examples.tbcm.conftest import arguments
 
@@ -158,6 +159,23 @@ def test_alignment_that_comes_no_closer_is_left_out(prepare_flags, rank, tmp_pat
     main(prepare_flags(max_train_steps=2, learning_rate=1e-1, lr_scheduler="constant", rank=rank))
     assert "alignment is left out of what is saved" in caplog.text
     assert card_entry(tmp_path / "run", "relative error of v'").endswith("after, which was left out")
+    fitted, saved = student_weights(tmp_path / "fit"), student_weights(tmp_path / "run")
+    assert all(torch.equal(saved[name], fitted[name]) for name in fitted)
+
+
+def test_alignment_is_left_out_of_a_teacher_with_a_lora_by_one_process_alone(
+    prepare_flags, lora, monkeypatch, tmp_path
+):
+    """The others do not come along: what they all have to say to each other is said before."""
+    noted, depends_on = [], Run.depends_on
+    monkeypatch.setattr(
+        Run, "depends_on", lambda self, **content: noted.append({*content}) or depends_on(self, **content)
+    )
+    main(prepare_flags(lora=lora, output_dir=tmp_path / "fit"))
+    of_the_fit, noted[:] = [*noted], []
+    main(prepare_flags(lora=lora, max_train_steps=2, learning_rate=1e-1, lr_scheduler="constant"))
+    assert card_entry(tmp_path / "run", "relative error of v'").endswith("after, which was left out")
+    assert noted == of_the_fit and {"lora"} in noted
     fitted, saved = student_weights(tmp_path / "fit"), student_weights(tmp_path / "run")
     assert all(torch.equal(saved[name], fitted[name]) for name in fitted)
 
