@@ -305,10 +305,15 @@ def test_a_lora_that_is_none_of_this_teacher_is_refused(prepare_flags, plain_tea
     assert not (tmp_path / "run").exists()
 
 
-def test_another_lora_of_the_same_name_is_refused_at_resumption(prepare_flags, lora, tmp_path):
+def test_another_lora_is_refused_at_resumption_whatever_its_name(prepare_flags, lora, tmp_path):
     given = tmp_path / "lora"
     shutil.copytree(lora, given)
     main(prepare_flags(lora=given, max_train_steps=1))
+    main(prepare_flags(max_train_steps=1, output_dir=tmp_path / "without"))
+    on = {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    for wrong in ({}, {"lora": given, "output_dir": tmp_path / "without"}):
+        with pytest.raises(ValueError, match="was trained with another lora"):
+            main(prepare_flags(**on, **wrong))
     SanaPipeline.save_lora_weights(
         given,
         transformer_lora_layers={
@@ -317,7 +322,7 @@ def test_another_lora_of_the_same_name_is_refused_at_resumption(prepare_flags, l
         },
     )
     with pytest.raises(ValueError, match="was trained with another lora"):
-        main(prepare_flags(lora=given, max_train_steps=2, resume_from_checkpoint="latest"))
+        main(prepare_flags(lora=given, **on))
 
 
 def test_adapters_of_the_alignment_are_merged(prepare_flags, plain_teacher, monkeypatch, tmp_path):

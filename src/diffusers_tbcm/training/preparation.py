@@ -165,8 +165,7 @@ class Preparation(Distillation):
 
     def _load_teacher(self) -> Any:
         transformer, lora = self._load_merged()
-        if self._lora is not None:
-            self.run.depends_on(lora=lora)
+        self.run.depends_on(lora=lora)
         return transformer
 
     def _load_merged(self) -> tuple[Any, str]:
