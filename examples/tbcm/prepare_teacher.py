@@ -64,13 +64,13 @@ class PreparationSettings(PromptSettings):
     least_train_steps = 0
 
     def __post_init__(self) -> None:
+        self.merge_lora |= self.rank is not None  # adapters of the alignment are no use without the new embedder
         super().__post_init__()
         check_positive(self, "route_steps", "flow_shift", "held_out_prompts")
         if self.route_steps < 2:
             raise ValueError(f"`route_steps` is {self.route_steps}: a trajectory has at least 2")
         if min(self.guidance_scales) <= 0:
             raise ValueError(f"`guidance_scales` is {self.guidance_scales}: every scale has to be positive")
-        self.merge_lora = self.rank is not None  # adapters of the alignment are no use without the new embedder
 
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""

@@ -365,6 +365,11 @@ def test_settings_that_do_not_fit_are_refused(prepare_flags, changes, message, c
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_copies_in_half_precision_are_of_the_merged_adapters(prepare_flags, tmp_path):
+    main(prepare_flags(rank=2, export_variants=["bf16"]))
+    assert (tmp_path / "run" / "transformer" / "diffusion_pytorch_model.bf16.safetensors").is_file()
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_dry_run_leaves_nothing(prepare_flags, plain_teacher, unnormalised_teacher, qk_norm, tmp_path, capsys):
     own = {"pretrained_model_name_or_path": unnormalised_teacher if qk_norm else plain_teacher, "qk_norm": qk_norm}
