@@ -63,10 +63,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dmd_flags, start, tm
         train_dmd.main(dmd_flags(max_train_steps=stop, **going_on, **broken))
     train_dmd.main(dmd_flags(resume_from_checkpoint="latest", **broken))
     assert_same_models(*(tmp_path / name / "checkpoint-4" for name in ("broken", "run")))
+
+
+def test_a_resumed_run_is_told_of_the_student_that_it_began_with(dmd_flags, start, tmp_path):
+    """By its weights, wherever they lie."""
+    begun = dmd_flags(student_model_name_or_path=start, max_train_steps=1)
+    train_dmd.main(begun)
+    goes_on = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
     other = write_tiny_pipeline(tmp_path / "other")
     tiny_transformer(guidance_embeds=True).save_pretrained(other / "transformer")
-    with pytest.raises(ValueError, match="start"):
-        train_dmd.main(dmd_flags(resume_from_checkpoint="latest", **(broken | {"student_model_name_or_path": other})))
+    for wrong in (other, None):
+        with pytest.raises(ValueError, match=r"^checkpoint .* was trained with another start"):
+            train_dmd.main(dmd_flags(student_model_name_or_path=wrong, **goes_on))
+    moved = start.rename(tmp_path / "moved")
+    train_dmd.main(dmd_flags(student_model_name_or_path=moved, **goes_on))
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
 def test_the_losses_are_those_of_the_critic_and_teacher_as_they_stand(dmd_flags, monkeypatch):

@@ -127,8 +127,8 @@ class ConsistencyDistillation(Distillation):
         device = self.run.device
         student = self._make_network().to(device)
         critic = FlowTransformer(copy_trained(student.transformer), self.teacher.timestep_scale).to(device)
-        if start is not None:
-            self._load_start(student.transformer, start)
+        began_as = "the teacher" if start is None else self._load_start(student.transformer, start)
+        self.run.depends_on(start=began_as)
         return self._add_pair(
             student,
             critic,
@@ -149,15 +149,16 @@ class ConsistencyDistillation(Distillation):
             transformer.enable_gradient_checkpointing(checkpoint_dual)
         return TrigFlowTransformer(transformer, self.teacher.timestep_scale)
 
-    def _load_start(self, transformer: nn.Module, start: str) -> None:
-        """Give a network the weights of a student."""
+    def _load_start(self, transformer: nn.Module, start: str) -> str:
+        """Give a network the weights of a student; a digest of them."""
         try:
             folder = resolve_teacher(start)
-            self.run.depends_on(start=digest_component(folder, TRANSFORMER))
+            digest = digest_component(folder, TRANSFORMER)
             weights, own = find_backbone(folder).load_transformer(folder).state_dict(), transformer.state_dict()
             if {name: weights[name].shape for name in weights} != {name: own[name].shape for name in own}:
                 raise ValueError("its transformer has other layers")
             transformer.load_state_dict(weights)
+            return digest
         except ValueError as error:
             raise ValueError(
                 f"`student_model_name_or_path` {start!r} is no consistency student of this teacher: {in_a_line(error)}"
