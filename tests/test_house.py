@@ -78,6 +78,16 @@ def test_every_setting_of_a_training_script_is_read(name):
     assert declared - set().union(*(read_attributes(file.read_text()) for file in sources)) == set()
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_with_a_default_of_its_own_takes_what_the_shared_one_takes(name):
+    settings = getattr(import_module(f"diffusers_tbcm.scripts.{name}"), SETTINGS[name])
+    own = {field.name: field.metadata for field in dataclasses.fields(settings)}
+    for base in filter(dataclasses.is_dataclass, settings.__mro__[1:]):
+        for field in dataclasses.fields(base):
+            shared = {**field.metadata, "help": own[field.name]["help"]}
+            assert {option: own[field.name].get(option) for option in shared} == shared, field.name
+
+
 def loop_lines(source: str) -> int:
     """The lines from the `for` over a run's batches to the end of its `update`, comments and all."""
     for node in ast.walk(ast.parse(source)):

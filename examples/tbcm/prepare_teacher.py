@@ -34,7 +34,7 @@ from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.preparation import Preparation
 from diffusers_tbcm.training.run import Run
-from diffusers_tbcm.training.settings import PromptSettings, check_positive, parse_settings, setting
+from diffusers_tbcm.training.settings import LR_SCHEDULERS, PromptSettings, check_positive, parse_settings, setting
 from diffusers_tbcm.training.stream import Record
 from diffusers_tbcm.trajectory import sample_timesteps
 from diffusers_tbcm.trigflow import trig_to_flow_timestep
@@ -53,7 +53,7 @@ class PreparationSettings(PromptSettings):
     lora_scale: float = setting(1.0, "what it is multiplied by")
     qk_norm: bool = setting(False, "normalise queries and keys of a Sana that does not; it takes alignment")
     max_train_steps: int = setting(500, "optimiser steps of the alignment; 0: the fit alone")
-    lr_scheduler: str = setting("cosine", "of the learning rate")
+    lr_scheduler: str = setting("cosine", "of the learning rate", choices=LR_SCHEDULERS)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     route_steps: int = setting(16, "teacher steps of a trajectory, each of which gives two rows")
     flow_shift: float | None = setting(None, "of the trajectories' times; default: the teacher's")
@@ -64,13 +64,13 @@ class PreparationSettings(PromptSettings):
     least_train_steps = 0
 
     def __post_init__(self) -> None:
+        self.merge_lora |= self.rank is not None  # adapters of the alignment are no use without the new embedder
         super().__post_init__()
         check_positive(self, "route_steps", "flow_shift", "held_out_prompts")
         if self.route_steps < 2:
             raise ValueError(f"`route_steps` is {self.route_steps}: a trajectory has at least 2")
         if min(self.guidance_scales) <= 0:
             raise ValueError(f"`guidance_scales` is {self.guidance_scales}: every scale has to be positive")
-        self.merge_lora = self.rank is not None  # adapters of the alignment are no use without the new embedder
 
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""

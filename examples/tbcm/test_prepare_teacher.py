@@ -20,6 +20,7 @@ from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.selection import select_files
 from diffusers_tbcm.scripts import prepare_teacher, train_scm, train_tbcm_distill
 from diffusers_tbcm.scripts.prepare_teacher import PreparationSettings, main
+from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import parse_settings
 from examples.tbcm.conftest import arguments
 
@@ -162,6 +163,23 @@ def test_alignment_that_comes_no_closer_is_left_out(prepare_flags, rank, tmp_pat
     assert all(torch.equal(saved[name], fitted[name]) for name in fitted)
 
 
+def test_alignment_is_left_out_of_a_teacher_with_a_lora_by_one_process_alone(
+    prepare_flags, lora, monkeypatch, tmp_path
+):
+    """The others do not come along: what they all have to say to each other is said before."""
+    noted, depends_on = [], Run.depends_on
+    monkeypatch.setattr(
+        Run, "depends_on", lambda self, **content: noted.append({*content}) or depends_on(self, **content)
+    )
+    main(prepare_flags(lora=lora, output_dir=tmp_path / "fit"))
+    of_the_fit, noted[:] = [*noted], []
+    main(prepare_flags(lora=lora, max_train_steps=2, learning_rate=1e-1, lr_scheduler="constant"))
+    assert card_entry(tmp_path / "run", "relative error of v'").endswith("after, which was left out")
+    assert noted == of_the_fit and {"lora"} in noted
+    fitted, saved = student_weights(tmp_path / "fit"), student_weights(tmp_path / "run")
+    assert all(torch.equal(saved[name], fitted[name]) for name in fitted)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_queries_and_keys_are_normalised_aligned_and_distilled(
     prepare_flags, flags, unnormalised_teacher, rank, monkeypatch, tmp_path
@@ -287,10 +305,15 @@ def test_a_lora_that_is_none_of_this_teacher_is_refused(prepare_flags, plain_tea
     assert not (tmp_path / "run").exists()
 
 
-def test_another_lora_of_the_same_name_is_refused_at_resumption(prepare_flags, lora, tmp_path):
+def test_another_lora_is_refused_at_resumption_whatever_its_name(prepare_flags, lora, tmp_path):
     given = tmp_path / "lora"
     shutil.copytree(lora, given)
     main(prepare_flags(lora=given, max_train_steps=1))
+    main(prepare_flags(max_train_steps=1, output_dir=tmp_path / "without"))
+    on = {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    for wrong in ({}, {"lora": given, "output_dir": tmp_path / "without"}):
+        with pytest.raises(ValueError, match="was trained with another lora"):
+            main(prepare_flags(**on, **wrong))
     SanaPipeline.save_lora_weights(
         given,
         transformer_lora_layers={
@@ -299,7 +322,7 @@ def test_another_lora_of_the_same_name_is_refused_at_resumption(prepare_flags, l
         },
     )
     with pytest.raises(ValueError, match="was trained with another lora"):
-        main(prepare_flags(lora=given, max_train_steps=2, resume_from_checkpoint="latest"))
+        main(prepare_flags(lora=given, **on))
 
 
 def test_adapters_of_the_alignment_are_merged(prepare_flags, plain_teacher, monkeypatch, tmp_path):
@@ -340,6 +363,11 @@ def test_settings_that_do_not_fit_are_refused(prepare_flags, changes, message, c
     with pytest.raises(SystemExit, match="2"):
         main(prepare_flags(**changes))
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_copies_in_half_precision_are_of_the_merged_adapters(prepare_flags, tmp_path):
+    main(prepare_flags(rank=2, export_variants=["bf16"]))
+    assert (tmp_path / "run" / "transformer" / "diffusion_pytorch_model.bf16.safetensors").is_file()
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

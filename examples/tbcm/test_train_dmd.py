@@ -63,10 +63,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dmd_flags, start, tm
         train_dmd.main(dmd_flags(max_train_steps=stop, **going_on, **broken))
     train_dmd.main(dmd_flags(resume_from_checkpoint="latest", **broken))
     assert_same_models(*(tmp_path / name / "checkpoint-4" for name in ("broken", "run")))
+
+
+def test_a_resumed_run_is_told_of_the_student_that_it_began_with(dmd_flags, start, tmp_path):
+    """By its weights, wherever they lie."""
+    begun = dmd_flags(student_model_name_or_path=start, max_train_steps=1)
+    train_dmd.main(begun)
+    goes_on = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
     other = write_tiny_pipeline(tmp_path / "other")
     tiny_transformer(guidance_embeds=True).save_pretrained(other / "transformer")
-    with pytest.raises(ValueError, match="start"):
-        train_dmd.main(dmd_flags(resume_from_checkpoint="latest", **(broken | {"student_model_name_or_path": other})))
+    for wrong in (other, None):
+        with pytest.raises(ValueError, match=r"^checkpoint .* was trained with another start"):
+            train_dmd.main(dmd_flags(student_model_name_or_path=wrong, **goes_on))
+    moved = start.rename(tmp_path / "moved")
+    train_dmd.main(dmd_flags(student_model_name_or_path=moved, **goes_on))
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
 def test_the_losses_are_those_of_the_critic_and_teacher_as_they_stand(dmd_flags, monkeypatch):
@@ -156,6 +167,9 @@ def test_a_share_of_the_weights_it_began_with_is_saved(dmd_flags, start, tmp_pat
         torch.testing.assert_close(weight.double(), 0.75 * trained[name].double() + 0.25 * begun[name].double())
     assert any(not torch.equal(begun[name], weight) for name, weight in trained.items())
     assert "| saved | 0.25 of the weights it began with |" in (run / "README.md").read_text()
+    two = {"output_dir": tmp_path / "two", "train_batch_size": 1}
+    fork_two(train_dmd.main, dmd_flags(student_model_name_or_path=start, use_ema=True, start_share=0.25, **two))
+    assert largest_relative_difference(student_weights(run), student_weights(tmp_path / "two")) < 1e-4
 
 
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(dmd_flags, tmp_path):
@@ -165,6 +179,13 @@ def test_two_processes_and_two_micro_steps_give_the_weights_of_one(dmd_flags, tm
     fork_two(train_dmd.main, dmd_flags(output_dir=tmp_path / "two", **rates))
     for other in ("cut", "two"):
         assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
+
+
+def test_a_dry_run_comes_to_a_step_of_the_student(dmd_flags, tmp_path, capsys):
+    train_dmd.main(dmd_flags(dry_run=True, student_every=3, max_train_steps=100))
+    steps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert ["dm_loss" in line for line in steps] == [False, False, True]
+    assert not (tmp_path / "run").exists()
 
 
 def test_adapters_begin_as_the_teacher_and_are_drawn(dmd_flags, tmp_path):

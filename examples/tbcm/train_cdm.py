@@ -48,6 +48,7 @@ from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import (
+    LR_SCHEDULERS,
     PromptSettings,
     check_not_negative,
     check_positive,
@@ -68,7 +69,7 @@ class CDMSettings(PromptSettings):
 
     max_train_steps: int = setting(4001, "steps of the critic; the student takes one in every student_every")
     lr_warmup_steps: int = setting(100, "of the learning rates from 0, in updates")
-    lr_scheduler: str = setting("constant_with_warmup", "of the learning rates")
+    lr_scheduler: str = setting("constant_with_warmup", "of the learning rates", choices=LR_SCHEDULERS)
     weight_decay: float = setting(1e-4, "of both optimisers")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
 
@@ -103,6 +104,11 @@ class CDMSettings(PromptSettings):
             raise ValueError(
                 "`ca_weight`, `dm_weight` and `cdm_weight` are 0: there is nothing to train the student on"
             )
+
+    @property
+    def round_steps(self) -> int:
+        """In how many steps every model is updated: the student is the last."""
+        return self.student_every
 
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""

@@ -39,6 +39,7 @@ from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import (
+    LR_SCHEDULERS,
     PromptSettings,
     RowSettings,
     check_not_negative,
@@ -66,7 +67,7 @@ class DMDSettings(PromptSettings, RowSettings):
         0.0, "of that student's weights in those that are drawn and saved; the rest is what was trained"
     )
     max_train_steps: int = setting(3000, "steps of the critic; the student takes one in every student_every")
-    lr_scheduler: str = setting("cosine", "of the learning rates")
+    lr_scheduler: str = setting("cosine", "of the learning rates", choices=LR_SCHEDULERS)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     route_steps: int = setting(16, "teacher steps N of a trajectory")
     flow_shift: float = setting(2.5, "of the route")
@@ -101,6 +102,11 @@ class DMDSettings(PromptSettings, RowSettings):
     def noise_rows(self) -> int:
         """How many of a trajectory's rows are at pi/2."""
         return int(self.noise_share * (self.route_steps - 1))
+
+    @property
+    def round_steps(self) -> int:
+        """In how many steps every model is updated: the student is the last."""
+        return self.student_every
 
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""

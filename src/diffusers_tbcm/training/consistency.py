@@ -135,9 +135,12 @@ class ConsistencyDistillation(Distillation):
         device = self.run.device
         student = self._make_network().to(device)
         critic = FlowTransformer(copy_trained(student.transformer), self.teacher.timestep_scale).to(device)
+        began_as, self._start_share = "the teacher", start_share
         if start is not None:
-            self._start, self._start_share = start, start_share
+            self._start = start
             student.transformer.load_state_dict(self._start_weights(student.transformer))
+            began_as = digest_component(resolve_teacher(start), TRANSFORMER)
+        self.run.depends_on(start=began_as)
         return self._add_pair(
             student,
             critic,
@@ -162,7 +165,6 @@ class ConsistencyDistillation(Distillation):
         """The weights of the student to begin with, for a network."""
         try:
             folder = resolve_teacher(self._start)
-            self.run.depends_on(start=digest_component(folder, TRANSFORMER))
             weights, own = find_backbone(folder).load_transformer(folder).state_dict(), transformer.state_dict()
             if {name: weights[name].shape for name in weights} != {name: own[name].shape for name in own}:
                 raise ValueError("its transformer has other layers")

@@ -69,7 +69,7 @@ def _close(accelerator: Accelerator) -> None:
 
 
 def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopRequest) -> Run:
-    """Take one step with checkpoint, validation and export, resume for another, and print what they took.
+    """Take one step with checkpoint, validation and export, resume until each model was updated, and print it all.
 
     Args:
         train: the script's.
@@ -90,12 +90,13 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
             settings, output_dir=str(folder), max_train_steps=1, resume_from_checkpoint=None, **at_home, **often
         )
         train(once, stop)
-        run = train(replace(once, max_train_steps=2, resume_from_checkpoint="latest"), stop)
+        steps = max(2, settings.round_steps)
+        run = train(replace(once, max_train_steps=steps, resume_from_checkpoint="latest"), stop)
         with ending_together(run.accelerator):
             if run.accelerator.is_main_process:
                 _check_places(folder, Path(settings.output_dir))
                 lines = (folder / METRICS_LOG).read_text(encoding="utf-8").splitlines()
-                print("\nDry run: everything ran once, in a folder that is now deleted. Its two steps:")
+                print("\nDry run: everything ran once, in a folder that is now deleted. Its steps:")
                 print("\n".join(lines))
     return run
 

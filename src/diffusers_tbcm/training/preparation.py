@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +164,17 @@ class Preparation(Distillation):
         return backbone
 
     def _load_teacher(self) -> Any:
+        transformer, lora = self._load_merged()
+        self.run.depends_on(lora=lora)
+        return transformer
+
+    def _load_merged(self) -> tuple[Any, str]:
+        """The teacher's network, its LoRA merged, and a digest of that; what one process may do alone."""
         transformer = super()._load_teacher()
         if self._lora is None:
-            return transformer
-        merge = partial(merge_teachers_lora, self.backbone, transformer, self.folder)
-        self.run.depends_on(lora=merge(self._lora, self._lora_scale))
-        return transformer
+            return transformer, "none"
+        digest = merge_teachers_lora(self.backbone, transformer, self.folder, self._lora, self._lora_scale)
+        return transformer, digest
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
         teacher = FlowTransformer(transformer, timestep_scale)
@@ -255,7 +259,8 @@ class Preparation(Distillation):
         )
         if self.settings.rank is not None:
             return {name: weight * ("lora_B" not in name) for name, weight in weights.items()} | self._norms
-        fresh = to_dense_time(FlowTransformer(self._load_teacher().to(self.run.device), self.teacher.timestep_scale))
+        transformer, _ = self._load_merged()
+        fresh = to_dense_time(FlowTransformer(transformer.to(self.run.device), self.teacher.timestep_scale))
         return (with_qk_norm(fresh, self._norms) if self._norms else fresh).transformer.state_dict()
 
     def _see_prepared(self, transformer: Any) -> FlowTransformer:

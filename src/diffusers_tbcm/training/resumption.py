@@ -19,8 +19,8 @@ FREE = frozenset({
 })  # fmt: skip
 # What names teacher and data: these are compared by their content.
 BY_CONTENT = frozenset({
-    "pretrained_model_name_or_path", "resolution", "prompts_file", "dataset_name", "dataset_config_name",
-    "dataset_split", "caption_column", "streaming", "max_prompts",
+    "pretrained_model_name_or_path", "student_model_name_or_path", "resolution", "prompts_file", "dataset_name",
+    "dataset_config_name", "dataset_split", "caption_column", "streaming", "max_prompts",
     "train_data_dir", "image_column", "max_train_samples", "lora",
 })  # fmt: skip
 # What somebody may want to change on the way, and has to say so.
