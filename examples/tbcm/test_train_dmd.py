@@ -173,11 +173,13 @@ def test_a_share_of_the_weights_it_began_with_is_saved(dmd_flags, start, tmp_pat
 
 
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(dmd_flags, tmp_path):
+    """Two processes that hold every weight, and two that share it."""
     rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "max_train_steps": 2}
     train_dmd.main(dmd_flags(output_dir=tmp_path / "one", **{**rates, "train_batch_size": 4}))
     train_dmd.main(dmd_flags(output_dir=tmp_path / "cut", gradient_accumulation_steps=2, **rates))
     fork_two(train_dmd.main, dmd_flags(output_dir=tmp_path / "two", **rates))
-    for other in ("cut", "two"):
+    fork_two(train_dmd.main, dmd_flags(output_dir=tmp_path / "sharded", **rates), sharded=True)
+    for other in ("cut", "two", "sharded"):
         assert largest_relative_difference(student_weights(tmp_path / "one"), student_weights(tmp_path / other)) < 1e-5
 
 
