@@ -91,6 +91,13 @@ def test_the_weights_are_in_memory_once(cdm_flags, roles, precision):
     assert sum(storages().values()) >= 3 * once  # what training all weights holds
 
 
+def test_adapters_are_merged_into_the_teachers_own_weights_and_not_into_rounded_ones(cdm_flags, teacher, tmp_path):
+    main(cdm_flags(**LORA, merge_lora=True, mixed_precision="bf16", lora_target_modules=["attn1.to_q"]))
+    before, merged = student_weights(teacher), student_weights(tmp_path / "run")
+    kept = [name for name in before if "attn1.to_q" not in name]
+    assert [name for name in kept if not torch.equal(merged[name], before[name])] == []
+
+
 @pytest.mark.parametrize("stop", [3, 2], ids=["after a critic's step", "after a student's step"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(cdm_flags, tmp_path, stop):
     flags = {**LORA, "use_ema": True, "ema_decay": 0.5}

@@ -235,6 +235,15 @@ def test_lora_adapters_draw_what_the_merged_pipeline_draws_and_resume(flags, tea
     assert all(torch.equal(again[name], value) for name, value in adapters.items())
 
 
+def test_adapters_are_merged_into_the_teachers_own_weights_and_not_into_rounded_ones(flags, teacher, tmp_path):
+    main(flags(rank=2, merge_lora=True, mixed_precision="bf16", lora_target_modules=["attn1.to_q"]))
+    before = make_student(SanaTransformer2DModel.from_pretrained(teacher, subfolder="transformer")).state_dict()
+    merged = student_weights(tmp_path / "run")
+    kept = [name for name in before if "guidance_embedder" not in name and "attn1.to_q" not in name]
+    assert [name for name in kept if not torch.equal(merged[name], before[name])] == []
+    assert any(not torch.equal(before[name].bfloat16().float(), before[name]) for name in kept)
+
+
 def test_a_dry_run_does_everything_once_and_leaves_nothing(flags, tmp_path, capsys):
     main(flags(dry_run=True, validation_prompts=["a dog"], use_ema=True, max_train_steps=10_000))
     printed = capsys.readouterr().out

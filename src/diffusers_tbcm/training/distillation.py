@@ -242,11 +242,13 @@ class Distillation(ABC):
 
     def _export(self, student: nn.Module, *, last: bool) -> None:
         """Save and push; before the `last` time, one that cannot be written costs a warning."""
-        weights = self.run.weights(student)
+        settings, weights = self.settings, self.run.weights(student)
         with ending_together(self.run.accelerator):
             if not self.run.accelerator.is_main_process:
                 return
             self.teacher.float()
+            if settings.merge_lora and self.run.weight_dtype != torch.float32:  # which has rounded what is merged into
+                self.teacher.transformer.load_state_dict(self._load_teacher().state_dict())
             try:
                 self._save_and_push(weights)
             except (*WRITE_ERRORS, ValueError, Failure) as error:
@@ -347,7 +349,10 @@ class Distillation(ABC):
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy of the student in its teacher's dtype."""
         student = self._make_student()
-        student.load_state_dict(weights)
+        whole = self.settings.rank is None
+        if not whole:  # all else is the teacher's own
+            weights = {name: weights[name] for name, weight in student.named_parameters() if weight.requires_grad}
+        student.load_state_dict(weights, strict=whole)
         return student.eval()
 
     def _add_pair(

@@ -84,11 +84,13 @@ class Preparation(Distillation):
         lora_scale: float = 1.0,
         qk_norm: bool = False,
     ) -> None:
-        self._lora, self._lora_scale, self._qk_norm = lora, lora_scale, qk_norm
+        self._lora, self._lora_scale, self._lora_digest = lora, lora_scale, "none"
+        self._qk_norm = qk_norm
         self._norms: dict[str, torch.Tensor] = {}  # weights, as they were fitted
         if qk_norm:
             self.beside_lora = ", norms of queries and keys"
         super().__init__(run, settings, prompts, method=method, image_free=True)
+        run.depends_on(lora=self._lora_digest)
         self.scheduler = stock_scheduler(self.folder)
         tokens = self.backbone.image_tokens(self.teacher.transformer, self.latent_shape)
         self.shift = flow_shift(self.folder, tokens)
@@ -164,17 +166,12 @@ class Preparation(Distillation):
         return backbone
 
     def _load_teacher(self) -> Any:
-        transformer, lora = self._load_merged()
-        self.run.depends_on(lora=lora)
-        return transformer
-
-    def _load_merged(self) -> tuple[Any, str]:
-        """The teacher's network, its LoRA merged, and a digest of that; what one process may do alone."""
         transformer = super()._load_teacher()
-        if self._lora is None:
-            return transformer, "none"
-        digest = merge_teachers_lora(self.backbone, transformer, self.folder, self._lora, self._lora_scale)
-        return transformer, digest
+        if self._lora is not None:
+            self._lora_digest = merge_teachers_lora(
+                self.backbone, transformer, self.folder, self._lora, self._lora_scale
+            )
+        return transformer
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
         teacher = FlowTransformer(transformer, timestep_scale)
@@ -259,7 +256,7 @@ class Preparation(Distillation):
         )
         if self.settings.rank is not None:
             return {name: weight * ("lora_B" not in name) for name, weight in weights.items()} | self._norms
-        transformer, _ = self._load_merged()
+        transformer = self._load_teacher()
         fresh = to_dense_time(FlowTransformer(transformer.to(self.run.device), self.teacher.timestep_scale))
         return (with_qk_norm(fresh, self._norms) if self._norms else fresh).transformer.state_dict()
 
