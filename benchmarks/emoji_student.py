@@ -33,12 +33,7 @@ from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.export.model_card import render_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
 from diffusers_tbcm.export.selection import select_files
-from diffusers_tbcm.pipeline_folder import (
-    CARD,
-    CHECKPOINT,
-    TRANSFORMER,
-    list_checkpoints,
-)
+from diffusers_tbcm.pipeline_folder import CARD, CHECKPOINT, TRANSFORMER, list_checkpoints
 from examples.tbcm.quickstart import (
     EVALUATION_PROMPTS,
     GRID_PROMPTS,
@@ -343,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             details={
                 "seed": SEED,
                 "rows": trained,
-                "loss": "endpoint, then DMD, averaged",
+                "loss": f"endpoint, then {AVERAGED}",
                 **machine(default_device()),
             },
         )

@@ -78,6 +78,8 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(study_runs.subprocess, "run", lambda *_, **__: pytest.fail("was trained again"))
     few_prompts.main(command)
     assert json.loads((tmp_path / "few_table4.json").read_text())["rows"] == result["rows"]
+    few_prompts.main([*command, "--work_dir", str(tmp_path / "another machine's")])
+    assert json.loads((tmp_path / "few_table4.json").read_text())["students"] == result["students"]
 
     monkeypatch.setattr(study_runs.subprocess, "run", run_forked)
     few_prompts.main([*command, "--seeds", "1", "--work_dir", str(tmp_path / "another machine's")])

@@ -105,11 +105,6 @@ class CDMSettings(PromptSettings):
                 "`ca_weight`, `dm_weight` and `cdm_weight` are 0: there is nothing to train the student on"
             )
 
-    @property
-    def round_steps(self) -> int:
-        """In how many steps every model is updated: the student is the last."""
-        return self.student_every
-
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""
         low, high = self.anchor_range

@@ -103,11 +103,6 @@ class DMDSettings(PromptSettings, RowSettings):
         """How many of a trajectory's rows are at pi/2."""
         return int(self.noise_share * (self.route_steps - 1))
 
-    @property
-    def round_steps(self) -> int:
-        """In how many steps every model is updated: the student is the last."""
-        return self.student_every
-
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""
         return {

@@ -1,12 +1,18 @@
 """How time gets into networks that are given s, or 1 - s, and multiply it by 1000 themselves."""
 
-import copy
 from typing import Any
 
 import torch
 
 from ..text import Text
-from .time_embedding import PROJECTED_TIME, WideTimeEmbedding, slow_features, time_embedding_of
+from .time_embedding import (
+    PROJECTED_TIME,
+    WideTimeEmbedding,
+    copy_wide,
+    slow_features,
+    time_embedding_name,
+    time_embedding_of,
+)
 
 
 TIME_SCALE = 1.0  # of s, before the network sees it
@@ -58,19 +64,8 @@ def time_features(transformer: Any, time: torch.Tensor) -> torch.Tensor:
 
 
 def make_student(teacher: Any) -> Any:
-    """Copy a teacher that time alone modulates into a trainable student, which is equal to it.
-
-    Args:
-        teacher: the network to copy; it is left as it is.
-
-    Returns:
-        The student, on the teacher's device and in its dtype, every parameter trainable.
-    """
-    student = copy.deepcopy(teacher)
-    embed = time_embedding_of(student)
-    (name,) = (name for name, part in student.named_children() if part is embed)
-    setattr(student, name, WideTimeEmbedding(embed))
-    return student.requires_grad_(True)
+    """As `time_embedding.copy_wide`, of a teacher that time alone modulates."""
+    return copy_wide(teacher, time_embedding_name(teacher), WideTimeEmbedding)
 
 
 def _projected(embed: Any, time: torch.Tensor) -> torch.Tensor:

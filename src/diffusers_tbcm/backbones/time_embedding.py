@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,9 +35,14 @@ def time_layers(embedder: nn.Module) -> tuple[Any, Any]:
     return first, second
 
 
+def time_embedding_name(transformer: nn.Module) -> str:
+    """Name the part of a network that has the sinusoids of time, `time_proj`, and their `timestep_embedder`."""
+    return next(name for name, part in transformer.named_children() if hasattr(part, "time_proj"))
+
+
 def time_embedding_of(transformer: nn.Module) -> Any:
-    """Give the part of a network that has the sinusoids of time, `time_proj`, and their `timestep_embedder`."""
-    return next(part for part in transformer.children() if hasattr(part, "time_proj"))
+    """Give the part that `time_embedding_name` names."""
+    return transformer.get_submodule(time_embedding_name(transformer))
 
 
 def slow_sinusoids(projection: Timesteps) -> torch.Tensor:
@@ -139,16 +145,22 @@ class WideTimeEmbedding(nn.Module):
         return self.timestep_embedder(self.time_proj(timestep))
 
 
-def make_student(teacher: Any) -> Any:
-    """Copy a teacher into a trainable student, which is equal to it and embeds sinusoids in float32.
+def copy_wide(teacher: Any, name: str, wide: Callable[[Any], nn.Module]) -> Any:
+    """Copy a teacher into a trainable student, which is equal to it and embeds time in float32.
 
     Args:
         teacher: the network to copy; it is left as it is.
+        name: of the part that embeds time.
+        wide: makes of it what takes its place.
 
     Returns:
         The student, on the teacher's device and in its dtype, every parameter trainable.
     """
     student = copy.deepcopy(teacher)
-    embed = time_embedding_of(student)
-    embed.timestep_embedder = WideTimestepEmbedding(embed.timestep_embedder)
+    student.set_submodule(name, wide(student.get_submodule(name)))
     return student.requires_grad_(True)
+
+
+def make_student(teacher: Any) -> Any:
+    """As `copy_wide`, of a teacher whose time is embedded beside other conditions."""
+    return copy_wide(teacher, f"{time_embedding_name(teacher)}.timestep_embedder", WideTimestepEmbedding)

@@ -5,7 +5,6 @@ The network's time is 1 - s, its output -v, and pictures and prompts are lists, 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ from .packed import native_size as native_size
 from .patched import keep_text as keep_text
 from .patched import latent_size
 from .patched import make_ready as make_ready
-from .time_embedding import PROJECTED_TIME, sees_slow_sinusoids_only, slow_features
+from .time_embedding import PROJECTED_TIME, copy_wide, sees_slow_sinusoids_only, slow_features
 
 
 TRANSFORMER_CLASS = ZImageTransformer2DModel
@@ -308,14 +307,5 @@ class WideTimeEmbedder(TimestepEmbedder):
 
 
 def make_student(teacher: ZImageTransformer2DModel) -> ZImageTransformer2DModel:
-    """Copy a teacher into a trainable student, which is equal to it.
-
-    Args:
-        teacher: the network to copy; it is left as it is.
-
-    Returns:
-        The student, on the teacher's device and in its dtype, every parameter trainable.
-    """
-    student = copy.deepcopy(teacher)
-    student.t_embedder = WideTimeEmbedder(student.t_embedder)
-    return student.requires_grad_(True)
+    """As `time_embedding.copy_wide`."""
+    return copy_wide(teacher, "t_embedder", WideTimeEmbedder)

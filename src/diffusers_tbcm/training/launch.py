@@ -89,8 +89,7 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
         once = replace(
             settings, output_dir=str(folder), max_train_steps=1, resume_from_checkpoint=None, **at_home, **often
         )
-        train(once, stop)
-        steps = max(2, settings.round_steps)
+        steps = max(2, train(once, stop).round_steps)
         run = train(replace(once, max_train_steps=steps, resume_from_checkpoint="latest"), stop)
         with ending_together(run.accelerator):
             if run.accelerator.is_main_process:

@@ -481,6 +481,11 @@ class Run:
         return on_checkpoint and not self.health.recovering
 
     @property
+    def round_steps(self) -> int:
+        """In how many steps every model is updated."""
+        return max(trained.every for trained in self._trained)
+
+    @property
     def prompts_seen(self) -> int:
         """Prompts recorded so far, in all processes."""
         return self._stream.number * self._stream.prompts_per_recording

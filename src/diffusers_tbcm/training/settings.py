@@ -152,11 +152,6 @@ class RunSettings:
 
     least_train_steps = 1  # a class attribute, and no setting
 
-    @property
-    def round_steps(self) -> int:
-        """In how many steps every model is updated."""
-        return 1
-
     def __post_init__(self) -> None:
         check_finite(self)
         check_text(self)
