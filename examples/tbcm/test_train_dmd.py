@@ -3,12 +3,15 @@
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaSprintPipeline
+from families import FAMILIES
 from runs import assert_same_models, fork_two, largest_relative_difference
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 from diffusers_tbcm.scripts import train_dmd, train_tbcm_distill
+from diffusers_tbcm.training.distillation import Distillation
 from diffusers_tbcm.trigflow import SIGMA_DATA
 
 
@@ -221,3 +224,24 @@ def test_what_is_no_student_of_this_teacher_is_refused(dmd_flags, teacher, tmp_p
         with pytest.raises(ValueError, match="is no consistency student of this teacher") as refused:
             train_dmd.main(dmd_flags(student_model_name_or_path=start))
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "a teacher", "of CDM"])
+def test_a_start_of_the_wrong_kind_is_found_before_anything_is_loaded(dmd_flags, kind, monkeypatch, tmp_path):
+    """Prompts may take hours to embed."""
+    teacher, wrong = FAMILIES["sd3"].make_pipeline(), tmp_path / "wrong"
+    teacher.save_pretrained(tmp_path / "sd3")
+    monkeypatch.setattr(Distillation, "_load_teacher", lambda distillation: pytest.fail("the teacher was loaded"))
+    if kind != "nowhere":
+        student = kind == "of CDM"
+        teacher.scheduler = FlowStudentScheduler().to_stock() if student else teacher.scheduler
+        teacher.save_pretrained(wrong)
+    with pytest.raises(ValueError, match="is no consistency student of this teacher"):
+        train_dmd.main(
+            dmd_flags(
+                pretrained_model_name_or_path=tmp_path / "sd3",
+                student_model_name_or_path=wrong,
+                guidance_scales=4.5,
+                allow_plain_teacher=True,
+            )
+        )

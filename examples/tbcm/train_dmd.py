@@ -160,10 +160,10 @@ def train(settings: DMDSettings, stop: StopRequest) -> Run:
     run = Run(settings, stop, script=__file__, num_models=2)
     prompts = settings.load_prompts()
     run.say(prompts)
-    distillation = ConsistencyDistillation(run, settings, prompts.prompts, method=METHOD, image_free=True)
+    start = settings.student_model_name_or_path
+    distillation = ConsistencyDistillation(run, settings, prompts.prompts, method=METHOD, image_free=True, start=start)
     student, critic = distillation.add_student_and_critic(
         rows_per_prompt=settings.route_steps - 1,
-        start=settings.student_model_name_or_path,
         start_share=settings.start_share,
         every=settings.student_every,
         critic_learning_rate=settings.critic_learning_rate,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import torch
 from torch import nn
 
 from ..backbones import Backbone, find_backbone
+from ..components import SCHEDULER_CONFIG
 from ..dual import checkpoint_dual
 from ..errors import in_a_line
 from ..evaluation.generate import PROGRAM
 from ..export.folders import save_flow_lora, save_flow_student, save_student_lora, save_student_pipeline
+from ..files import read_json
 from ..flow import FlowTransformer
 from ..lora import adapt, copy_trained, make_lora_student
 from ..loss import LogvarHead, StudentWithLogvar
-from ..pipeline_folder import TRANSFORMER, digest_component, resolve_teacher
+from ..pipeline_folder import SCHEDULER, TRANSFORMER, digest_component, resolve_teacher
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..rows import TrainingRows
 from ..scheduling_flow import FlowStudentScheduler
@@ -31,26 +34,48 @@ from .run import Run
 from .settings import RowSettings
 
 
+@contextmanager
+def named_as_start(start: str) -> Iterator[None]:
+    """Say of a fault which flag it is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"`student_model_name_or_path` {start!r} is no consistency student of this teacher: {in_a_line(error)}"
+        ) from error
+
+
 class ConsistencyDistillation(Distillation):
     """A teacher seen as the TrigFlow network F, and students of it; as `Distillation`.
 
     A student takes the guidance scale as an input where its family has one, and learns a single scale where not.
+
+    Args:
+        start: folder or Hub id of the student to begin with; None for the teacher.
 
     Attributes:
         teacher: the frozen network F.
         scheduler: what a student is drawn with.
 
     Raises:
-        ValueError: for a teacher that is not in dense time, and for several guidance scales that the student could not
-            tell apart, too.
+        ValueError: for a teacher that is not in dense time, for several guidance scales that the student could not
+            tell apart, and for a start that is no consistency student of the teacher's family, too.
     """
 
     settings: RowSettings
     teacher: TrigFlowTransformer
 
     def __init__(
-        self, run: Run, settings: RowSettings, prompts: Sequence[str], *, method: str, image_free: bool = False
+        self,
+        run: Run,
+        settings: RowSettings,
+        prompts: Sequence[str],
+        *,
+        method: str,
+        image_free: bool = False,
+        start: str | None = None,
     ) -> None:
+        self._start, self._start_share = start, 0.0
         super().__init__(run, settings, prompts, method=method, image_free=image_free)
         size = ("height", "width") if settings.resolution is None else ()
         drawn_with = {name: value for name, value in self._drawn_with.items() if name not in size}
@@ -64,7 +89,6 @@ class ConsistencyDistillation(Distillation):
         else:
             self.scheduler = FlowStudentScheduler(call_options=drawn_with, stochastic_sampling=True)
             self.save_pipeline, self.save_lora = save_flow_student, save_flow_lora
-        self._start, self._start_share = "", 0.0
 
     @property
     def inner_dim(self) -> int:
@@ -112,7 +136,6 @@ class ConsistencyDistillation(Distillation):
         self,
         rows_per_prompt: int,
         *,
-        start: str | None,
         start_share: float,
         every: int,
         critic_learning_rate: float,
@@ -121,8 +144,8 @@ class ConsistencyDistillation(Distillation):
 
         Args:
             rows_per_prompt: rows that both will see of every prompt.
-            start: folder or Hub id of the student to begin with; None for the teacher.
-            start_share: of its weights, in those of the student that is drawn and saved (as in arXiv 2109.01903).
+            start_share: of the start's weights, in those of the student that is drawn and saved (as in arXiv
+                2109.01903).
             every: the student is updated in every so many steps of the run, the critic in every one.
             critic_learning_rate: after the warm-up, which is the student's.
 
@@ -130,16 +153,15 @@ class ConsistencyDistillation(Distillation):
             The prepared student, giving F, and critic, giving the velocity v; both are called with `condition`.
 
         Raises:
-            ValueError: for a start that is no consistency student of this teacher.
+            ValueError: for a start whose layers are not those of a student of this teacher.
         """
         device = self.run.device
         student = self._make_network().to(device)
         critic = FlowTransformer(copy_trained(student.transformer), self.teacher.timestep_scale).to(device)
         began_as, self._start_share = "the teacher", start_share
-        if start is not None:
-            self._start = start
-            student.transformer.load_state_dict(self._start_weights(student.transformer))
-            began_as = digest_component(resolve_teacher(start), TRANSFORMER)
+        if self._start is not None:
+            student.transformer.load_state_dict(self._start_weights(self._start, student.transformer))
+            began_as = digest_component(resolve_teacher(self._start), TRANSFORMER)
         self.run.depends_on(start=began_as)
         return self._add_pair(
             student,
@@ -161,24 +183,29 @@ class ConsistencyDistillation(Distillation):
             transformer.enable_gradient_checkpointing(checkpoint_dual)
         return TrigFlowTransformer(transformer, self.teacher.timestep_scale)
 
-    def _start_weights(self, transformer: nn.Module) -> dict[str, torch.Tensor]:
+    def _check_start(self, start: str, backbone: Backbone) -> None:
+        """Find what is no consistency student of a family by its configs, before anything is loaded."""
+        with named_as_start(start):
+            folder = resolve_teacher(start)
+            if find_backbone(folder) is not backbone:
+                raise ValueError("its transformer is of another family")
+            scheduler = read_json(folder / SCHEDULER / SCHEDULER_CONFIG)
+            if not (backbone.STUDENT_EMBEDS_GUIDANCE or scheduler.get("stochastic_sampling")):
+                raise ValueError("its scheduler takes no consistency steps, as one of CDM or a teacher's")
+
+    def _start_weights(self, start: str, transformer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the student to begin with, for a network."""
-        try:
-            folder = resolve_teacher(self._start)
+        with named_as_start(start):
+            folder = resolve_teacher(start)
             weights, own = find_backbone(folder).load_transformer(folder).state_dict(), transformer.state_dict()
             if {name: weights[name].shape for name in weights} != {name: own[name].shape for name in own}:
                 raise ValueError("its transformer has other layers")
-        except ValueError as error:
-            raise ValueError(
-                f"`student_model_name_or_path` {self._start!r} is no consistency student of this teacher:"
-                f" {in_a_line(error)}"
-            ) from error
         return weights
 
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
         student = super()._load_student(weights)
-        if self._start_share:
-            start = self._start_weights(student)
+        if self._start is not None and self._start_share:
+            start = self._start_weights(self._start, student)
             for name, weight in student.state_dict().items():
                 weight.lerp_(start[name].to(weight), self._start_share)
         return student
@@ -198,6 +225,8 @@ class ConsistencyDistillation(Distillation):
                 f"`guidance_scales` is {scales}: a student of {backbone.PIPELINE_CLASS.__name__} does not embed"
                 " guidance and learns one scale: give one, such as 4.5"
             )
+        if self._start is not None:
+            self._check_start(self._start, backbone)
         return backbone
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> TrigFlowTransformer:
