@@ -359,6 +359,7 @@ def test_a_teacher_that_embeds_guidance_is_refused(cdm_flags, tmp_path):
         ({"anchor_range": [0.9, 0.1]}, "--anchor_range is [0.9, 0.1]: it has to ascend"),
         ({"max_rollout_steps": 0}, "--max_rollout_steps is 0"),
         ({"student_every": 0}, "--student_every is 0"),
+        ({"max_train_steps": 1}, "--max_train_steps is 1: the student is first updated in step 2 (--student_every)"),
         ({"critic_learning_rate": 0}, "--critic_learning_rate is 0"),
         ({"ca_weight": 0, "dm_weight": 0, "cdm_weight": 0}, "there is nothing to train the student on"),
         ({"rank": 0}, "--rank is 0"),

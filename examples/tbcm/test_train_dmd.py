@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaSprintPipeline
 from families import FAMILIES
-from runs import assert_same_models, fork_two, largest_relative_difference
+from runs import assert_same_models, fork_two, kill_after_updates, largest_relative_difference
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
@@ -60,19 +60,18 @@ def test_a_student_goes_on_and_is_exported_as_tbcms(dmd_flags, start, teacher, t
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dmd_flags, start, tmp_path):
     shared = {"use_ema": True, "student_model_name_or_path": start, "replay_buffer_size": 4}
     train_dmd.main(dmd_flags(**shared))
-    for stop in (1, 2, 3):
-        broken = {"output_dir": tmp_path / "broken", **shared}
-        going_on = {"resume_from_checkpoint": "latest"} if stop > 1 else {}
-        train_dmd.main(dmd_flags(max_train_steps=stop, **going_on, **broken))
-    train_dmd.main(dmd_flags(resume_from_checkpoint="latest", **broken))
+    broken = {"output_dir": tmp_path / "broken", **shared}
+    kill_after_updates(1, train_dmd.main, dmd_flags(**broken))  # before the student's first
+    for stop in (2, 3, 4):
+        train_dmd.main(dmd_flags(max_train_steps=stop, resume_from_checkpoint="latest", **broken))
     assert_same_models(*(tmp_path / name / "checkpoint-4" for name in ("broken", "run")))
 
 
 def test_a_resumed_run_is_told_of_the_student_that_it_began_with(dmd_flags, start, tmp_path):
     """By its weights, wherever they lie."""
-    begun = dmd_flags(student_model_name_or_path=start, max_train_steps=1)
+    begun = dmd_flags(student_model_name_or_path=start, max_train_steps=2)
     train_dmd.main(begun)
-    goes_on = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+    goes_on = {"resume_from_checkpoint": "latest", "max_train_steps": 3}
     other = write_tiny_pipeline(tmp_path / "other")
     tiny_transformer(guidance_embeds=True).save_pretrained(other / "transformer")
     for wrong in (other, None):
@@ -80,7 +79,7 @@ def test_a_resumed_run_is_told_of_the_student_that_it_began_with(dmd_flags, star
             train_dmd.main(dmd_flags(student_model_name_or_path=wrong, **goes_on))
     moved = start.rename(tmp_path / "moved")
     train_dmd.main(dmd_flags(student_model_name_or_path=moved, **goes_on))
-    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
 
 
 def test_the_losses_are_those_of_the_critic_and_teacher_as_they_stand(dmd_flags, monkeypatch):
@@ -139,7 +138,7 @@ def test_predictions_are_on_unit_scale_and_their_noise_is_flow_matchings(dmd_fla
 
     monkeypatch.setattr(train_dmd, "critic_loss", remember)
     monkeypatch.setattr(train_dmd, "predict", watch)
-    train_dmd.main(dmd_flags(max_train_steps=1))
+    train_dmd.main(dmd_flags(max_train_steps=2))
     assert torch.equal(seen[0][0], drawn[0]) and not seen[0][0].requires_grad
     assert seen[0][1].std().item() == pytest.approx(1, abs=0.2)
 
@@ -153,8 +152,8 @@ def test_a_share_of_the_rows_is_where_a_single_step_begins(dmd_flags, monkeypatc
         return predict(distillation, student, rows)
 
     monkeypatch.setattr(train_dmd, "predict", watch)
-    train_dmd.main(dmd_flags(max_train_steps=1, route_steps=5, train_batch_size=1, noise_share=share))
-    assert [(each == torch.tensor(torch.pi / 2)).sum() for each in times] == [rows]
+    train_dmd.main(dmd_flags(max_train_steps=1, student_every=1, route_steps=5, train_batch_size=1, noise_share=share))
+    assert [(each == torch.tensor(torch.pi / 2)).sum() for each in times] == [rows, rows]
     assert f"| rows at pi/2 | {rows} of 4 |" in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -204,6 +203,7 @@ def test_adapters_begin_as_the_teacher_and_are_drawn(dmd_flags, tmp_path):
     [
         ({"dm_weight": 0, "endpoint_weight": 0}, "there is nothing to train the student on"),
         ({"student_every": 0}, "--student_every is 0"),
+        ({"max_train_steps": 1}, "--max_train_steps is 1: the student is first updated in step 2 (--student_every)"),
         ({"route_steps": 1}, "--route_steps is 1"),
         ({"noise_share": 1.5}, "--noise_share is 1.5: it is a share, at most 1"),
         ({"start_share": 2, "student_model_name_or_path": "x"}, "--start_share is 2.0: it is a share, at most 1"),

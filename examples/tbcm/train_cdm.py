@@ -52,6 +52,7 @@ from diffusers_tbcm.training.settings import (
     PromptSettings,
     check_not_negative,
     check_positive,
+    check_student_is_updated,
     parse_settings,
     setting,
 )
@@ -95,6 +96,7 @@ class CDMSettings(PromptSettings):
         check_positive(
             self, "max_rollout_steps", "flow_shift", "student_every", "critic_learning_rate", "drift_tolerance"
         )
+        check_student_is_updated(self)
         check_not_negative(
             self, "drift_steps", "critic_merge", "augmentation_scale", "ca_weight", "dm_weight", "cdm_weight"
         )

@@ -44,6 +44,7 @@ from diffusers_tbcm.training.settings import (
     RowSettings,
     check_not_negative,
     check_positive,
+    check_student_is_updated,
     parse_settings,
     setting,
 )
@@ -84,6 +85,7 @@ class DMDSettings(PromptSettings, RowSettings):
                 f"`route_steps` is {self.route_steps}: it takes 2, as the step at pi/2 gives no training row"
             )
         check_positive(self, "flow_shift", "student_every", "critic_learning_rate")
+        check_student_is_updated(self)
         check_not_negative(self, "noise_share", "start_share", "dm_weight", "endpoint_weight")
         for name in ("noise_share", "start_share"):
             if (share := getattr(self, name)) > 1:

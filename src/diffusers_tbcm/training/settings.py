@@ -79,6 +79,15 @@ def check_not_negative(settings: object, *names: str) -> None:
             raise ValueError(f"`{name}` is {getattr(settings, name)}: it must not be negative")
 
 
+def check_student_is_updated(settings: Any) -> None:
+    """Refuse a run that ends before its student's first step, in every `student_every`-th; a dry run goes on."""
+    steps, first = settings.max_train_steps, settings.student_every
+    if steps < first and not settings.dry_run:
+        raise ValueError(
+            f"`max_train_steps` is {steps}: the student is first updated in step {first} (`student_every`)"
+        )
+
+
 def check_finite(settings: object) -> None:
     """Refuse numbers that are infinite, not a number or beyond any count, in the way of `check_positive`."""
     for name, value in vars(settings).items():
