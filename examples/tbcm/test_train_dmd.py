@@ -201,7 +201,7 @@ def test_adapters_begin_as_the_teacher_and_are_drawn(dmd_flags, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dm_weight": 0, "endpoint_weight": 0}, "there is nothing to train the student on"),
+        ({"dm_weight": 0}, "--dm_weight is 0.0: it has to be positive"),
         ({"student_every": 0}, "--student_every is 0"),
         ({"max_train_steps": 1}, "--max_train_steps is 1: the student is first updated in step 2 (--student_every)"),
         ({"route_steps": 1}, "--route_steps is 1"),

@@ -84,16 +84,14 @@ class DMDSettings(PromptSettings, RowSettings):
             raise ValueError(
                 f"`route_steps` is {self.route_steps}: it takes 2, as the step at pi/2 gives no training row"
             )
-        check_positive(self, "flow_shift", "student_every", "critic_learning_rate")
+        check_positive(self, "flow_shift", "student_every", "critic_learning_rate", "dm_weight")
         check_student_is_updated(self)
-        check_not_negative(self, "noise_share", "start_share", "dm_weight", "endpoint_weight")
+        check_not_negative(self, "noise_share", "start_share", "endpoint_weight")
         for name in ("noise_share", "start_share"):
             if (share := getattr(self, name)) > 1:
                 raise ValueError(f"`{name}` is {share}: it is a share, at most 1")
         if self.start_share and self.student_model_name_or_path is None:
             raise ValueError("`start_share` is of the weights of `student_model_name_or_path`: give that too")
-        if not self.dm_weight + self.endpoint_weight > 0:
-            raise ValueError("`dm_weight` and `endpoint_weight` are 0: there is nothing to train the student on")
         if self.rank is not None and self.student_model_name_or_path is not None:
             raise ValueError(
                 "`rank` trains adapters on the teacher's own weights, and `student_model_name_or_path` has others:"
