@@ -23,13 +23,14 @@ from examples.tbcm.quickstart import (
     load_controls,
 )
 
-from .common import default_device
+from .common import default_device, markdown, write_results
 from .seeds import seed_interval
 
 
 Tensors = dict[str, torch.Tensor]
 
 DISTANCE = "FD to the teacher"
+METRICS = (DISTANCE, "decisiveness", "top-5 retrieval")
 
 
 class EmojiJudge:
@@ -135,3 +136,32 @@ def paired_differences(
                 row[metric] = f"{mean:+.3g}{interval}"
             rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def write_students(
+    name: str,
+    students: Sequence[dict[str, Any]],
+    pairs: Sequence[tuple[str, str]],
+    judge: EmojiJudge,
+    details: dict[str, Any],
+    folder: Path,
+    **more: Any,
+) -> None:
+    """Keep every student, the controls, differences in pairs of one seed and means over seeds as <name>.json and .md.
+
+    Args:
+        name: of the result.
+        students: `flat` rows, each with its `seed`.
+        pairs: a model, and the one that it is compared with.
+        judge: whose controls they are.
+        details: what it was measured on.
+        folder: that it goes into.
+        more: of the JSON file.
+    """
+    table, controls = pandas.DataFrame(students), [flat(each) for each in judge.controls]
+    differences = paired_differences(table, pairs, METRICS)
+    write_results(name, differences, details, folder, students=students, controls=controls, **more)
+    means = table.groupby(["model", "steps"], sort=False)[list(METRICS)].mean().round(3).reset_index()
+    everyone = pandas.concat([pandas.DataFrame(controls)[["model", "steps", *METRICS]], means])
+    with (folder / f"{name}.md").open("a", encoding="utf-8") as page:
+        page.write(f"\nMeans over seeds:\n\n{markdown(everyone.set_index('model'))}")

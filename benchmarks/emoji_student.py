@@ -77,6 +77,7 @@ FLAGS: Mapping[str, Any] = {
     "max_grad_norm": 1.0,
     "replay_buffer_size": 480,
     "teacher_batch_size": 48,
+    "endpoint_loss_type": "l2",
     "loss_weighting": "uniform",
     "tangent_warmup_steps": 0,
     "tangent_cooldown_start_step": -1,

@@ -188,6 +188,7 @@ def distil(teacher: Path, folder: Path, steps: int, *, plain: bool) -> Path:
         "train_batch_size": 2,
         "teacher_batch_size": 12,
         "endpoint_warmup_steps": steps // 2,
+        "endpoint_loss_type": "l2",
         "use_ema": True,
         "ema_decay": 0.95,
         "max_train_steps": steps,

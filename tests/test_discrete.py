@@ -136,7 +136,7 @@ def test_l2_is_the_endpoint_loss_towards_the_target():
     trig_output, latents, target = randn(3, 3, 2, 3, 3)
     torch.testing.assert_close(
         discrete_loss(trig_output, latents, target, t, loss_type="l2", sigma_data=0.3),
-        endpoint_loss(trig_output, latents, target, t, 0.3),
+        endpoint_loss(trig_output, latents, target, t, 0.3, loss_type="l2"),
     )
 
 

@@ -8,7 +8,9 @@ from toy_networks import SIGMA_DATA, four_axes, network_inputs, no_text, randn, 
 
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.loss import (
+    ENDPOINT_LOSS_TYPES,
     LOSS_WEIGHTINGS,
+    NORM_CONSTANT,
     LogvarHead,
     StudentWithLogvar,
     consistency_error,
@@ -60,17 +62,51 @@ def test_loss_is_wide():
     torch.testing.assert_close(consistency_loss(*narrow), consistency_loss(*wide))
 
 
-def test_endpoint_loss_is_the_flow_matching_networks_error_in_the_clean_sample():
+@pytest.mark.parametrize("loss_type", ENDPOINT_LOSS_TYPES)
+def test_endpoint_loss_is_the_flow_matching_networks_error_in_the_clean_sample(loss_type):
     """Independently of F: in flow-matching form the predicted clean sample is x_s - s v, in units of sigma_data."""
     velocity, latents, clean = randn(3, 4, 2, 3, 3)
     t = torch.linspace(0.01, 1.56, 4, dtype=torch.float64)
     s = trig_to_flow_timestep(t)
     sample = trig_to_flow_sample(latents, t, SIGMA_DATA)
     trig_output = flow_to_trig_output(sample, velocity, s)
-    expected = (sample - four_axes(s) * velocity - clean / SIGMA_DATA).square().mean()
-    torch.testing.assert_close(endpoint_loss(trig_output, latents, clean, t, SIGMA_DATA), expected)
+    error = (sample - four_axes(s) * velocity - clean / SIGMA_DATA).square()
+    rows = [math.sqrt(row.mean() + NORM_CONSTANT**2) - NORM_CONSTANT for row in error]
+    expected = error.mean() if loss_type == "l2" else torch.tensor(sum(rows) / 4, dtype=torch.float64)
+    found = endpoint_loss(trig_output, latents, clean, t, SIGMA_DATA, loss_type=loss_type)
+    torch.testing.assert_close(found, expected)
     narrow = [tensor.bfloat16() for tensor in (trig_output, latents, clean)]
-    assert endpoint_loss(*narrow, t.float()).dtype == torch.float32
+    assert endpoint_loss(*narrow, t.float(), loss_type=loss_type).dtype == torch.float32
+
+
+def test_of_ends_that_cannot_be_told_apart_the_norm_chooses_the_likelier_and_the_square_their_mean():
+    """The same noise led to one picture twice and to another once."""
+    pictures, noise = randn(2, 1, 2, 3, 3), randn(1, 1, 2, 3, 3)
+    ends, t = pictures[torch.tensor([0, 0, 1])].flatten(0, 1), torch.full((3,), math.pi / 2, dtype=torch.float64)
+    answers = {}
+    for loss_type in ENDPOINT_LOSS_TYPES:
+        output = torch.zeros_like(noise[0], requires_grad=True)
+        optimizer = torch.optim.LBFGS([output], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure(output=output, optimizer=optimizer, loss_type=loss_type):
+            optimizer.zero_grad()
+            rows = output.expand(3, -1, -1, -1), noise[0].expand(3, -1, -1, -1), ends, t
+            loss = endpoint_loss(*rows, 1.0, loss_type=loss_type)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        answers[loss_type] = -output.detach()  # f(x, pi / 2) = -F
+    torch.testing.assert_close(answers["l2"][0], ends.mean(0))
+    torch.testing.assert_close(answers["norm"][0], ends[0], rtol=0, atol=0.02)  # to its constant
+
+
+def test_the_norm_has_a_gradient_where_the_end_is_met():
+    output = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    endpoint_loss(output, torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), torch.ones(1)).backward()
+    assert output.grad.eq(0).all()
+    with pytest.raises(ValueError, match="`loss_type` is 'l1', but it must be one of norm, l2"):
+        endpoint_loss(output, output, output, torch.ones(1), loss_type="l1")
 
 
 def weight_of(weighting, t, logvar):

@@ -29,8 +29,8 @@ from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.files import read_json
 from examples.tbcm.quickstart import TEACHER_STEPS, Task, draw, few
 
-from ..common import EMBEDDED_TEACHER, default_device, machine, made_folder, markdown, write_results
-from ..emoji_judge import DISTANCE, EmojiJudge, flat, paired_differences
+from ..common import EMBEDDED_TEACHER, default_device, machine, made_folder
+from ..emoji_judge import EmojiJudge, flat, write_students
 from .study import METHODS, TABLES, TBCM
 from .study_report import RESULTS
 from .study_runs import Setting, Study
@@ -41,7 +41,6 @@ SHOWN["rates"] = {
     **{f"{name} at 5e-5": replace(METHODS[name], flags={"learning_rate": 5e-5}) for name in ("LCM", "sCM")},
     TBCM: METHODS[TBCM],
 }
-METRICS = (DISTANCE, "decisiveness", "top-5 retrieval")
 ROWS_PER_STEP = 60
 COMMON = {"learning_rate": 2e-4, "loss_weighting": "uniform"}
 OF_METHOD = {
@@ -122,9 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = judge.draw(folder.name, partial(SanaTBCMPipeline.from_pretrained, folder))
             students += [{"seed": seed, **flat(judge.describe(name, *of_steps))} for of_steps in drawn.items()]
 
-    table = pandas.DataFrame(students)
     (reference,) = (name for name, setting in SHOWN[args.table].items() if setting == Setting())
-    others = [(name, reference) for name in settings if name != reference]
+    pairs = [(name, reference) for name in settings if name != reference]
     details = {
         "pictures": len(task.prompts),
         "seeds": seeds,
@@ -132,13 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows a step": ROWS_PER_STEP,
         **machine(default_device()),
     }
-    controls = [flat(each) for each in judge.controls]
-    more = {"students": students, "controls": controls, "flags": flags}
-    write_results(file.stem, paired_differences(table, others, METRICS), details, args.output_dir, **more)
-    means = table.groupby(["model", "steps"], sort=False)[list(METRICS)].mean().round(3).reset_index()
-    everyone = pandas.concat([pandas.DataFrame(controls)[["model", "steps", *METRICS]], means])
-    with file.with_suffix(".md").open("a", encoding="utf-8") as page:
-        page.write(f"\nMeans over seeds:\n\n{markdown(everyone.set_index('model'))}")
+    write_students(file.stem, students, pairs, judge, details, args.output_dir, flags=flags)
 
 
 if __name__ == "__main__":

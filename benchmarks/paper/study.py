@@ -47,6 +47,7 @@ QUICKSTART = {  # its flags where they differ from the tables'
     "learning_rate": 3e-4,
     "lr_warmup_steps": 50,
     "endpoint_warmup_steps": 0.7,
+    "endpoint_loss_type": "l2",
     "tangent_warmup_steps": 0,
     "tangent_cooldown_start_step": 0.8,
 }

@@ -92,7 +92,8 @@ class Endpoint(nn.Module):
     """Every point of a trajectory is to lead to its end at once; only trajectories have ends."""
 
     def forward(self, student: TrigFlowTransformer, rows: TrainingRows) -> torch.Tensor:
-        return endpoint_loss(output_of(student, rows), rows.latents, rows.pred_original_sample, rows.timesteps)
+        ends = rows.pred_original_sample
+        return endpoint_loss(output_of(student, rows), rows.latents, ends, rows.timesteps, loss_type="l2")
 
 
 class LCM(nn.Module):

@@ -138,7 +138,10 @@ def test_gradients_are_the_mean_over_the_rows_that_the_filter_keeps(flags, tmp_p
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_trajectories(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("wanted", "told"), [("norm", {}), ("l2", {"endpoint_loss_type": "l2"})])
+def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_trajectories(
+    flags, tmp_path, monkeypatch, wanted, told
+):
     ends, aims = [], []
     record, loss = train_tbcm_distill.record_trajectory, train_tbcm_distill.endpoint_loss
 
@@ -147,19 +150,21 @@ def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_traje
         ends.append(trajectory.pred_original_sample)
         return trajectory
 
-    def remember_aim(trig_output, latents, pred_original_sample, *args):
+    def remember_aim(trig_output, latents, pred_original_sample, timesteps, *, loss_type):
         aims.append(pred_original_sample)
-        return loss(trig_output, latents, pred_original_sample, *args)
+        assert loss_type == wanted
+        return loss(trig_output, latents, pred_original_sample, timesteps, loss_type=loss_type)
 
     monkeypatch.setattr(train_tbcm_distill, "record_trajectory", remember_end)
     monkeypatch.setattr(train_tbcm_distill, "endpoint_loss", remember_aim)
-    main(flags(max_train_steps=41, endpoint_warmup_steps=40, logging_steps=1, learning_rate=3e-3))
+    main(flags(max_train_steps=41, endpoint_warmup_steps=40, logging_steps=1, learning_rate=3e-3, **told))
     assert len(ends) == 41 and len(aims) == 40
     assert all(torch.equal(aim, end.expand_as(aim)) for aim, end in zip(aims, ends[:-1], strict=True))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [("tangent_norm" in line) for line in lines] == [False] * 40 + [True]
     first, last = (sum(line["loss"] for line in lines[part]) for part in (slice(0, 6), slice(34, 40)))
     assert last < 0.8 * first
+    assert f"| endpoint warm-up | 40 steps, {wanted} |" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

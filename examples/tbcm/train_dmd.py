@@ -193,7 +193,8 @@ def train(settings: DMDSettings, stop: StopRequest) -> Run:
                 sample, tau, _ = noised(run, prediction, DM)
                 real, fake = judge(distillation, critic, rows, sample, tau)
                 dm_loss = distribution_loss(prediction, real, fake)
-                end_loss = endpoint_loss(trig_output, rows.latents, rows.pred_original_sample, rows.timesteps)
+                ends = rows.pred_original_sample
+                end_loss = endpoint_loss(trig_output, rows.latents, ends, rows.timesteps, loss_type="l2")
                 run.backward(settings.dm_weight * dm_loss + settings.endpoint_weight * end_loss, student)
                 disagreement = (real - fake).square().mean().sqrt()
                 run.log(dm_loss=dm_loss.detach(), endpoint_loss=end_loss.detach(), disagreement=disagreement)

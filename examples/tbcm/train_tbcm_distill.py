@@ -27,7 +27,13 @@ import torch
 
 from diffusers_tbcm.brightness import cached_black_latent, keep_mask
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
-from diffusers_tbcm.loss import LOSS_WEIGHTINGS, consistency_error, consistency_loss, endpoint_loss
+from diffusers_tbcm.loss import (
+    ENDPOINT_LOSS_TYPES,
+    LOSS_WEIGHTINGS,
+    consistency_error,
+    consistency_loss,
+    endpoint_loss,
+)
 from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.tangent import dual_inputs, normalized_tangent, tangent_ratio
 from diffusers_tbcm.training.consistency import ConsistencyDistillation
@@ -74,6 +80,9 @@ class TBCMSettings(PromptSettings, RowSettings):
     endpoint_warmup_steps: int = setting(
         0, "first train every row to lead to its trajectory's end (ODE initialisation; not in the paper)"
     )
+    endpoint_loss_type: str = setting(
+        "norm", "of that: its distance, which decides between ends, or its square", choices=ENDPOINT_LOSS_TYPES
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +115,9 @@ class TBCMSettings(PromptSettings, RowSettings):
             "route": f"{self.sampling_scheme}, {self.route_steps} steps, shift {self.flow_shift}",
             "tangent ratio": f"warm-up {self.tangent_warmup_steps}, {cooldown}, final {self.tangent_final_ratio}",
             "loss weighting": self.loss_weighting,
-            "endpoint warm-up": f"{self.endpoint_warmup_steps} steps" if self.endpoint_warmup_steps else "off",
+            "endpoint warm-up": f"{self.endpoint_warmup_steps} steps, {self.endpoint_loss_type}"
+            if self.endpoint_warmup_steps
+            else "off",
             **super().describe(),
         }
 
@@ -186,7 +197,13 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
             if run.step < settings.endpoint_warmup_steps:
                 unscaled = rows.latents / SIGMA_DATA
                 trig_output, logvar = student(unscaled, rows.timesteps, **distillation.condition(rows))
-                loss = endpoint_loss(trig_output, rows.latents, rows.pred_original_sample, rows.timesteps)
+                loss = endpoint_loss(
+                    trig_output,
+                    rows.latents,
+                    rows.pred_original_sample,
+                    rows.timesteps,
+                    loss_type=settings.endpoint_loss_type,
+                )
                 run.backward(loss + 0 * logvar.sum(), student)  # DDP waits for the gradient of every parameter
                 continue
 
