@@ -27,6 +27,7 @@ BY_CONTENT = frozenset({
 CHANGEABLE = (
     "learning_rate", "discriminator_learning_rate", "critic_learning_rate", "lr_scheduler", "lr_warmup_steps",
     "weight_decay", "max_grad_norm", "ema_decay", "mixed_precision", "allow_tf32", "endpoint_warmup_steps",
+    "endpoint_loss_type",
 )  # fmt: skip
 LENGTH = "max_train_steps"
 PROCESSES = "num_processes"
