@@ -1,6 +1,6 @@
 """The distance to a trajectory's end against its square, as the endpoint loss, on the embedded teacher, over seeds.
 
-    python -m benchmarks.endpoint_loss few     # the quickstart's training
+    python -m benchmarks.endpoint_loss few     # the quickstart's recipe, 360 steps
     python -m benchmarks.endpoint_loss many    # the first steps of a student of all 5,179 prompts
 
 Averaged students are drawn from unseen noises and compared with the teacher's pictures. Differences are between
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_tbcm.loss import ENDPOINT_LOSS_TYPES
-from examples.tbcm.quickstart import STEPS, few, many, recipe
+from examples.tbcm.quickstart import few, many, recipe
 
 from .common import RESULTS, default_device, machine, made_folder
 from .emoji_judge import EmojiJudge, flat, write_students
@@ -23,7 +23,7 @@ from .late_consistency import FLAGS, train
 
 
 TRAININGS: Mapping[str, Mapping[str, Any]] = {
-    "few": {**recipe(STEPS), "max_train_steps": STEPS},
+    "few": {**recipe(360), "max_train_steps": 360},
     "many": {"max_train_steps": 100, "endpoint_warmup_steps": 100, "lr_scheduler": "constant_with_warmup"},
 }
 NORM, SQUARE = ENDPOINT_LOSS_TYPES
