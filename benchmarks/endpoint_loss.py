@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = judge.draw(name, load)
             students += [{"seed": seed, **flat(judge.describe(loss_type, *of_steps))} for of_steps in drawn.items()]
     details = {"pictures": len(task.prompts), "seeds": args.seeds, **machine(default_device())}
-    pairs, flags = [(NORM, SQUARE)], {**FLAGS[args.prompts], **flags}
-    write_students(f"endpoint_loss_{args.prompts}", students, pairs, judge, details, args.output_dir, flags=flags)
+    common = {name: value for name, value in FLAGS[args.prompts].items() if name != "endpoint_loss_type"} | {**flags}
+    name, pairs = f"endpoint_loss_{args.prompts}", [(NORM, SQUARE)]
+    write_students(name, students, pairs, judge, details, args.output_dir, flags=common)
 
 
 if __name__ == "__main__":

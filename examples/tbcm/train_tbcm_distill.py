@@ -81,7 +81,7 @@ class TBCMSettings(PromptSettings, RowSettings):
         0, "first train every row to lead to its trajectory's end (ODE initialisation; not in the paper)"
     )
     endpoint_loss_type: str = setting(
-        "norm", "of that: its distance, which decides between ends, or its square", choices=ENDPOINT_LOSS_TYPES
+        "norm", "of that: the distance to the end, or its square", choices=ENDPOINT_LOSS_TYPES
     )
 
     def __post_init__(self) -> None:
