@@ -51,7 +51,7 @@ def test_every_setting_is_accepted_by_its_script_and_differs_in_nothing_else(tab
     paths = {"output_dir", "hub_model_id", "prompts_file", "train_data_dir", "latents_cache"}
     plain = vars(parsed(Setting(setting.method), runs))
     different = {flag for flag, value in vars(args).items() if plain[flag] != value} - paths
-    assert different <= set(setting.flags)
+    assert different <= {*setting.flags, *setting.common}
     for flag in ("optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "weight_decay", "max_grad_norm"):
         assert flag in setting.flags or getattr(args, flag) == getattr(parsed(Setting(), runs), flag)
 
