@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from .draws import per_prompt_generators
+from .loss import clean_error
 from .rows import TrainingRows
 from .trajectory import rotate
 from .transfer import to_device
@@ -101,9 +102,7 @@ def discrete_loss(
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"`loss_type` is {loss_type!r}, but it must be one of {', '.join(LOSS_TYPES)}.")
-    wide = torch.promote_types(trig_output.dtype, torch.float32)
-    prediction = consistency_output(latents.to(wide), trig_output.to(wide), timesteps.to(wide), sigma_data)
-    square = ((prediction - target.to(wide)) / sigma_data).square()
+    square = clean_error(trig_output, latents, target, timesteps, sigma_data)
     if loss_type == "l2":
         return square.mean()
     return (torch.sqrt(square + huber_constant**2) - huber_constant).mean()

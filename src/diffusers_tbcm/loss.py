@@ -180,6 +180,30 @@ def consistency_loss(
     return (weighted + logvar if weighting == "learned" else weighted).mean()
 
 
+def clean_error(
+    trig_output: torch.Tensor,
+    latents: torch.Tensor,
+    target: torch.Tensor,
+    timesteps: torch.Tensor,
+    sigma_data: float = SIGMA_DATA,
+) -> torch.Tensor:
+    """Evaluate the squared error of every element of f(x_t, t), on unit scale.
+
+    Args:
+        trig_output: F, (batch, channels, height, width).
+        latents: x_t, the shape of `trig_output`.
+        target: the clean latent that f(x_t, t) is to be, the shape of `trig_output`.
+        timesteps: t in radians, (batch,).
+        sigma_data: standard deviation of the latents.
+
+    Returns:
+        The errors, the shape of `trig_output`, in float32 or wider.
+    """
+    wide = torch.promote_types(trig_output.dtype, torch.float32)
+    prediction = consistency_output(latents.to(wide), trig_output.to(wide), timesteps.to(wide), sigma_data)
+    return ((prediction - target.to(wide)) / sigma_data).square()
+
+
 def endpoint_loss(
     trig_output: torch.Tensor,
     latents: torch.Tensor,
@@ -215,9 +239,7 @@ def endpoint_loss(
     """
     if loss_type not in ENDPOINT_LOSS_TYPES:
         raise ValueError(f"`loss_type` is {loss_type!r}, but it must be one of {', '.join(ENDPOINT_LOSS_TYPES)}.")
-    wide = torch.promote_types(trig_output.dtype, torch.float32)
-    prediction = consistency_output(latents.to(wide), trig_output.to(wide), timesteps, sigma_data)
-    square = ((prediction - pred_original_sample.to(wide)) / sigma_data).square()
+    square = clean_error(trig_output, latents, pred_original_sample, timesteps, sigma_data)
     if loss_type == "l2":
         return square.mean()
     return (torch.sqrt(square.flatten(1).mean(1) + NORM_CONSTANT**2) - NORM_CONSTANT).mean()
