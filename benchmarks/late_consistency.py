@@ -7,7 +7,7 @@ A student learns its trajectories' ends at a constant learning rate. From its la
 number of steps in each way of `WAYS`, at a rate that falls to 0: by the endpoint loss as before, which is the control,
 and by the consistency loss. Averaged students are drawn from unseen noises and compared with the teacher's pictures.
 Differences are between students of one seed, with a 95% interval over seeds. Runs and pictures are kept in --work_dir:
-the same command goes on. Writes benchmarks/results/late_consistency_<prompts>.json and .md.
+the same command goes on. Writes benchmarks/results/late_consistency_<prompts>_<endpoint_loss_type>.json and .md.
 """
 
 import argparse
@@ -18,15 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas
-
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.loss import ENDPOINT_LOSS_TYPES
 from diffusers_tbcm.pipeline_folder import CHECKPOINT, MODEL_INDEX, list_checkpoints
 from examples.tbcm.quickstart import Task, few, many, recipe
 
 from . import emoji_student
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, made_folder, write_results
-from .emoji_judge import DISTANCE, EmojiJudge, paired_differences
+from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, made_folder
+from .emoji_judge import EmojiJudge, flat, write_students
 
 
 START, CONTROL, FOREVER = "endpoint student", "endpoint", 1_000_000
@@ -41,7 +40,6 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "consistency, lower rate": {"learning_rate": 1e-4},
     "consistency, clip 0.1": {"max_grad_norm": 0.1},
 }
-METRICS = (DISTANCE, "decisiveness")
 
 
 def train(task: Task, folder: Path, **flags: Any) -> SanaTBCMPipeline:
@@ -63,7 +61,7 @@ def train(task: Task, folder: Path, **flags: Any) -> SanaTBCMPipeline:
     return SanaTBCMPipeline.from_pretrained(folder).to(default_device())
 
 
-def students_of(task: Task, work_dir: Path, seed: int, ways: Sequence[str]) -> dict[str, Any]:
+def students_of(task: Task, work_dir: Path, seed: int, ways: Sequence[str], endpoint_loss_type: str) -> dict[str, Any]:
     """What trains the endpoint student of a seed, and those that go on from it, by name and in order."""
     first, more = STEPS[task.name]
     start = work_dir / f"seed_{seed}"
@@ -74,6 +72,7 @@ def students_of(task: Task, work_dir: Path, seed: int, ways: Sequence[str]) -> d
             start,
             max_train_steps=first,
             seed=seed,
+            endpoint_loss_type=endpoint_loss_type,
             lr_scheduler="constant_with_warmup",
             endpoint_warmup_steps=first,
         )
@@ -86,6 +85,7 @@ def students_of(task: Task, work_dir: Path, seed: int, ways: Sequence[str]) -> d
             work_dir / f"seed_{seed}-{way.replace(' ', '_')}",
             max_train_steps=first + more,
             seed=seed,
+            endpoint_loss_type=endpoint_loss_type,
             lr_scheduler="linear",
             resume_from_checkpoint=start / f"{CHECKPOINT}{first}",
             resume_with_changed=["lr_scheduler", *WAYS[way]],
@@ -94,10 +94,9 @@ def students_of(task: Task, work_dir: Path, seed: int, ways: Sequence[str]) -> d
     return students
 
 
-def differences(table: pandas.DataFrame, ways: Sequence[str]) -> pandas.DataFrame:
-    """Every way less the endpoint student, and less the control."""
-    pairs = [(way, other) for way in ways for other in (START, CONTROL) if way != other]
-    return paired_differences(table, pairs, METRICS)
+def pairs_of(ways: Sequence[str]) -> list[tuple[str, str]]:
+    """Every way with the endpoint student, and with the control."""
+    return [(way, other) for way in ways for other in (START, CONTROL) if way != other]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,35 +104,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("prompts", choices=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--endpoint_loss_type", choices=ENDPOINT_LOSS_TYPES, default=ENDPOINT_LOSS_TYPES[0])
     parser.add_argument("--work_dir", type=Path, default=Path("runs/late_consistency"))
     parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     if args.ways[0] != CONTROL:
         parser.error(f"--ways begins with {args.ways[0]}: the first is {CONTROL}, with which the others are compared")
     task = {"few": few, "many": many}[args.prompts]()
-    work_dir = args.work_dir / args.prompts
+    name, loss_type = f"{args.prompts}_{args.endpoint_loss_type}", args.endpoint_loss_type
+    work_dir = args.work_dir / name
     judge = EmojiJudge(task, work_dir / "drawn")
-    rows = []
+    students = []
     for seed in args.seeds:
-        for name, load in students_of(task, work_dir, seed, args.ways).items():
-            drawn = judge.draw(f"seed_{seed}_{name.replace(' ', '_')}", load)
-            described = [judge.describe(name, *of_steps) for of_steps in drawn.items()]
-            rows += [
-                {"model": name, "seed": seed, "steps": each.num_inference_steps, **each.metrics} for each in described
-            ]
-    table = pandas.DataFrame(rows)
+        for way, load in students_of(task, work_dir, seed, args.ways, loss_type).items():
+            drawn = judge.draw(f"seed_{seed}_{way.replace(' ', '_')}", load)
+            students += [{"seed": seed, **flat(judge.describe(way, *of_steps))} for of_steps in drawn.items()]
     details = {"pictures": len(task.prompts), "steps": STEPS[args.prompts], **machine(default_device())}
-    students = table.to_dict("records")
-    controls = [{"model": each.model, "steps": each.num_inference_steps, **each.metrics} for each in judge.controls]
-    write_results(
-        f"late_consistency_{args.prompts}",
-        differences(table, args.ways),
-        details,
-        args.output_dir,
-        students=students,
-        controls=controls,
-        flags=FLAGS[args.prompts],
-    )
+    flags = {**FLAGS[args.prompts], "endpoint_loss_type": loss_type}
+    pairs = pairs_of(args.ways)
+    write_students(f"late_consistency_{name}", students, pairs, judge, details, args.output_dir, flags=flags)
 
 
 if __name__ == "__main__":

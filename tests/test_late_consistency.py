@@ -9,7 +9,8 @@ import pytest
 from runs import run_forked
 
 from benchmarks import emoji_judge, late_consistency
-from benchmarks.late_consistency import CONTROL, START, differences
+from benchmarks.emoji_judge import METRICS, paired_differences
+from benchmarks.late_consistency import CONTROL, START, pairs_of
 from diffusers_tbcm.evaluation.judge import TeacherJudge
 from examples.tbcm import quickstart
 from examples.tbcm.quickstart import PROMPTS_FILE, Task
@@ -27,11 +28,11 @@ LITTLE = {
 def test_differences_are_those_of_a_seed_and_their_interval_is_students():
     values = {START: (10.0, 30.0), CONTROL: (9.0, 28.0), "way": (8.0, 24.0)}
     rows = [
-        {"model": model, "seed": seed, "steps": 1, "FD to the teacher": value, "decisiveness": value / 10}
+        {"model": model, "seed": seed, "steps": 1, **dict.fromkeys(METRICS, value)}
         for model, of_seeds in values.items()
         for seed, value in enumerate(of_seeds)
     ]
-    found = differences(pandas.DataFrame(rows), [CONTROL, "way"])
+    found = paired_differences(pandas.DataFrame(rows), pairs_of([CONTROL, "way"]), METRICS)
     assert [(row["way"], row["less"]) for row in found.to_dict("records")] == [
         (CONTROL, START),
         ("way", START),
@@ -53,11 +54,11 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     command = ["few", "--seeds", "0", "--ways", "endpoint", "consistency, lower rate"]
     command += ["--work_dir", f"{tmp_path / 'work'}", "--output_dir", f"{tmp_path}"]
     late_consistency.main(command)
-    result = json.loads((tmp_path / "late_consistency_few.json").read_text())
+    result = json.loads((tmp_path / "late_consistency_few_norm.json").read_text())
     assert [row["way"] for row in result["rows"]] == ["endpoint"] * 3 + ["consistency, lower rate"] * 6
     assert len({row["FD to the teacher"] for row in result["students"]}) == 9
     changes = [
-        json.loads((tmp_path / "work" / "few" / name / "checkpoint-3" / "run.json").read_text())["changes"]
+        json.loads((tmp_path / "work" / "few_norm" / name / "checkpoint-3" / "run.json").read_text())["changes"]
         for name in ("seed_0-endpoint", "seed_0-consistency,_lower_rate")
     ]
     assert [{*change[0]} for change in changes] == [
@@ -66,4 +67,4 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     ]
     monkeypatch.setattr(late_consistency.subprocess, "run", lambda *_, **__: pytest.fail("was trained again"))
     late_consistency.main(command)
-    assert json.loads((tmp_path / "late_consistency_few.json").read_text())["rows"] == result["rows"]
+    assert json.loads((tmp_path / "late_consistency_few_norm.json").read_text())["rows"] == result["rows"]

@@ -76,6 +76,7 @@ class ConsistencyDistillation(Distillation):
         start: str | None = None,
     ) -> None:
         self._start, self._start_share = start, 0.0
+        self._start_folder: Path | None = None
         super().__init__(run, settings, prompts, method=method, image_free=image_free)
         size = ("height", "width") if settings.resolution is None else ()
         drawn_with = {name: value for name, value in self._drawn_with.items() if name not in size}
@@ -159,9 +160,9 @@ class ConsistencyDistillation(Distillation):
         student = self._make_network().to(device)
         critic = FlowTransformer(copy_trained(student.transformer), self.teacher.timestep_scale).to(device)
         began_as, self._start_share = "the teacher", start_share
-        if self._start is not None:
-            student.transformer.load_state_dict(self._start_weights(self._start, student.transformer))
-            began_as = digest_component(resolve_teacher(self._start), TRANSFORMER)
+        if self._start_folder is not None:
+            student.transformer.load_state_dict(self._start_weights(self._start_folder, student.transformer))
+            began_as = digest_component(self._start_folder, TRANSFORMER)
         self.run.depends_on(start=began_as)
         return self._add_pair(
             student,
@@ -183,8 +184,8 @@ class ConsistencyDistillation(Distillation):
             transformer.enable_gradient_checkpointing(checkpoint_dual)
         return TrigFlowTransformer(transformer, self.teacher.timestep_scale)
 
-    def _check_start(self, start: str, backbone: Backbone) -> None:
-        """Find what is no consistency student of a family by its configs, before anything is loaded."""
+    def _find_start(self, start: str, backbone: Backbone) -> Path:
+        """The folder of the student to begin with; by its configs, a consistency student of the family."""
         with named_as_start(start):
             folder = resolve_teacher(start)
             if find_backbone(folder) is not backbone:
@@ -192,11 +193,11 @@ class ConsistencyDistillation(Distillation):
             scheduler = read_json(folder / SCHEDULER / SCHEDULER_CONFIG)
             if not (backbone.STUDENT_EMBEDS_GUIDANCE or scheduler.get("stochastic_sampling")):
                 raise ValueError("its scheduler takes no consistency steps, as one of CDM or a teacher's")
+        return folder
 
-    def _start_weights(self, start: str, transformer: nn.Module) -> dict[str, torch.Tensor]:
+    def _start_weights(self, folder: Path, transformer: nn.Module) -> dict[str, torch.Tensor]:
         """The weights of the student to begin with, for a network."""
-        with named_as_start(start):
-            folder = resolve_teacher(start)
+        with named_as_start(str(self._start)):
             weights, own = find_backbone(folder).load_transformer(folder).state_dict(), transformer.state_dict()
             if {name: weights[name].shape for name in weights} != {name: own[name].shape for name in own}:
                 raise ValueError("its transformer has other layers")
@@ -204,8 +205,8 @@ class ConsistencyDistillation(Distillation):
 
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:
         student = super()._load_student(weights)
-        if self._start is not None and self._start_share:
-            start = self._start_weights(self._start, student)
+        if self._start_folder is not None and self._start_share:
+            start = self._start_weights(self._start_folder, student)
             for name, weight in student.state_dict().items():
                 weight.lerp_(start[name].to(weight), self._start_share)
         return student
@@ -226,7 +227,7 @@ class ConsistencyDistillation(Distillation):
                 " guidance and learns one scale: give one, such as 4.5"
             )
         if self._start is not None:
-            self._check_start(self._start, backbone)
+            self._start_folder = self._find_start(self._start, backbone)
         return backbone
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> TrigFlowTransformer:
