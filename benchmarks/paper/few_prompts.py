@@ -4,7 +4,7 @@
     python -m benchmarks.paper.few_prompts table4    # sampling schemes
     python -m benchmarks.paper.few_prompts table6    # the tangent's final ratio
     python -m benchmarks.paper.few_prompts table7    # warm-up against warm-up and cooldown
-    python -m benchmarks.paper.few_prompts rates     # LCM and sCM at a lower learning rate
+    python -m benchmarks.paper.few_prompts rates     # the methods of Table 2 at a lower learning rate
 
 The settings are those of `study`, but every time counts alike in the consistency loss, and few prompts let a student
 of some minutes come near its teacher. The methods that train on pictures are given the teacher's own of the same
@@ -38,7 +38,7 @@ from .study_runs import Setting, Study
 
 SHOWN = {table: TABLES[table] for table in ("table2", "table4", "table6", "table7")}
 SHOWN["rates"] = {
-    **{f"{name} at 5e-5": replace(METHODS[name], flags={"learning_rate": 5e-5}) for name in ("LCM", "sCM")},
+    **{f"{name} at 5e-5": replace(METHODS[name], flags={"learning_rate": 5e-5}) for name in METHODS},
     TBCM: METHODS[TBCM],
 }
 ROWS_PER_STEP = 60
