@@ -20,7 +20,9 @@ from examples.tbcm.quickstart import (
     TEACHER_STEPS,
     Task,
     draw,
+    few,
     load_controls,
+    many,
 )
 
 from .common import default_device, markdown, write_results
@@ -29,6 +31,7 @@ from .seeds import seed_interval
 
 Tensors = dict[str, torch.Tensor]
 
+TASKS: dict[str, Callable[[], Task]] = {"few": few, "many": many}
 DISTANCE = "FD to the teacher"
 METRICS = (DISTANCE, "decisiveness", "top-5 retrieval")
 

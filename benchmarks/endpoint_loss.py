@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_tbcm.loss import ENDPOINT_LOSS_TYPES
-from examples.tbcm.quickstart import few, many, recipe
+from examples.tbcm.quickstart import recipe
 
 from .common import RESULTS, default_device, machine, made_folder
-from .emoji_judge import EmojiJudge, flat, write_students
+from .emoji_judge import TASKS, EmojiJudge, flat, write_students
 from .late_consistency import FLAGS, train
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/endpoint_loss"))
     parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
-    task, flags = {"few": few, "many": many}[args.prompts](), TRAININGS[args.prompts]
+    task, flags = TASKS[args.prompts](), TRAININGS[args.prompts]
     work_dir = args.work_dir / args.prompts
     judge = EmojiJudge(task, work_dir / "drawn")
     students = []

@@ -39,15 +39,12 @@ from examples.tbcm.quickstart import (
     TEACHER_STEPS,
     Task,
     draw,
-    few,
-    many,
 )
 
 from .common import EMBEDDED_TEACHER, RESULTS, default_device, machine, made_folder, write_results
-from .emoji_judge import DISTANCE
+from .emoji_judge import DISTANCE, TASKS
 
 
-TASKS = {"few": few, "many": many}
 SHIFT = 3.0  # of the stock pipeline's times
 GUIDANCE_SCALES = ((GUIDANCE_SCALE, GUIDANCE_SCALE), (GUIDANCE_SCALE, 1.0), (1.0, 1.0))  # of the first step, of others
 LEAST_STEP = 0.02  # radians: a solution's first step is no shorter

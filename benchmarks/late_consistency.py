@@ -21,11 +21,11 @@ from typing import Any
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.loss import ENDPOINT_LOSS_TYPES
 from diffusers_tbcm.pipeline_folder import CHECKPOINT, MODEL_INDEX, list_checkpoints
-from examples.tbcm.quickstart import Task, few, many, recipe
+from examples.tbcm.quickstart import Task, recipe
 
 from . import emoji_student
 from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, made_folder
-from .emoji_judge import EmojiJudge, flat, write_students
+from .emoji_judge import TASKS, EmojiJudge, flat, write_students
 
 
 START, CONTROL, FOREVER = "endpoint student", "endpoint", 1_000_000
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.ways[0] != CONTROL:
         parser.error(f"--ways begins with {args.ways[0]}: the first is {CONTROL}, with which the others are compared")
-    task = {"few": few, "many": many}[args.prompts]()
+    task = TASKS[args.prompts]()
     name, loss_type = f"{args.prompts}_{args.endpoint_loss_type}", args.endpoint_loss_type
     work_dir = args.work_dir / name
     judge = EmojiJudge(task, work_dir / "drawn")

@@ -18,7 +18,7 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "TeacherJudge", partial(TeacherJudge, num_components=2))
     monkeypatch.setattr(emoji_judge, "TEACHER_STEPS", 2)
     task = Task("few", PROMPTS_FILE, ["dolphin", "noto owl"] * 3, ["dolphin", "owl"] * 3, 2)
-    monkeypatch.setattr(endpoint_loss, "few", lambda: task)
+    monkeypatch.setitem(emoji_judge.TASKS, "few", lambda: task)
     little = {"train_batch_size": 2, "route_steps": 3, "replay_buffer_size": 4, "teacher_batch_size": 4}
     little |= {"max_train_steps": 2, "endpoint_warmup_steps": 1, "lr_warmup_steps": 0}
     flags = {**endpoint_loss.TRAININGS["few"], **little}

@@ -40,7 +40,7 @@ def test_results_are_written_and_what_was_drawn_is_found_again(tmp_path, monkeyp
     monkeypatch.setattr(quickstart, "TeacherJudge", partial(TeacherJudge, num_components=2))
     monkeypatch.setattr(exact_map, "TEACHER_STEPS", 4)
     task = Task("few", PROMPTS_FILE, ["dolphin", "noto owl"] * 3, ["dolphin", "owl"] * 3, 2)
-    monkeypatch.setattr(exact_map, "TASKS", {"few": lambda: task})
+    monkeypatch.setitem(emoji_judge.TASKS, "few", lambda: task)
     arguments = ["few", "--work_dir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "new")]
     exact_map.main(arguments)
     first = json.loads((tmp_path / "new" / "exact_map_few.json").read_text())["rows"]

@@ -47,7 +47,7 @@ def test_the_whole_way_in_little(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "TeacherJudge", partial(TeacherJudge, num_components=2))
     monkeypatch.setattr(emoji_judge, "TEACHER_STEPS", 2)
     task = Task("few", PROMPTS_FILE, ["dolphin", "noto owl"] * 3, ["dolphin", "owl"] * 3, 2)
-    monkeypatch.setattr(late_consistency, "few", lambda: task)
+    monkeypatch.setitem(emoji_judge.TASKS, "few", lambda: task)
     monkeypatch.setattr(late_consistency, "STEPS", {"few": (2, 1)})
     monkeypatch.setattr(late_consistency, "FLAGS", {"few": {**late_consistency.FLAGS["few"], **LITTLE}})
     monkeypatch.setattr(late_consistency, "subprocess", SimpleNamespace(run=run_forked))
