@@ -148,11 +148,12 @@ def test_retrieval_counts_the_images_whose_concept_is_near():
 
 
 def test_a_reference_measures_the_same_after_save_and_load(tmp_path):
-    fitted = FeatureReference.fit(gaussian(50, seed=0), [f"concept {index}" for index in range(50)], num_components=4)
+    concepts, prompts = ([f"{kind} {index}" for index in range(50)] for kind in ("concept", "prompt"))
+    fitted = FeatureReference.fit(gaussian(50, seed=0), concepts, num_components=4, prompts=prompts)
     fitted.save(tmp_path / "reference.safetensors")
     loaded = FeatureReference.load(tmp_path / "reference.safetensors")
     generated = gaussian(40, seed=1, mean=1.0)
-    assert loaded.labels == fitted.labels
+    assert loaded.labels == fitted.labels == (*concepts,) and loaded.prompts == fitted.prompts == (*prompts,)
     assert loaded.frechet_distance(generated) == fitted.frechet_distance(generated)
     assert torch.equal(loaded.features, fitted.features) and loaded.features.dtype == torch.float16
 
@@ -302,7 +303,9 @@ def test_an_evaluation_holds_every_metric_with_its_interval(coloured):
     precision, recall = precision_recall(reference.features.float(), features)
     expected = {
         "FD": reference.frechet_distance(features),
-        "KD": kernel_distance(reference.features.float(), features, pictures_per_prompt=2).value,
+        "KD": kernel_distance(
+            reference.features.float(), features, prompts=[prompt for prompt in prompts for _ in range(2)]
+        ).value,
         "precision": precision,
         "recall": recall,
         "top-1 retrieval": reference.retrieval_at_k(features, pairs, 1),
@@ -319,12 +322,17 @@ def test_an_evaluation_holds_every_metric_with_its_interval(coloured):
 
 
 def test_an_evaluation_without_reference_or_labels_leaves_their_metrics_out(coloured):
-    prompts = ["a"] * 60
+    prompts = ["a", "b", "c"] * 20
     assert Evaluator(Pixels(), scorers=[LengthScorer()])("teacher", 20, coloured, prompts).metrics == {"length": 1}
     unlabelled = FeatureReference.fit(Pixels().extract(coloured), num_components=None)
     assert {*Evaluator(Pixels(), unlabelled, resamples=2)("teacher", 20, coloured, prompts, prompts).metrics} == {
         "FD", "KD", "precision", "recall",
     }  # fmt: skip
+    named = FeatureReference.fit(Pixels().extract(coloured), num_components=None, prompts=prompts)
+    both = (Evaluator(Pixels(), each, resamples=2)("teacher", 20, coloured, prompts) for each in (unlabelled, named))
+    assert [row.metrics["KD"] == pytest.approx(0, abs=1e-9) for row in both] == [False, True]  # the very same pictures
+    alike = Evaluator(Pixels(), unlabelled, resamples=2)("teacher", 20, coloured, ["a", "b"] * 30, prompts)
+    assert {*alike.metrics} == {"FD", "precision", "recall"}  # two prompts' pictures make no pairs without one of them
     with pytest.raises(ValueError, match="pictures are 60 for 7 prompts"):
         Evaluator(Pixels())("teacher", 20, coloured, prompts[:7])
 
@@ -380,9 +388,9 @@ def test_distances_are_measured_in_further_features_too(coloured):
     ]
     others = [(extractors[1], references[1])]
     both = Evaluator(extractors[0], references[0], resamples=20, by_label=True, others=others)
-    row = both("student", 2, coloured, ["a"] * 30, labels)
+    row = both("student", 2, coloured, [*"abc"] * 10, labels)
     each = [
-        Evaluator(extractor, reference, resamples=20, by_label=True)("student", 2, coloured, ["a"] * 30, labels)
+        Evaluator(extractor, reference, resamples=20, by_label=True)("student", 2, coloured, [*"abc"] * 10, labels)
         for extractor, reference in zip(extractors, references, strict=True)
     ]
     names = ["FD of means", "KD of means", "FD of means (even)", "FD of means (odd)"]
@@ -458,6 +466,8 @@ def test_inception_is_called_fid_and_without_its_package_the_error_names_it(monk
 def test_a_reference_needs_a_label_per_image_and_enough_images():
     with pytest.raises(ValueError, match="labels has 2 names for 9 features"):
         FeatureReference.fit(gaussian(9, seed=0), ["dog", "cat"], num_components=2)
+    with pytest.raises(ValueError, match="prompts has 1 names for 9 features"):
+        FeatureReference.fit(gaussian(9, seed=0), num_components=2, prompts=["dog"])
     with pytest.raises(ValueError, match="num_components is 6, too many"):
         reference(gaussian(6, seed=0))
 

@@ -82,34 +82,50 @@ def test_kernel_distance_is_torchmetrics_over_all_pairs():
     metric = KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=60)
     metric.update(real, real=True)
     metric.update(generated, real=False)
-    for subsets in (2, 7, 60):  # which only the interval depends on
+    for subsets in (3, 7, 60):  # which only the interval depends on
         assert kernel_distance(real, generated, subsets=subsets).value == pytest.approx(float(metric.compute()[0]))
 
 
 def test_kernel_distance_and_its_jackknife_are_those_of_explicit_sums():
-    real, generated = normal(5, 3), normal(6, 3, seed=1, mean=0.5)
+    """Images of one prompt, in any order and on either side, make no pair."""
+    real, generated = normal(6, 3), normal(8, 3, seed=1, mean=0.5)
+    prompts, real_prompts = [*"abcdabda"], [*"aaxb", "", ""]
+    distinct = [*"aaxb", 4, 5]
 
-    def explicit(pictures):
-        pairs = [
-            [kernel(x, y) for j, y in enumerate(side) if i != j]
-            for side in (real, pictures)
-            for i, x in enumerate(side)
-        ]
-        of_real, of_pictures = sum(map(sum, pairs[:5])) / 20, sum(map(sum, pairs[5:]))
-        crossed = sum(kernel(x, y) for x in real for y in pictures)
-        return float(of_real + of_pictures / (len(pictures) * (len(pictures) - 1)) - 2 * crossed / 5 / len(pictures))
+    def mean(left, right):
+        return sum(pairs := [float(kernel(x, y)) for name, x in left for other, y in right if name != other]) / len(
+            pairs
+        )
 
-    measured = kernel_distance(real, generated, pictures_per_prompt=2, subsets=3)
-    without = [explicit(torch.cat([generated[: 2 * i], generated[2 * i + 2 :]])) for i in range(3)]
-    assert measured.value == pytest.approx(explicit(generated), rel=1e-9)
-    error = (2 / 3 * sum((value - sum(without) / 3) ** 2 for value in without)) ** 0.5
-    assert measured.high - measured.value == pytest.approx(4.302652729911275 * error, rel=1e-6)  # t with 2 degrees
+    def explicit(without):
+        drawn = [each for each in zip(prompts, generated, strict=True) if each[0] not in without]
+        given = [*zip(distinct, real, strict=True)]
+        return mean(drawn, drawn) + mean(given, given) - 2 * mean(drawn, given)
+
+    measured = kernel_distance(real, generated, prompts=prompts, real_prompts=real_prompts, subsets=4)
+    assert measured.value == pytest.approx(explicit(""), rel=1e-9)
+    without = [explicit(prompt) for prompt in "abcd"]
+    error = (3 / 4 * sum((value - sum(without) / 4) ** 2 for value in without)) ** 0.5
+    assert measured.high - measured.value == pytest.approx(3.182446305284263 * error, rel=1e-6)  # t with 3 degrees
     assert measured.value - measured.low == pytest.approx(measured.high - measured.value)
 
 
-def test_kernel_distance_is_unbiased():
-    values = np.array([kernel_distance(normal(30, seed=2 * s), normal(50, seed=2 * s + 1)).value for s in range(200)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("each", [1, 4])
+def test_kernel_distance_is_unbiased_and_its_interval_holds_0_whatever_images_are_of_one_prompt(each, shared):
+    """Images lie about their prompts' centres; the real ones are of the same prompts, or of none of them."""
+    prompts = [f"prompt {place}" for place in range(30) for _ in range(each)]
+    trials = []
+    for seed in range(100):
+        centres, others = normal(30, 4, seed=4 * seed), normal(120, 4, seed=4 * seed + 1)
+        drawn = centres.repeat_interleave(each, 0) + 0.3 * normal(30 * each, 4, seed=4 * seed + 2)
+        real = (centres.repeat_interleave(2, 0) if shared else others[:60]) + 0.3 * normal(60, 4, seed=4 * seed + 3)
+        names = [f"prompt {place}" for place in range(30) for _ in range(2)] if shared else []
+        trials.append(kernel_distance(real, drawn, prompts=prompts, real_prompts=names))
+    values = np.array([trial.value for trial in trials])
     assert abs(values.mean()) < 3 * values.std() / len(values) ** 0.5
+    if shared:  # the interval takes the real images as given: what others there might have been is not in it
+        assert np.mean([trial.low <= 0 <= trial.high for trial in trials]) >= 0.9
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.2])
@@ -121,10 +137,12 @@ def test_kernel_distance_intervals_cover_what_is_true_on_average(mean):
 
 
 def test_kernel_distance_refuses_too_few_images():
-    with pytest.raises(ValueError, match="subsets is 20 for 19 prompts and 50 real images"):
-        kernel_distance(normal(50), normal(38), pictures_per_prompt=2)
-    with pytest.raises(ValueError, match="subsets is 1 "):
-        kernel_distance(normal(50), normal(50), subsets=1)
+    with pytest.raises(ValueError, match="subsets is 20 for 19 prompts, and 50 of real images"):
+        kernel_distance(normal(50), normal(38), prompts=[str(place % 19) for place in range(38)])
+    with pytest.raises(ValueError, match="subsets is 2 "):
+        kernel_distance(normal(50), normal(50), subsets=2)
+    with pytest.raises(ValueError, match="and 1 of real images"):
+        kernel_distance(normal(50), normal(50), real_prompts=["one"] * 50)
 
 
 def test_precision_and_recall_by_hand():

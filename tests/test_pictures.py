@@ -103,7 +103,8 @@ def test_a_data_sets_pictures_are_labelled_by_their_class(labelled_images, monke
     pictures = DatasetPictures("owner/colours", label_column="label")
     assert pictures.labels == COLOURS and len(pictures) == 3
     assert corners(pictures) == corners(pictures[0:3]) == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    assert DatasetPictures("owner/colours").labels == []
+    assert DatasetPictures("owner/colours").labels == DatasetPictures("owner/colours").prompts == []
+    assert DatasetPictures("owner/colours", prompt_column="text").prompts == COLOURS
     with pytest.raises(ValueError, match="has no column 'picture': it has image, label, text"):
         DatasetPictures("owner/colours", image_column="picture")
     with pytest.raises(ValueError, match="column 'text' of 'owner/colours' holds no pictures"):

@@ -312,6 +312,7 @@ def real_pictures(settings: Settings) -> FolderPictures | DatasetPictures | None
         split=settings.dataset_split,
         image_column=settings.image_column or "image",
         label_column=settings.label_column,
+        prompt_column=settings.caption_column,
     )
 
 
@@ -415,15 +416,18 @@ def reference_files(settings: Settings) -> list[str]:
 def make_references(settings: Settings, task: Task, drawn: Sequence[Drawn]) -> list[FeatureReference]:
     """The features of the real pictures, kept in the output folder where they do not come from a file."""
     real: Sequence[Image.Image] | None = task.real
-    labels: Sequence[str] = () if task.real is None else task.real.labels
+    labels, prompts = ((), ()) if task.real is None else (task.real.labels, task.real.prompts)
     if settings.reference_teacher:
         real = next(run.pictures for run in drawn if run.model == REFERENCE_RUN)
-        labels = [label for label in task.prompts.labels for _ in range(settings.num_images_per_prompt)]
+        labels, prompts = (
+            [text for text in texts for _ in range(settings.num_images_per_prompt)]
+            for texts in (task.prompts.labels, task.prompts.prompts)
+        )
     if real is None:
         return [] if task.reference is None else [task.reference]
     references = []
     for extractor, name in zip(task.extractors, reference_files(settings), strict=True):
-        reference = FeatureReference.fit(features_of(extractor, real), labels, extractor.num_components)
+        reference = FeatureReference.fit(features_of(extractor, real), labels, extractor.num_components, prompts)
         reference.save(settings.output_dir / name)
         references.append(reference)
     return references

@@ -104,6 +104,7 @@ def test_an_evaluation_against_the_teacher_writes_metrics_and_a_plot(
     assert rows["student", 1].intervals["decisiveness"][0] > 0.1  # untrained, but from the same noise
     reference = FeatureReference.load(tmp_path / "out" / "reference.safetensors")
     assert len(reference.features) == 42 and reference.labels[:4] == ("red", "red", "green", "green")
+    assert reference.prompts == tuple(prompt for prompt in PROMPTS for _ in range(2))
     assert found.dataset == "21 prompts of prompts.jsonl"
     assert found.command.startswith("python examples/tbcm/evaluate_student.py --model ")
     assert str(tmp_path) not in found.command and "--teacher_steps 1 2" in found.command

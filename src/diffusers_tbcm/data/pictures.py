@@ -259,6 +259,7 @@ class FolderPictures(Pictures):
             raise ValueError(f"folder {str(folder)!r} holds no picture: {', '.join(SUFFIXES)}")
         below = [path for path in self.paths if path.parent != Path(folder)]
         self.labels = [path.parent.name for path in self.paths] if len(below) == len(self.paths) else []
+        self.prompts: list[str] = []
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -279,6 +280,7 @@ class DatasetPictures(ColumnPictures):
         split: the data set's split.
         image_column: the column of the pictures.
         label_column: the column of the concepts that they show.
+        prompt_column: the column of their prompts.
 
     Raises:
         ValueError: where a column is missing or holds no pictures.
@@ -292,12 +294,20 @@ class DatasetPictures(ColumnPictures):
         split: str = "train",
         image_column: str = "image",
         label_column: str | None = None,
+        prompt_column: str | None = None,
     ) -> None:
         if str(source) == MJHQ_30K:
-            split, image_column, label_column = "test", "image", "label"
-        columns = (image_column,) if label_column is None else (image_column, label_column)
+            split, image_column, label_column, prompt_column = "test", "image", "label", None
+        columns = (image_column, *(name for name in (label_column, prompt_column) if name is not None))
         data = load_data(source, *columns, config=config, split=split)
         self.labels = [] if label_column is None else [str(name) for name in column_values(data, label_column)]
+        self.prompts = (
+            []
+            if prompt_column is None
+            else [
+                prompt_text(prompt, f"column {prompt_column}").strip() for prompt in column_values(data, prompt_column)
+            ]
+        )
         super().__init__(data, image_column, source)
 
 

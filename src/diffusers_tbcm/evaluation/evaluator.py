@@ -22,6 +22,7 @@ from .features import FeatureExtractor, MobileNetFeatures, pictures_to_tensor
 from .kept import features_of, scores_of
 from .metrics import (
     KERNEL_SUBSETS,
+    LEAST_SUBSETS,
     NEIGHBOURS,
     RESAMPLES,
     Estimate,
@@ -150,7 +151,8 @@ class Evaluator:
 
         Returns:
             The row: distances, precision, recall and retrieval with a reference, the score of every scorer, diversity
-            where M is at least 2, decisiveness where the teacher's pictures are given.
+            where M is at least 2, decisiveness where the teacher's pictures are given. The kernel distance takes at
+            least 3 different prompts.
 
         Raises:
             ValueError: where there is not one number of pictures for all prompts.
@@ -159,11 +161,11 @@ class Evaluator:
         features = features_of(self.extractor, pictures)
         found: dict[str, Estimate] = {}
         if self.reference is not None:
-            found |= self._distances(self.extractor, self.reference, features, labels, len(prompts))
+            found |= self._distances(self.extractor, self.reference, features, labels, prompts)
             found |= self._likeness(self.reference, features, _repeat(labels, each), len(prompts))
         for extractor, reference in self.others:
             others = features_of(extractor, pictures)
-            found |= self._distances(extractor, reference, others, labels, len(prompts))
+            found |= self._distances(extractor, reference, others, labels, prompts)
         for name, values in self._by_prompt(pictures, prompts, features).items():
             found[name] = self._mean(values, len(prompts))
         if teacher is not None:
@@ -210,23 +212,24 @@ class Evaluator:
         reference: FeatureReference,
         features: Tensor,
         labels: Sequence[str],
-        prompts: int,
+        prompts: Sequence[str],
     ) -> dict[str, Estimate]:
         """How far apart the pictures and the real ones are, as a whole and label by label."""
-        projected = reference.project(features).unflatten(0, (prompts, -1))
+        projected = reference.project(features).unflatten(0, (len(prompts), -1))
+        different = len({*prompts})
 
         def frechet(mean: Tensor, root: Tensor, drawn: Tensor) -> Estimate:
             return self._bootstrap(lambda index: frechet_distance(mean, root, drawn[index].flatten(0, 1)), len(drawn))
 
-        found = {
-            extractor.frechet_name: frechet(*reference.gaussian, projected),
-            extractor.kernel_name: kernel_distance(
+        found = {extractor.frechet_name: frechet(*reference.gaussian, projected)}
+        if different >= LEAST_SUBSETS:
+            found[extractor.kernel_name] = kernel_distance(
                 reference.features.float(),
                 features,
-                pictures_per_prompt=projected.shape[1],
-                subsets=min(KERNEL_SUBSETS, prompts),
-            ),
-        }
+                prompts=_repeat(prompts, projected.shape[1]),
+                real_prompts=reference.prompts,
+                subsets=min(KERNEL_SUBSETS, different),
+            )
         for label in sorted({*labels}) if self.by_label and reference.labels else ():
             drawn = projected[[name == label for name in labels]]
             found[f"{extractor.frechet_name} ({label})"] = frechet(*reference.gaussian_of(label), drawn)

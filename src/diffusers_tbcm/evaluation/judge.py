@@ -41,6 +41,8 @@ class TeacherJudge:
         labels: Sequence[str] = (),
         num_components: int = COMPONENTS,
     ) -> None:
+        different = round_size if round_size > 1 else len(teacher)
+        self._prompts = [f"prompt {place % different}" for place in range(len(teacher))]
         self.reference = FeatureReference.fit(teacher, num_components=num_components)
         self.round_size, self.real, self.labels = round_size, real, labels
         self._teachers_diversity = self._diversity(teacher)
@@ -77,14 +79,12 @@ class TeacherJudge:
         Returns:
             The distance, with a 95% interval over prompts.
         """
-        if self.round_size == 1:
-            return kernel_distance(self.reference.features, features)
-        rounds = features.unflatten(0, (-1, self.round_size))
         return kernel_distance(
             self.reference.features,
-            rounds.transpose(0, 1).flatten(0, 1),  # those of a prompt together
-            pictures_per_prompt=len(rounds),
-            subsets=min(KERNEL_SUBSETS, self.round_size),
+            features,
+            prompts=self._prompts,
+            real_prompts=self._prompts,
+            subsets=min(KERNEL_SUBSETS, len({*self._prompts})),
         )
 
     def diversity(self, features: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 RESAMPLES = 200  # their standard deviation is known to about 5%
 CONFIDENCE = 0.95
 KERNEL_SUBSETS = 20
+LEAST_SUBSETS = 3  # without one, pictures of two prompts are left to make a pair
 NEIGHBOURS = 3  # Kynkaanniemi et al.'s choice
 ROUNDING = 1e-12  # of squared distances in float64, against squared lengths
 ROWS = 1024  # of a matrix between all features that are in memory at a time
@@ -109,51 +110,70 @@ def frechet_distance(mean: Tensor, root: Tensor, features: Tensor) -> float:
 
 
 def kernel_distance(
-    real: Tensor, generated: Tensor, *, pictures_per_prompt: int = 1, subsets: int = KERNEL_SUBSETS, seed: int = 0
+    real: Tensor,
+    generated: Tensor,
+    *,
+    prompts: Sequence[str] = (),
+    real_prompts: Sequence[str] = (),
+    subsets: int = KERNEL_SUBSETS,
+    seed: int = 0,
 ) -> Estimate:
     """Measure the unbiased squared MMD over all pairs, with KID's kernel (x y / D + 1)^3 (Binkowski et al., 2018).
 
-    KID's own mean over small subsets uses a part of the pairs only, and its subsets overlap. Here the interval is a
-    jackknife: how the value changes without each of some disjoint random subsets of the prompts, the real images being
-    given.
+    Images of one prompt are alike for that reason alone: they make no pair, nor does an image with itself. KID's own
+    mean over small subsets uses a part of the pairs only, and its subsets overlap. Here the interval is a jackknife:
+    how the value changes without each of some disjoint random subsets of the prompts, the real images being given.
 
     Args:
-        real: (N, D), N >= 2.
-        generated: (P * M, D), those of one prompt together.
-        pictures_per_prompt: M.
-        subsets: to leave out, 2 to P.
+        real: (N, D).
+        generated: (M, D).
+        prompts: what each generated image was drawn for, M names; none where each has a prompt of its own.
+        real_prompts: the same of the real images, N names, or none; an image of the name "" has a prompt of its own.
+        subsets: to leave out, 3 or more, at most one a prompt.
         seed: of the split.
 
     Returns:
         The value and its 95% interval. It is unbiased: 0 on average for equal distributions, whatever their numbers.
 
     Raises:
-        ValueError: where there are too few images for the subsets.
+        ValueError: where there are too few prompts for the subsets, or real images of fewer than 2.
     """
     from scipy.stats import t as student_t
     from torchmetrics.image.kid import poly_kernel
 
-    prompts = len(generated) // pictures_per_prompt
-    if not 2 <= subsets <= prompts or len(real) < 2:
-        raise ValueError(f"subsets is {subsets} for {prompts} prompts and {len(real)} real images: it takes 2 of each")
-
+    groups, groups_of_real = _groups(prompts, len(generated)), _groups(real_prompts, len(real))
+    if not LEAST_SUBSETS <= subsets <= len(groups) or len(groups_of_real) < 2:
+        raise ValueError(
+            f"subsets is {subsets} for {len(groups)} prompts, and {len(groups_of_real)} of real images: it takes"
+            f" {LEAST_SUBSETS} or more, at most one a prompt, and 2"
+        )
     real, generated = real.double(), generated.double()
-    order = np.random.default_rng(seed).permutation(prompts) % subsets  # which subset a prompt is in
-    subset = torch.from_numpy(order).repeat_interleave(pictures_per_prompt)
-    member = F.one_hot(subset, subsets).double()
-    sizes = member.sum(dim=0)
-    within = -(member.T * _self_kernel(generated)) @ member  # a picture makes no pair with itself
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(groups)) % subsets)  # a prompt's subset
+    of_picture = torch.empty(len(generated), dtype=torch.long)
+    for subset, group in zip(order, groups.values(), strict=True):
+        of_picture[group] = subset
+    member, sizes = F.one_hot(of_picture, subsets).double(), torch.bincount(of_picture, minlength=subsets).double()
+
+    # Sums of the kernel, and numbers of pairs, over all pairs less those of one prompt
+    within = torch.zeros(subsets, subsets, dtype=torch.double)
     across = torch.zeros(subsets, dtype=torch.double)
     for rows, of_subset in zip(generated.split(ROWS), member.split(ROWS), strict=True):
         within += of_subset.T @ poly_kernel(rows, generated) @ member
         across += of_subset.T @ poly_kernel(rows, real).sum(dim=1)
-    pairs_of_real = sum(float(poly_kernel(rows, real).sum()) for rows in real.split(ROWS))
-    of_real = (pairs_of_real - float(_self_kernel(real).sum())) / (len(real) * (len(real) - 1))
+    pairs_within, pairs_across = sizes[:, None] * sizes, sizes * len(real)
+    for subset, (name, group) in zip(order, groups.items(), strict=True):
+        within[subset, subset] -= poly_kernel(generated[group], generated[group]).sum()
+        pairs_within[subset, subset] -= len(group) ** 2
+        if (of_real := groups_of_real.get(name)) is not None:
+            across[subset] -= poly_kernel(generated[group], real[of_real]).sum()
+            pairs_across[subset] -= len(group) * len(of_real)
+    within_real = sum(float(poly_kernel(rows, real).sum()) for rows in real.split(ROWS))
+    within_real -= sum(float(poly_kernel(real[group], real[group]).sum()) for group in groups_of_real.values())
+    within_real /= len(real) ** 2 - sum(len(group) ** 2 for group in groups_of_real.values())
 
     def value(kept: Tensor) -> float:
-        count = float(sizes[kept].sum())
-        pairs = float(within[kept][:, kept].sum()) / (count * (count - 1))
-        return of_real + pairs - 2 * float(across[kept].sum()) / (count * len(real))
+        of_generated = within[kept][:, kept].sum() / pairs_within[kept][:, kept].sum()
+        return within_real + float(of_generated - 2 * across[kept].sum() / pairs_across[kept].sum())
 
     estimate = value(torch.arange(subsets))
     without = [value(torch.tensor([i for i in range(subsets) if i != left_out])) for left_out in range(subsets)]
@@ -162,9 +182,12 @@ def kernel_distance(
     return Estimate(estimate, estimate - margin, estimate + margin)
 
 
-def _self_kernel(features: Tensor) -> Tensor:
-    """k(x, x) of every feature."""
-    return (features.square().sum(dim=1) / features.shape[1] + 1).pow(3)
+def _groups(prompts: Sequence[str], count: int) -> dict[object, list[int]]:
+    """Which images are of each prompt, by its name; one without a name has a prompt of its own."""
+    groups: dict[object, list[int]] = {}
+    for place, prompt in enumerate(prompts or [""] * count):
+        groups.setdefault(prompt or object(), []).append(place)
+    return groups
 
 
 def within_balls(features: Tensor, centres: Tensor, k: int = NEIGHBOURS) -> Tensor:

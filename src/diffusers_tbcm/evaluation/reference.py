@@ -30,12 +30,14 @@ class FeatureReference:
         mean: (D,), float64, mean of the features.
         components: (D, K), float64, their first K principal components, in which the Frechet distance is taken; None
             where it is taken in all dimensions.
+        prompts: the prompt that each image is of, N texts; none at all where they are not known.
     """
 
     features: Tensor
     labels: tuple[str, ...]
     mean: Tensor
     components: Tensor | None
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def fit(
@@ -43,6 +45,7 @@ class FeatureReference:
         features: Tensor,
         labels: Sequence[str] = (),
         num_components: int | None = NUM_COMPONENTS,
+        prompts: Sequence[str] = (),
     ) -> FeatureReference:
         """Make a reference of real images' features.
 
@@ -50,16 +53,18 @@ class FeatureReference:
             features: (N, D).
             labels: the concept that each image shows, N names; none where they are not known.
             num_components: K, the dimensions that the Frechet distance is taken in; None for all of them.
+            prompts: the prompt that each image is of, N texts; none where they are not known.
 
         Returns:
             The reference.
 
         Raises:
-            ValueError: where features and labels differ in number, features are not finite, or K components cannot be
-                told from N images.
+            ValueError: where features and labels or prompts differ in number, features are not finite, or K components
+                cannot be told from N images.
         """
-        if labels and len(features) != len(labels):
-            raise ValueError(f"labels has {len(labels)} names for {len(features)} features")
+        for name, texts in (("labels", labels), ("prompts", prompts)):
+            if texts and len(features) != len(texts):
+                raise ValueError(f"{name} has {len(texts)} names for {len(features)} features")
         if (num_components or features.shape[1]) > min(len(features) - 1, features.shape[1]):
             raise ValueError(
                 f"num_components is {num_components or 'all'}, too many for features of shape {tuple(features.shape)}"
@@ -69,9 +74,9 @@ class FeatureReference:
             raise ValueError("features holds NaN or infinity: of such images there is no distance")
         mean = features.double().mean(dim=0)
         if num_components is None:
-            return cls(features, tuple(labels), mean, None)
+            return cls(features, tuple(labels), mean, None, tuple(prompts))
         _, _, directions = torch.linalg.svd(features.double() - mean, full_matrices=False)
-        return cls(features, tuple(labels), mean, directions[:num_components].T.contiguous())
+        return cls(features, tuple(labels), mean, directions[:num_components].T.contiguous(), tuple(prompts))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the reference as one safetensors file.
@@ -82,8 +87,9 @@ class FeatureReference:
         tensors = {"features": self.features, "mean": self.mean}
         if self.components is not None:
             tensors["components"] = self.components
+        texts = {"labels": json.dumps(self.labels), "prompts": json.dumps(self.prompts)}
         with written_beside(path) as partial:
-            save_file(tensors, partial, metadata={"labels": json.dumps(self.labels)})
+            save_file(tensors, partial, metadata=texts)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> FeatureReference:
@@ -100,14 +106,16 @@ class FeatureReference:
         """
         with loading("reference file", path), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            labels = tuple(json.loads(file.metadata()["labels"]))
-            found = cls(tensors["features"], labels, tensors["mean"], tensors.get("components"))
+            texts = file.metadata()
+            labels, prompts = (tuple(json.loads(texts.get(name, "[]"))) for name in ("labels", "prompts"))
+            found = cls(tensors["features"], labels, tensors["mean"], tensors.get("components"), prompts)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"reference file {str(path)!r} holds features that are not finite")
-        if labels and len(labels) != len(found.features):
-            raise ValueError(
-                f"reference file {str(path)!r} has {len(labels)} labels for {len(found.features)} features"
-            )
+        for name, texts in (("labels", labels), ("prompts", prompts)):
+            if texts and len(texts) != len(found.features):
+                raise ValueError(
+                    f"reference file {str(path)!r} has {len(texts)} {name} for {len(found.features)} features"
+                )
         return found
 
     def project(self, features: Tensor) -> Tensor:
