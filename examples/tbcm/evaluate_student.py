@@ -29,6 +29,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_tbcm.backbones import backbone_of, backbone_of_index, find_backbone
+from diffusers_tbcm.backbones.loading import load_networks
 from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
 from diffusers_tbcm.components import MODEL_CONFIG, SCHEDULER_CONFIG
 from diffusers_tbcm.data.columns import MJHQ_30K
@@ -389,10 +390,11 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
         return drawn
     del student
     folder = resolve_teacher(settings.teacher, settings.variant)
-    absent = dict.fromkeys(backbone.OPTIONAL_COMPONENTS)
+    absent: dict[str, Any] = dict.fromkeys(backbone.OPTIONAL_COMPONENTS)
     with loading("teacher", folder):
+        networks = load_networks(folder, dtype, settings.variant, without=absent)
         teacher = backbone.PIPELINE_CLASS.from_pretrained(
-            folder, variant=settings.variant, **absent, **dtype_argument(dtype)
+            folder, variant=settings.variant, **absent, **networks, **dtype_argument(dtype)
         )
     teacher.to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]

@@ -4,6 +4,7 @@ import ast
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from diffusers import SanaPipeline
 from PIL import Image
 from runs import fork_two
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_clip, tiny_tbcm_pipeline, tiny_transformer, write_tiny_flow_lora
 from transformers import Dinov2Config, Dinov2Model
 
@@ -394,6 +396,15 @@ def test_guidance_for_a_flow_student_alone_and_one_as_teacher_are_refused(argume
     with pytest.raises(ValueError, match="is a few-step student: give the teacher that it was distilled from"):
         main(arguments(teacher=flow_student))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_lacks_a_weight_is_not_measured(arguments, teacher, tmp_path):
+    lacking = shutil.copytree(teacher, tmp_path / "lacking")
+    file = lacking / "vae" / "diffusion_pytorch_model.safetensors"
+    name, *others = sorted(weights := load_file(file))
+    save_file({other: weights[other] for other in others}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"teacher .* it lacks 1 of the weights of a AutoencoderDC, such as {name}"):
+        main(arguments(teacher=lacking, teacher_steps=1, max_prompts=2))
 
 
 @pytest.mark.parametrize(
