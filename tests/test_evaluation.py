@@ -416,6 +416,10 @@ def test_labels_of_too_few_pictures_are_named_before_anything_is_drawn():
         check_numbers(Pixels(), **numbers | {"drawn": 33, "real_labels": ["a"] * 34 + ["b"] * 6}, by_label=True)
     with pytest.raises(ValueError, match="takes labels of both the prompts and the real pictures"):
         check_numbers(Pixels(), **numbers | {"drawn": 33, "real_labels": []}, by_label=True)
+    with pytest.raises(
+        ValueError, match="there is 1 prompt of label 'b': the interval of its distance takes at least 2"
+    ):
+        check_numbers(Pixels(), **numbers | {"labels": ["a"] * 8 + ["b"], "drawn": 90}, by_label=True)
 
 
 def test_features_and_scores_of_drawn_pictures_are_kept(tmp_path, coloured):

@@ -195,6 +195,12 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         parser.error("--reference_teacher needs --teacher")
     if settings.distance_by_label and settings.label_column is None and settings.dataset_name != MJHQ_30K:
         parser.error("--distance_by_label needs --label_column")
+    references = (settings.reference_dir, settings.reference_file, settings.reference_teacher, settings.image_column)
+    if settings.distance_by_label and not any(references) and settings.dataset_name != MJHQ_30K:
+        parser.error(
+            "--distance_by_label needs real pictures: give --reference_dir, --reference_file, --reference_teacher or"
+            " --image_column"
+        )
     if not all(name.replace("-", "").replace("_", "").isalnum() for name in settings.read_scores):
         parser.error(f"--read_scores is {settings.read_scores}: it takes names of letters, digits, - and _")
     if settings.image_column is not None and settings.dataset_name is None:
