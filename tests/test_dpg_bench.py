@@ -1,5 +1,8 @@
 """DPG-Bench's layout, and its results read back."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -66,6 +69,33 @@ def test_a_square_is_made_anew_for_new_pictures_only(bench, tmp_path):
     assert {name for name in before if before[name] != after[name]} == {"102.png"}
     with Image.open(folder / "102.png") as sheet:
         assert sheet.getpixel((0, 6)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(("before", "now"), [(4, 1), (1, 4), (4, 2), (2, 4)])
+def test_results_of_another_number_of_pictures_are_left_out(before, now, bench, tmp_path):
+    coloured(tmp_path / "pictures", bench.prompts, 4)
+    first, then = (PictureFolder(tmp_path / "pictures", bench.prompts, each, {"seed": 0}) for each in (before, now))
+    folder, results = tmp_path / "out", RESULTS.format(folder=tmp_path / "out")
+    bench.export(first, folder)
+    (folder / "dpg-bench_20250102-000000_results.txt").write_text(results)
+    assert bench.scores(first, folder, 20) is not None
+    assert f"PIC_NUM={now} " in bench.export(then, folder)
+    with Image.open(folder / "102.png") as sheet:
+        assert sheet.size == ((8, 6) if now == 1 else (16, 12))
+        assert now == 1 or (sheet.getpixel((0, 6))[0] > 0) == (now == 4)
+    assert bench.scores(then, folder, 20) is None
+    (folder / "dpg-bench_20250103-000000_results.txt").write_text(results)
+    bench.export(then, folder)
+    assert bench.scores(then, folder, 20) is not None
+
+
+def test_the_command_runs_in_another_folder(bench, tmp_path, monkeypatch):
+    pictures = coloured(tmp_path / "pictures", bench.prompts, 1)
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(bench.export(pictures, Path("my runs") / "out"))[-2:] == [
+        str(tmp_path / "my runs" / "out"),
+        "8",
+    ]
 
 
 def test_one_picture_of_a_prompt_is_the_file(bench, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,19 @@ def read_scores(pictures: PictureFolder, name: str, resamples: int) -> Scores | 
     return scores
 
 
-def is_current(file: Path, pictures: PictureFolder) -> bool:
+def is_current(file: Path, pictures: PictureFolder, made: Sequence[Path] = ()) -> bool:
     """Say whether scores are of the pictures that are there, and warn where some were drawn since.
 
     Args:
         file: of scores.
         pictures: what was scored.
+        made: files that were made of them for that.
 
     Returns:
-        Whether the file is no older than any picture.
+        Whether the file is no older than any picture, and any of those files.
     """
-    current = file.stat().st_mtime_ns >= max(pictures.drawn_at(index) for index in range(len(pictures)))
+    times = [pictures.drawn_at(index) for index in range(len(pictures))] + [path.stat().st_mtime_ns for path in made]
+    current = file.stat().st_mtime_ns >= max(times)
     if not current:
         logger.warning(f"{str(file)!r} is older than some of the pictures and left out: score them again.")
     return current
