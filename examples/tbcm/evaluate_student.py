@@ -308,7 +308,8 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
 
 def real_pictures(settings: Settings) -> FolderPictures | DatasetPictures | None:
     if settings.reference_dir is not None:
-        return FolderPictures(settings.reference_dir)
+        labelled = settings.label_column is not None or settings.dataset_name == MJHQ_30K
+        return FolderPictures(settings.reference_dir, labelled=labelled)
     if settings.dataset_name is None or settings.reference_file is not None or settings.reference_teacher:
         return None
     if settings.image_column is None and settings.dataset_name != MJHQ_30K:

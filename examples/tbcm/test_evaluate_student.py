@@ -520,3 +520,14 @@ def test_a_student_is_no_teacher_to_measure_beside_it(arguments, student, tmp_pa
     ):
         main(arguments(teacher=student))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_real_picture_without_a_label_beside_others_is_refused(arguments, few_components, tmp_path):
+    for name in ("red", "green", "blue"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (32, 32), (20 * index, 0, 0)).save(tmp_path / "real" / name / f"{index}.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "real" / "stray.png")
+    with pytest.raises(ValueError, match=r"holds pictures, such as 'stray\.png', beside folders of pictures"):
+        main(arguments(reference_dir=tmp_path / "real", label_column="colour"))
+    assert not (tmp_path / "out").exists()
