@@ -43,9 +43,16 @@ def coloured(folder, prompts, each):
     return pictures
 
 
-def test_prompts_are_known_by_their_files(bench):
+def test_prompts_are_known_by_their_files(bench, tmp_path):
+    (tmp_path / "prompts" / "._0.txt").write_bytes(b"\0\5\x16\7")  # which macOS writes beside files of other disks
+    bench = DPGBench(tmp_path / "prompts")
     assert bench.names == ["0", "102", "COCOval2014000000010363"]
     assert bench.prompts == ["A field of eight cabbages.", "A cat on a mat.", "A red bus."]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(bench, tmp_path):
+    (tmp_path / "prompts" / "0.txt").write_bytes("\ufeffA field\r\nof eight cabbages.".encode())
+    assert DPGBench(tmp_path / "prompts").prompts[0] == "A field\nof eight cabbages."
 
 
 def test_four_pictures_of_a_prompt_are_a_square(bench, tmp_path):
@@ -131,6 +138,12 @@ def test_results_that_lack_a_prompt_are_refused(bench, tmp_path):
 def test_a_folder_that_is_not_dpg_benchs_is_named(bench, tmp_path):
     with pytest.raises(ValueError, match=r"holds no \.txt file: give its folder `prompts`"):
         DPGBench(tmp_path / "none")
+    (tmp_path / "prompts" / "0.txt").write_bytes(b"a caf\xe9")
+    with pytest.raises(ValueError, match=r"DPG-Bench prompt .*0\.txt' is not UTF-8: line 1 cannot be read"):
+        DPGBench(tmp_path / "prompts")
+    (tmp_path / "prompts" / "0.txt").write_bytes(b"a \0 dog")
+    with pytest.raises(ValueError, match=r"DPG-Bench prompt .*0\.txt' is not UTF-8 text: line 1 holds a NUL"):
+        DPGBench(tmp_path / "prompts")
     (tmp_path / "prompts" / "0.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"DPG-Bench prompt .*0\.txt' is empty"):
         DPGBench(tmp_path / "prompts")

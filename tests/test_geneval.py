@@ -144,14 +144,24 @@ def test_results_of_earlier_pictures_are_left_out(geneval, pictures, tmp_path):
         ("", "is empty"),
         ('{"prompt": "a dog"}\n', "line 1 is no JSON object with prompt and tag"),
         ('{"prompt": "a dog", "tag": "x"}\nnone\n', "line 2 is no JSON object"),
+        ('{"prompt": "a dog", "tag": "x"}\n{"prompt": " ", "tag": "x"}\n', "GenEval file .*: prompt 2 is empty"),
+        (r'{"prompt": "a \u0000 dog", "tag": "x"}', "which is no text: it has a NUL"),
+        (r'{"prompt": "a \ud800 dog", "tag": "x"}', "which is no text: it has a NUL or half a character"),
+        (b'{"prompt": "a caf\xe9", "tag": "x"}', "GenEval file .* is not UTF-8: line 1 cannot be read"),
     ],
 )
 def test_a_file_that_is_not_genevals_is_named(content, message, tmp_path):
     file = tmp_path / "metadata.jsonl"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         GenEval(file)
+
+
+def test_a_byte_order_mark_and_a_line_separator_are_read(tmp_path):
+    file = tmp_path / "metadata.jsonl"
+    file.write_text('\ufeff{"prompt": "a dog\u2028and a cat", "tag": "x"}\n', encoding="utf-8")
+    assert GenEval(file).prompts == ["a dog\u2028and a cat"]
 
 
 def test_the_first_prompts_suffice(geneval, tmp_path):

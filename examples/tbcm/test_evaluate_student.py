@@ -453,6 +453,17 @@ def test_what_is_in_the_way_is_named_before_anything_is_drawn(name, arguments, t
     assert (tmp_path / "out" / name).read_text() == "mine" and not (tmp_path / "out" / "pictures").exists()
 
 
+@pytest.mark.parametrize("name", ["geneval", "geneval/student-1-steps", "pictures", "pictures/student-1-steps"])
+def test_a_file_where_a_folder_is_to_be_is_named_before_anything_is_drawn(name, arguments, tmp_path):
+    OwnedFolder(tmp_path / "out").claim()
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_text("mine")
+    (tmp_path / "prompts.jsonl").write_text('{"tag": "x", "prompt": "a dog"}\n{"tag": "x", "prompt": "a cat"}\n')
+    with pytest.raises(ValueError, match=rf"--output_dir is to hold a folder '.*/{name}', which is a file"):
+        main(arguments(prompts_file=None, geneval=tmp_path / "prompts.jsonl"))
+    assert not [*(tmp_path / "out").rglob("*.png")]
+
+
 def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, tmp_path):
     reference = TEACHER_DIR / "reference_features.safetensors"
     with pytest.raises(ValueError, match="3 labels of prompts, such as 'blue', are those of no real picture"):
@@ -493,6 +504,9 @@ def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, 
             "--distance_by_label needs real pictures: give --reference_dir",
         ),
         ({"read_scores": "a/b"}, "--read_scores is ['a/b']: it takes names of letters, digits, - and _"),
+        ({"read_scores": "metadata"}, "--read_scores is metadata: the evaluation has something of that name"),
+        ({"read_scores": "HPSv3 Diversity"}, "--read_scores is Diversity: the evaluation has something of that name"),
+        ({"read_scores": "FD-DINOv2"}, "--read_scores is FD-DINOv2: the evaluation has something of that name"),
         ({"stepss": 1}, "unrecognized arguments: --stepss 1"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..data.prompts import prompt_text, text_lines
 from ..files import written_beside
 from .elsewhere import Scores, is_current
 from .picture_folder import PictureFolder
@@ -38,18 +39,19 @@ class DPGBench:
         names: P names of files, which the scorer knows prompts by.
 
     Raises:
-        ValueError: where there is no such folder, or a file without a prompt.
+        ValueError: where there is no such folder, or a file without a prompt, or that is no text.
     """
 
     name = "DPG-Bench"
     folder = "dpg_bench"
 
     def __init__(self, path: str | PathLike[str], max_prompts: int | None = None) -> None:
-        files = sorted(Path(path).glob("*.txt"))[:max_prompts]
+        files = sorted(Path(path).glob("[!.]*.txt"))[:max_prompts]
         if not files:
             raise ValueError(f"DPG-Bench folder {str(path)!r} holds no .txt file: give its folder `prompts`")
         self.names = [file.stem for file in files]
-        self.prompts = [file.read_text(encoding="utf-8").strip() for file in files]
+        texts = ["\n".join(text_lines(file, "DPG-Bench prompt")).strip() for file in files]
+        self.prompts = [prompt_text(text, str(file)) for text, file in zip(texts, files, strict=True)]
         if not all(self.prompts):
             raise ValueError(f"DPG-Bench prompt {str(files[self.prompts.index('')])!r} is empty")
 
@@ -102,9 +104,9 @@ class DPGBench:
         sheets = [folder / f"{name}.png" for name in self.names]
         if not files or not is_current(files[-1], pictures, sheets):
             return None
-        text = files[-1].read_text(encoding="utf-8")
+        lines = [*text_lines(files[-1], "DPG-Bench results")]
         found: dict[str, float] = {}
-        for line in text.splitlines():
+        for line in lines:
             if match := LINE.fullmatch(line):
                 found[Path(match["path"]).stem] = float(match["scores"].rpartition(",")[2])
         missing = [name for name in self.names if name not in found]
@@ -116,7 +118,7 @@ class DPGBench:
         of_prompt = 100 * torch.tensor([found[name] for name in self.names]).double()
         scores = Scores({}, {})
         scores.add_mean(self.name, of_prompt, resamples)
-        categories = text.partition("L1 category scores:")[2].partition("L2 category scores:")[0]
+        categories = "\n".join(lines).partition("L1 category scores:")[2].partition("L2 category scores:")[0]
         for match in CATEGORY.finditer(categories):
             scores.metrics[f"{self.name} {match['name'].strip()}"] = float(match["score"])
         return scores

@@ -13,6 +13,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..data.prompts import text_lines
 from ..files import written_beside
 from .metrics import Estimate, bootstrap
 from .picture_folder import PictureFolder
@@ -135,7 +136,7 @@ def read_lines(what: str, file: Path, fields: Mapping[str, Any]) -> list[dict[st
     if not file.is_file():
         raise ValueError(f"{what} {str(file)!r} does not exist")
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text_lines(file, what), start=1):
         if not line.strip():
             continue
         try:

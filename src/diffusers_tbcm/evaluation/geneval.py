@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.prompts import prompt_text
 from ..files import written_beside
 from .elsewhere import Scores, is_current, read_lines
 from .metrics import bootstrap
@@ -36,7 +37,7 @@ class GenEval:
         tasks: what kind of prompt each is, such as `"counting"`.
 
     Raises:
-        ValueError: where a line of the file has no prompt, or no task.
+        ValueError: where a line of the file has no prompt, or one that is no text, or no task.
     """
 
     name = "GenEval"
@@ -44,7 +45,9 @@ class GenEval:
 
     def __init__(self, path: str | PathLike[str], max_prompts: int | None = None) -> None:
         self._lines = read_lines("GenEval file", Path(path), {"prompt": str, "tag": str})[:max_prompts]
-        self.prompts = [line["prompt"] for line in self._lines]
+        self.prompts = [prompt_text(line["prompt"], str(path)) for line in self._lines]
+        if empty := [number for number, prompt in enumerate(self.prompts, start=1) if not prompt.strip()]:
+            raise ValueError(f"GenEval file {str(path)!r}: prompt {empty[0]} is empty")
         self.tasks = [line["tag"] for line in self._lines]
 
     def export(self, pictures: PictureFolder, folder: Path) -> str:
