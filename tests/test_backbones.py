@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from families import FAMILIES
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from toy_networks import SIGMA_DATA
 
@@ -237,6 +238,21 @@ def test_prompts_are_embedded_as_the_stock_pipeline_does(family, folder, tmp_pat
         alone = cache([prompt])
         assert torch.equal(several.embeds[place, : alone.embeds.shape[1]], alone.embeds[0])
         assert several.pooled is None or torch.equal(several.pooled[place], alone.pooled[0])
+
+
+def test_a_teacher_that_lacks_a_weight_is_not_trained_from(family, folder, tmp_path):
+    backbone, lacking = family.backbone, shutil.copytree(folder, tmp_path / "teacher")
+    for component in ("transformer", "vae", "text_encoder"):
+        (file,) = (lacking / component).glob("*.safetensors")
+        _, *others = sorted(weights := load_file(file))
+        save_file({other: weights[other] for other in others}, file, metadata={"format": "pt"})
+    for load in (
+        backbone.load_transformer,
+        backbone.load_vae,
+        lambda folder: backbone.load_text_pipeline(folder, torch.float32),
+    ):
+        with pytest.raises(ValueError, match=r"teacher .* it lacks 1 of the weights of a \w+, such as "):
+            load(lacking)
 
 
 def test_latents_are_encoded_and_decoded_as_by_the_stock_classes(family, pipeline, folder, shape):

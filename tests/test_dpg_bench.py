@@ -1,5 +1,8 @@
 """DPG-Bench's layout, and its results read back."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -40,9 +43,16 @@ def coloured(folder, prompts, each):
     return pictures
 
 
-def test_prompts_are_known_by_their_files(bench):
+def test_prompts_are_known_by_their_files(bench, tmp_path):
+    (tmp_path / "prompts" / "._0.txt").write_bytes(b"\0\5\x16\7")  # which macOS writes beside files of other disks
+    bench = DPGBench(tmp_path / "prompts")
     assert bench.names == ["0", "102", "COCOval2014000000010363"]
     assert bench.prompts == ["A field of eight cabbages.", "A cat on a mat.", "A red bus."]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(bench, tmp_path):
+    (tmp_path / "prompts" / "0.txt").write_bytes("\ufeffA field\r\nof eight cabbages.".encode())
+    assert DPGBench(tmp_path / "prompts").prompts[0] == "A field\nof eight cabbages."
 
 
 def test_four_pictures_of_a_prompt_are_a_square(bench, tmp_path):
@@ -66,6 +76,33 @@ def test_a_square_is_made_anew_for_new_pictures_only(bench, tmp_path):
     assert {name for name in before if before[name] != after[name]} == {"102.png"}
     with Image.open(folder / "102.png") as sheet:
         assert sheet.getpixel((0, 6)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(("before", "now"), [(4, 1), (1, 4), (4, 2), (2, 4)])
+def test_results_of_another_number_of_pictures_are_left_out(before, now, bench, tmp_path):
+    coloured(tmp_path / "pictures", bench.prompts, 4)
+    first, then = (PictureFolder(tmp_path / "pictures", bench.prompts, each, {"seed": 0}) for each in (before, now))
+    folder, results = tmp_path / "out", RESULTS.format(folder=tmp_path / "out")
+    bench.export(first, folder)
+    (folder / "dpg-bench_20250102-000000_results.txt").write_text(results)
+    assert bench.scores(first, folder, 20) is not None
+    assert f"PIC_NUM={now} " in bench.export(then, folder)
+    with Image.open(folder / "102.png") as sheet:
+        assert sheet.size == ((8, 6) if now == 1 else (16, 12))
+        assert now == 1 or (sheet.getpixel((0, 6))[0] > 0) == (now == 4)
+    assert bench.scores(then, folder, 20) is None
+    (folder / "dpg-bench_20250103-000000_results.txt").write_text(results)
+    bench.export(then, folder)
+    assert bench.scores(then, folder, 20) is not None
+
+
+def test_the_command_runs_in_another_folder(bench, tmp_path, monkeypatch):
+    pictures = coloured(tmp_path / "pictures", bench.prompts, 1)
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(bench.export(pictures, Path("my runs") / "out"))[-2:] == [
+        str(tmp_path / "my runs" / "out"),
+        "8",
+    ]
 
 
 def test_one_picture_of_a_prompt_is_the_file(bench, tmp_path):
@@ -101,6 +138,12 @@ def test_results_that_lack_a_prompt_are_refused(bench, tmp_path):
 def test_a_folder_that_is_not_dpg_benchs_is_named(bench, tmp_path):
     with pytest.raises(ValueError, match=r"holds no \.txt file: give its folder `prompts`"):
         DPGBench(tmp_path / "none")
+    (tmp_path / "prompts" / "0.txt").write_bytes(b"a caf\xe9")
+    with pytest.raises(ValueError, match=r"DPG-Bench prompt .*0\.txt' is not UTF-8: line 1 cannot be read"):
+        DPGBench(tmp_path / "prompts")
+    (tmp_path / "prompts" / "0.txt").write_bytes(b"a \0 dog")
+    with pytest.raises(ValueError, match=r"DPG-Bench prompt .*0\.txt' is not UTF-8 text: line 1 holds a NUL"):
+        DPGBench(tmp_path / "prompts")
     (tmp_path / "prompts" / "0.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"DPG-Bench prompt .*0\.txt' is empty"):
         DPGBench(tmp_path / "prompts")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from safetensors.torch import load_file, save_file
 from tiny import (
     tiny_sana_pipeline,
     tiny_tbcm_pipeline,
@@ -121,6 +122,19 @@ def test_a_half_precision_variant_is_loaded_where_it_is_asked_for(tmp_path):
         for found, weight in zip(getattr(loaded, name).parameters(), getattr(half, name).parameters(), strict=True):
             assert found.dtype == torch.float32 and torch.equal(found, weight.float())
     with pytest.raises((OSError, ValueError), match=r"no file named|model files|variant"):
+        load_pipeline(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+@pytest.mark.parametrize(
+    "write", [lambda folder: tiny_tbcm_pipeline().save_pretrained(folder), write_tiny_flow_student]
+)
+def test_a_model_that_lacks_a_weight_does_not_draw_with_a_random_one(write, component, tmp_path):
+    write(tmp_path)
+    (file,) = (tmp_path / component).glob("*.safetensors")
+    name, *others = sorted(weights := load_file(file))
+    save_file({other: weights[other] for other in others}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"model .*'{component}' cannot be loaded: it lacks 1 .*, such as {name}"):
         load_pipeline(tmp_path, device="cpu")
 
 

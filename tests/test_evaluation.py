@@ -6,7 +6,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from diffusers_tbcm.evaluation import evaluator
 from diffusers_tbcm.evaluation.evaluator import (
@@ -26,11 +35,18 @@ from diffusers_tbcm.evaluation.metrics import (
     mirror_products,
     precision_recall,
 )
-from diffusers_tbcm.evaluation.picture_folder import PictureFolder
+from diffusers_tbcm.evaluation.picture_folder import PictureFolder, digest_weights
 from diffusers_tbcm.export.record import Measurement
 
 
 DIMENSIONS = 6
+TINY_VIT = {
+    "hidden_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 TEACHER = Path(__file__).parents[1] / "examples" / "tbcm" / "sana_emoji_mini"
 
 
@@ -408,6 +424,10 @@ def test_labels_of_too_few_pictures_are_named_before_anything_is_drawn():
         check_numbers(Pixels(), **numbers | {"drawn": 33, "real_labels": ["a"] * 34 + ["b"] * 6}, by_label=True)
     with pytest.raises(ValueError, match="takes labels of both the prompts and the real pictures"):
         check_numbers(Pixels(), **numbers | {"drawn": 33, "real_labels": []}, by_label=True)
+    with pytest.raises(
+        ValueError, match="there is 1 prompt of label 'b': the interval of its distance takes at least 2"
+    ):
+        check_numbers(Pixels(), **numbers | {"labels": ["a"] * 8 + ["b"], "drawn": 90}, by_label=True)
 
 
 def test_features_and_scores_of_drawn_pictures_are_kept(tmp_path, coloured):
@@ -448,6 +468,31 @@ def test_dinov2_features_are_the_class_token_of_normalised_pictures(tmp_path, pi
     torch.testing.assert_close(features, expected, rtol=0.02, atol=0.02)  # the processor rounds to 8 bits
     with pytest.raises(ValueError, match=r"DINOv2 model .* is neither a folder nor a model on the Hub"):
         Dinov2Features(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (ViTModel(ViTConfig(**TINY_VIT)), r"lacks 10 of the weights of a Dinov2Model, such as encoder"),
+        (
+            Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY_VIT)),
+            r"is no Dinov2Model, which has no embeddings\.register_tokens",
+        ),
+    ],
+)
+def test_a_network_that_is_not_dinov2_has_no_such_features(network, message, tmp_path):
+    network.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"DINOv2 model .* cannot be loaded: it {message}"):
+        Dinov2Features(tmp_path)
+
+
+def test_dinov2_may_come_with_a_classifier_and_without_a_mask_token(tmp_path, pictures):
+    network = Dinov2ForImageClassification(Dinov2Config(**TINY_VIT))
+    weights = {name: weight for name, weight in network.state_dict().items() if "mask_token" not in name}
+    network.save_pretrained(tmp_path, state_dict=weights)
+    first, second = Dinov2Features(tmp_path), Dinov2Features(tmp_path)
+    assert torch.equal(first.extract(pictures), second.extract(pictures))
+    assert digest_weights(first) == digest_weights(second)  # which features are kept by
 
 
 def test_pictures_of_unequal_sizes_keep_their_order(coloured):

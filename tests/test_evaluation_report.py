@@ -32,6 +32,12 @@ def test_the_plot_has_a_panel_a_metric(measurements, tmp_path):
     assert widths[0] == 2 * widths[1] > 0
 
 
+def test_dollars_of_a_label_are_no_formula(tmp_path):
+    plot_measurements([Measurement("student", 1, {"FD ($_{$)": 1.0}, {})], tmp_path / "metrics.png")
+    with Image.open(tmp_path / "metrics.png") as picture:
+        assert picture.width > 0
+
+
 def test_values_of_prompts_are_a_row_each(tmp_path):
     prompts = ["a dog", 'a "cat",\non a mat']
     runs = [

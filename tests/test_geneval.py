@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -69,6 +71,31 @@ def test_pictures_lie_as_the_scorer_reads_them(geneval, pictures, tmp_path):
         assert picture.getpixel((0, 0)) == (0, 0, 255)
 
 
+def test_fewer_pictures_than_before_can_be_scored(geneval, pictures, tmp_path):
+    folder = tmp_path / "geneval"
+    geneval.export(pictures, folder)
+    write_results(folder, {(prompt, number): True for prompt in range(3) for number in range(2)})
+    theirs = folder / "00000" / "samples" / "mine.png"
+    theirs.write_text("mine")
+    few = PictureFolder(pictures.folder, geneval.prompts, 1, {"seed": 0})
+    geneval.export(few, folder)
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png")) == [
+        "00000/samples/0000.png", "00000/samples/mine.png", "00001/samples/0000.png", "00002/samples/0000.png",
+    ]  # fmt: skip
+    assert len([*pictures.folder.glob("*.png")]) == 6
+    with pytest.raises(ValueError, match="hold 3 of 3 pictures, and 3 others: score the folder again"):
+        geneval.scores(few, folder, 20)
+    write_results(folder, {(prompt, 0): prompt > 0 for prompt in range(3)})
+    assert geneval.scores(few, folder, 20).metrics["GenEval"] == 0.75
+
+
+def test_the_command_runs_in_another_folder(geneval, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(geneval.export(pictures, Path("my runs") / "geneval"))
+    folder = tmp_path / "my runs" / "geneval"
+    assert words[2:5] == [str(folder), "--outfile", str(folder / "results.jsonl")]
+
+
 def test_links_that_the_disk_does_not_have_are_copies(geneval, pictures, tmp_path, monkeypatch):
     def refuse(*paths):
         raise OSError("no links here")
@@ -117,14 +144,24 @@ def test_results_of_earlier_pictures_are_left_out(geneval, pictures, tmp_path):
         ("", "is empty"),
         ('{"prompt": "a dog"}\n', "line 1 is no JSON object with prompt and tag"),
         ('{"prompt": "a dog", "tag": "x"}\nnone\n', "line 2 is no JSON object"),
+        ('{"prompt": "a dog", "tag": "x"}\n{"prompt": " ", "tag": "x"}\n', "GenEval file .*: prompt 2 is empty"),
+        (r'{"prompt": "a \u0000 dog", "tag": "x"}', "which is no text: it has a NUL"),
+        (r'{"prompt": "a \ud800 dog", "tag": "x"}', "which is no text: it has a NUL or half a character"),
+        (b'{"prompt": "a caf\xe9", "tag": "x"}', "GenEval file .* is not UTF-8: line 1 cannot be read"),
     ],
 )
 def test_a_file_that_is_not_genevals_is_named(content, message, tmp_path):
     file = tmp_path / "metadata.jsonl"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         GenEval(file)
+
+
+def test_a_byte_order_mark_and_a_line_separator_are_read(tmp_path):
+    file = tmp_path / "metadata.jsonl"
+    file.write_text('\ufeff{"prompt": "a dog\u2028and a cat", "tag": "x"}\n', encoding="utf-8")
+    assert GenEval(file).prompts == ["a dog\u2028and a cat"]
 
 
 def test_the_first_prompts_suffice(geneval, tmp_path):

@@ -11,6 +11,7 @@ from transformers import GemmaTokenizerFast
 
 from diffusers_tbcm import TBCMScheduler
 from diffusers_tbcm.evaluation.picture_folder import PictureFolder, pipeline_digests
+from diffusers_tbcm.files import beside
 
 
 PROMPTS = ["a dog", "a violin", "three little birds"]
@@ -53,6 +54,12 @@ def test_every_picture_has_its_place_and_noise_of_its_own(drawn):
     assert np.array_equal(pixels(drawn[2:4]), pixels(drawn)[2:4])
     with pytest.raises(IndexError):
         drawn[6]
+
+
+def test_a_run_that_was_killed_before_its_first_picture_goes_on(tmp_path):
+    beside(tmp_path / "settings.json").write_text('{"seed"')
+    assert len(PictureFolder(tmp_path, PROMPTS, 1, {"seed": 0}).missing()) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
 def test_only_what_is_missing_is_drawn_and_whatever_the_batch_the_same(drawn, pipeline, tmp_path):

@@ -92,6 +92,15 @@ def test_a_folders_pictures_are_labelled_by_the_folders_in_it(tmp_path):
     assert corners(pictures) == corners(pictures[:]) == [(0, 0, 255), (0, 255, 0), (255, 0, 0)]
     Pillow.new("RGB", (4, 4)).save(tmp_path / "unlabelled.webp")
     assert FolderPictures(tmp_path).labels == [] and len(FolderPictures(tmp_path)) == 4
+    with pytest.raises(ValueError, match=r"holds pictures, such as 'unlabelled\.webp', beside folders of pictures"):
+        FolderPictures(tmp_path, labelled=True)
+    (tmp_path / "unlabelled.webp").unlink()
+    for hidden in (tmp_path / "red" / ".ipynb_checkpoints", tmp_path / ".trash"):
+        hidden.mkdir()
+        Pillow.new("RGB", (4, 4)).save(hidden / "one.png")
+    Pillow.new("RGB", (4, 4)).save(tmp_path / ".one.png")
+    assert FolderPictures(tmp_path, labelled=True).labels == ["blue", "lime", "red"]
+    assert FolderPictures(tmp_path / "red" / ".ipynb_checkpoints", labelled=True).labels == []  # named by the user
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "none"):
         with pytest.raises(ValueError, match="holds no picture"):

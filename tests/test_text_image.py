@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_clip
 
 from diffusers_tbcm.evaluation.features import MobileNetFeatures
+from diffusers_tbcm.evaluation.preference import PickScorer
 from diffusers_tbcm.evaluation.text_image import HEAD_FILE, CLIPScorer, HeadScorer, TextImageHead, pooled_text
 
 
@@ -47,6 +48,27 @@ def test_clip_reads_what_it_can_of_a_long_prompt(clip, pictures):
 def test_a_clip_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"CLIP model .* is neither a folder nor a model on the Hub"):
         CLIPScorer(tmp_path / "none")
+
+
+def without(file, part):
+    """Take some weights out of a file."""
+    kept = {name: weight for name, weight in load_file(file).items() if part not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("scorer", "kind"), [(CLIPScorer, "CLIP"), (PickScorer, "PickScore")])
+def test_a_clip_without_some_of_its_weights_does_not_score(scorer, kind, tmp_path):
+    without(save_tiny_clip(tmp_path) / "model.safetensors", "text_model.")
+    message = rf"{kind} model .* cannot be loaded: it lacks \d+ of the weights of a CLIPModel, such as text_model\."
+    with pytest.raises(ValueError, match=message):
+        scorer(tmp_path)
+
+
+def test_a_head_whose_text_encoder_lacks_a_weight_does_not_score(tmp_path):
+    shutil.copytree(TEACHER, tmp_path / "teacher", ignore=shutil.ignore_patterns("transformer", "vae"))
+    without(tmp_path / "teacher" / "text_encoder" / "model.safetensors", "embed_tokens")
+    with pytest.raises(ValueError, match=r"text encoder .* lacks 1 of the weights of a \w+, such as embed_tokens"):
+        HeadScorer(tmp_path / "teacher")
 
 
 def test_a_head_compares_every_picture_with_every_text_by_cosine():

@@ -5,7 +5,7 @@ r"""Draw with a student, and with its teacher, and measure the pictures.
    teacher itself
 2. every prompt is drawn at every number of steps, as the student was distilled unless a flag says otherwise, by all
    processes; what is on disk already is not drawn again
-3. distances, precision, recall, retrieval, scores, diversity, decisiveness and time, with 95% confidence intervals
+3. distances, precision, recall, retrieval, scores, diversity and decisiveness with 95% confidence intervals, and time
 4. metrics.json, which the model card takes, metrics.png and, prompt by prompt, prompts.csv in --output_dir
 
     python examples/tbcm/evaluate_student.py --model outputs/student --prompts_file prompts.txt --output_dir outputs/x
@@ -15,6 +15,7 @@ r"""Draw with a student, and with its teacher, and measure the pictures.
 """
 
 import math
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_tbcm.backbones import backbone_of, backbone_of_index, find_backbone
+from diffusers_tbcm.backbones.loading import load_networks
 from diffusers_tbcm.command_line import DEBUG_HELP, ending_in_words, show_information
 from diffusers_tbcm.components import MODEL_CONFIG, SCHEDULER_CONFIG
 from diffusers_tbcm.data.columns import MJHQ_30K
@@ -37,17 +39,32 @@ from diffusers_tbcm.data.prompts import EvaluationPrompts, load_evaluation_promp
 from diffusers_tbcm.errors import loading, loading_by_name
 from diffusers_tbcm.evaluation.dpg_bench import DPGBench
 from diffusers_tbcm.evaluation.drawing import call_options, has_learned_guidance, load_pipeline
-from diffusers_tbcm.evaluation.elsewhere import Scores, read_scores, write_list
+from diffusers_tbcm.evaluation.elsewhere import LIST, Scores, read_scores, write_list
 from diffusers_tbcm.evaluation.evaluator import (
     Evaluator,
     check_installed,
     check_numbers,
     compare_with_teacher,
 )
-from diffusers_tbcm.evaluation.features import DINOV2, FEATURES, FeatureExtractor, load_extractor
+from diffusers_tbcm.evaluation.features import (
+    DINOV2,
+    FEATURES,
+    Dinov2Features,
+    FeatureExtractor,
+    InceptionFeatures,
+    MobileNetFeatures,
+    load_extractor,
+)
 from diffusers_tbcm.evaluation.geneval import GenEval
 from diffusers_tbcm.evaluation.kept import features_of
-from diffusers_tbcm.evaluation.preference import HPSV2, IMAGE_REWARD, PICKSCORE, load_scorers
+from diffusers_tbcm.evaluation.preference import (
+    HPSV2,
+    IMAGE_REWARD,
+    PICKSCORE,
+    ImageRewardScorer,
+    PickScorer,
+    load_scorers,
+)
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.evaluation.report import measurement_table, plot_measurements, save_prompt_values
 from diffusers_tbcm.evaluation.runs import Drawn, draw_runs
@@ -71,6 +88,12 @@ REFERENCE_RUN = "reference"  # the teacher's pictures that others are compared w
 PLOT = "metrics.png"
 BY_PROMPT = "prompts.csv"
 DRAWN_WITH = ("guidance_scale", "height", "width", "max_sequence_length", "instruction")  # which the results record
+KINDS = (MobileNetFeatures, InceptionFeatures, Dinov2Features)
+OWN_NAMES = {  # of measures and of the list of pictures, which no other program's scores can have
+    *(name for kind in KINDS for name in (kind.frechet_name, kind.kernel_name)),
+    *("precision", "recall", "diversity", "decisiveness", Path(LIST).stem),
+    *(kind.name for kind in (PickScorer, ImageRewardScorer, GenEval, DPGBench)),
+}
 MAX_STEPS = 1000  # of the schedulers
 PATIENCE = timedelta(hours=6)  # of processes that wait while one checks the real pictures
 PROMPTS = ("prompts_file", "dataset_name", "geneval", "dpg_bench")  # one has to be given
@@ -194,8 +217,17 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         parser.error("--reference_teacher needs --teacher")
     if settings.distance_by_label and settings.label_column is None and settings.dataset_name != MJHQ_30K:
         parser.error("--distance_by_label needs --label_column")
+    references = (settings.reference_dir, settings.reference_file, settings.reference_teacher, settings.image_column)
+    if settings.distance_by_label and not any(references) and settings.dataset_name != MJHQ_30K:
+        parser.error(
+            "--distance_by_label needs real pictures: give --reference_dir, --reference_file, --reference_teacher or"
+            " --image_column"
+        )
     if not all(name.replace("-", "").replace("_", "").isalnum() for name in settings.read_scores):
         parser.error(f"--read_scores is {settings.read_scores}: it takes names of letters, digits, - and _")
+    own = {name.lower() for name in OWN_NAMES}
+    if taken := [name for name in settings.read_scores if name.lower() in own]:
+        parser.error(f"--read_scores is {taken[0]}: the evaluation has something of that name, give the score another")
     if settings.image_column is not None and settings.dataset_name is None:
         parser.error("--image_column is of --dataset_name, which is not given")
     if settings.reference_file is not None and not settings.reference_file.is_file():
@@ -209,11 +241,21 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     return settings
 
 
+def benchmarks(settings: Settings) -> list[tuple[type[GenEval] | type[DPGBench], str | None]]:
+    """The benchmarks, and where the prompts of each are given."""
+    return [(GenEval, settings.geneval), (DPGBench, settings.dpg_bench)]
+
+
 def check_folders(settings: Settings) -> None:
     """Refuse to write where something is that is not ours."""
     output = OwnedFolder(settings.output_dir)
     output.check()
     output.check_free([METRICS, *reference_files(settings), PLOT, BY_PROMPT])
+    for name in (PICTURES, *(bench.folder for bench, path in benchmarks(settings) if path is not None)):
+        folder = settings.output_dir / name
+        for path in (folder, *folder.glob("*-steps")):
+            if os.path.lexists(path) and not path.is_dir():
+                raise ValueError(f"--output_dir is to hold a folder {str(path)!r}, which is a file: move it away")
     if settings.update_card:
         OwnedFolder(settings.model, "model").check_free([METRICS])
 
@@ -262,10 +304,9 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
     if settings.update_card:
         render_model_card(settings.model)
     benchmark: GenEval | DPGBench | None = None
-    if settings.geneval is not None:
-        benchmark = GenEval(settings.geneval, settings.max_prompts)
-    elif settings.dpg_bench is not None:
-        benchmark = DPGBench(settings.dpg_bench, settings.max_prompts)
+    for kind, path in benchmarks(settings):
+        if path is not None:
+            benchmark = kind(path, settings.max_prompts)
     if benchmark is not None:
         prompts = EvaluationPrompts(benchmark.prompts, [])
     else:
@@ -301,7 +342,8 @@ def prepare(settings: Settings, source: str, device: torch.device) -> Task:
 
 def real_pictures(settings: Settings) -> FolderPictures | DatasetPictures | None:
     if settings.reference_dir is not None:
-        return FolderPictures(settings.reference_dir)
+        labelled = settings.label_column is not None or settings.dataset_name == MJHQ_30K
+        return FolderPictures(settings.reference_dir, labelled=labelled)
     if settings.dataset_name is None or settings.reference_file is not None or settings.reference_teacher:
         return None
     if settings.image_column is None and settings.dataset_name != MJHQ_30K:
@@ -390,10 +432,11 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
         return drawn
     del student
     folder = resolve_teacher(settings.teacher, settings.variant)
-    absent = dict.fromkeys(backbone.OPTIONAL_COMPONENTS)
+    absent: dict[str, Any] = dict.fromkeys(backbone.OPTIONAL_COMPONENTS)
     with loading("teacher", folder):
+        networks = load_networks(folder, dtype, settings.variant, without=absent)
         teacher = backbone.PIPELINE_CLASS.from_pretrained(
-            folder, variant=settings.variant, **absent, **dtype_argument(dtype)
+            folder, variant=settings.variant, **absent, **networks, **dtype_argument(dtype)
         )
     teacher.to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]

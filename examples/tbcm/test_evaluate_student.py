@@ -4,6 +4,7 @@ import ast
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from diffusers import SanaPipeline
 from PIL import Image
 from runs import fork_two
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_clip, tiny_tbcm_pipeline, tiny_transformer, write_tiny_flow_lora
 from transformers import Dinov2Config, Dinov2Model
 
@@ -397,6 +399,15 @@ def test_guidance_for_a_flow_student_alone_and_one_as_teacher_are_refused(argume
     assert not (tmp_path / "out").exists()
 
 
+def test_a_teacher_that_lacks_a_weight_is_not_measured(arguments, teacher, tmp_path):
+    lacking = shutil.copytree(teacher, tmp_path / "lacking")
+    file = lacking / "vae" / "diffusion_pytorch_model.safetensors"
+    name, *others = sorted(weights := load_file(file))
+    save_file({other: weights[other] for other in others}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"teacher .* it lacks 1 of the weights of a AutoencoderDC, such as {name}"):
+        main(arguments(teacher=lacking, teacher_steps=1, max_prompts=2))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -443,6 +454,17 @@ def test_what_is_in_the_way_is_named_before_anything_is_drawn(name, arguments, t
     assert (tmp_path / "out" / name).read_text() == "mine" and not (tmp_path / "out" / "pictures").exists()
 
 
+@pytest.mark.parametrize("name", ["geneval", "geneval/student-1-steps", "pictures", "pictures/student-1-steps"])
+def test_a_file_where_a_folder_is_to_be_is_named_before_anything_is_drawn(name, arguments, tmp_path):
+    OwnedFolder(tmp_path / "out").claim()
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_text("mine")
+    (tmp_path / "prompts.jsonl").write_text('{"tag": "x", "prompt": "a dog"}\n{"tag": "x", "prompt": "a cat"}\n')
+    with pytest.raises(ValueError, match=rf"--output_dir is to hold a folder '.*/{name}', which is a file"):
+        main(arguments(prompts_file=None, geneval=tmp_path / "prompts.jsonl"))
+    assert not [*(tmp_path / "out").rglob("*.png")]
+
+
 def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, tmp_path):
     reference = TEACHER_DIR / "reference_features.safetensors"
     with pytest.raises(ValueError, match="3 labels of prompts, such as 'blue', are those of no real picture"):
@@ -478,7 +500,14 @@ def test_labels_that_no_real_picture_has_are_refused(arguments, few_components, 
         ),
         ({"geneval": "x"}, "argument --geneval: not allowed with argument --prompts_file"),
         ({"distance_by_label": True}, "--distance_by_label needs --label_column"),
+        (
+            {"distance_by_label": True, "label_column": "colour"},
+            "--distance_by_label needs real pictures: give --reference_dir",
+        ),
         ({"read_scores": "a/b"}, "--read_scores is ['a/b']: it takes names of letters, digits, - and _"),
+        ({"read_scores": "metadata"}, "--read_scores is metadata: the evaluation has something of that name"),
+        ({"read_scores": "HPSv3 Diversity"}, "--read_scores is Diversity: the evaluation has something of that name"),
+        ({"read_scores": "FD-DINOv2"}, "--read_scores is FD-DINOv2: the evaluation has something of that name"),
         ({"stepss": 1}, "unrecognized arguments: --stepss 1"),
     ],
 )
@@ -505,4 +534,15 @@ def test_a_student_is_no_teacher_to_measure_beside_it(arguments, student, tmp_pa
         ValueError, match=r"teacher .* is a few-step student: give the teacher that it was distilled from"
     ):
         main(arguments(teacher=student))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_picture_without_a_label_beside_others_is_refused(arguments, few_components, tmp_path):
+    for name in ("red", "green", "blue"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (32, 32), (20 * index, 0, 0)).save(tmp_path / "real" / name / f"{index}.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "real" / "stray.png")
+    with pytest.raises(ValueError, match=r"holds pictures, such as 'stray\.png', beside folders of pictures"):
+        main(arguments(reference_dir=tmp_path / "real", label_column="colour"))
     assert not (tmp_path / "out").exists()

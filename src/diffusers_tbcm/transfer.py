@@ -1,12 +1,44 @@
-"""Tensors on their way: between host and device without waiting for a GPU's queue, and into memory only if finite."""
+"""Tensors on their way: to a device without waiting for a GPU's queue, into memory only if whole and finite."""
 
-from typing import TypeVar
+from os import PathLike
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def load_whole(
+    network_class: Any,
+    name: str | PathLike[str],
+    *,
+    may_hold: tuple[str, ...] | None = None,
+    **options: Any,
+) -> Any:
+    """Load a network none of whose weights is random: the libraries fill in what the files lack, and only log it.
+
+    Args:
+        network_class: of diffusers or transformers, or an auto class.
+        name: folder or Hub id.
+        may_hold: how the names begin of weights that may be left out; None where any may.
+        options: further arguments of `from_pretrained`.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: where the files lack a weight, or hold one that the network has no place for.
+    """
+    network, found = network_class.from_pretrained(name, output_loading_info=True, **options)
+    kind = type(network).__name__
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} of the weights of a {kind}, such as {missing[0]}")
+    surplus = [] if may_hold is None else [key for key in found["unexpected_keys"] if not key.startswith(may_hold)]
+    if surplus:
+        raise ValueError(f"it is no {kind}, which has no {min(surplus)}")
+    return network
 
 
 def check_finite_weights(model: ModelT, name: str) -> ModelT:

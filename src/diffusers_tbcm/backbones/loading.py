@@ -1,18 +1,26 @@
-"""Parts of a teacher's pipeline folder, loaded for training: what is alike in every family."""
+"""Parts of a pipeline folder, loaded to train and to draw: what is alike in every family."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..components import stored_precision
 from ..errors import loading
+from ..files import read_json
 from ..text import check_tokenizer
-from ..transfer import check_finite_weights
+from ..transfer import check_finite_weights, load_whole
 from ..versions import dtype_argument
+
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}  # of a pipeline's networks
 
 
 def load_network(network_class: Any, folder: Path, component: str, variant: str | None = None) -> Any:
@@ -28,11 +36,11 @@ def load_network(network_class: Any, folder: Path, component: str, variant: str 
         The network.
 
     Raises:
-        ValueError: where it cannot be loaded, or a weight is not finite.
+        ValueError: where it cannot be loaded, or a weight is not there or not finite.
     """
     precision = stored_precision(folder / component, variant) or None
     with loading("teacher", folder):
-        network = network_class.from_pretrained(folder, subfolder=component, variant=precision)
+        network = load_whole(network_class, folder, subfolder=component, variant=precision)
     return check_finite_weights(network.float(), component)
 
 
@@ -57,17 +65,49 @@ def load_prompt_pipeline(
         A pipeline of tokenizers and text encoders.
 
     Raises:
-        ValueError: where a weight is not finite, or a tokenizer is none or not its text encoder's.
+        ValueError: where a weight is not there or not finite, or a tokenizer is none or not its text encoder's.
     """
     encoders = folder.glob("text_encoder*")
     precision = max((stored_precision(encoder, variant) for encoder in encoders), default="") or None
     absent: dict[str, Any] = dict.fromkeys(("vae", "transformer", *without))
     with loading("teacher", folder):
-        pipeline = pipeline_class.from_pretrained(folder, **absent, variant=precision, **dtype_argument(dtype))
+        networks = load_networks(folder, dtype, variant, without=absent)
+        options = {"variant": precision, **dtype_argument(dtype)}
+        pipeline = pipeline_class.from_pretrained(folder, **absent, **networks, **options)
     check_prompt_pipeline(pipeline)
     for name, encoder in text_encoders(pipeline).items():
         check_finite_weights(encoder, name).requires_grad_(False)
     return pipeline
+
+
+def load_networks(
+    folder: Path, dtype: torch.dtype, variant: str | None = None, *, without: Collection[str] = ()
+) -> dict[str, Any]:
+    """Load the networks of a pipeline folder as the pipeline would, and refuse those that it would fill in at random.
+
+    Args:
+        folder: the pipeline's.
+        dtype: of the networks.
+        variant: the half-precision weights to load where there are some; None for the ordinary ones.
+        without: components that are not loaded.
+
+    Returns:
+        The networks by component, for the pipeline's `from_pretrained`.
+
+    Raises:
+        ValueError: where one cannot be loaded, or lacks a weight; the message names the component.
+    """
+    networks = {}
+    for name, entry in read_json(folder / "model_index.json").items():
+        library, kind = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
+        network_class = getattr(LIBRARIES.get(library), str(kind), None)
+        if name in without or not (isinstance(network_class, type) and issubclass(network_class, nn.Module)):
+            continue
+        options: dict[str, Any] = {"dtype": dtype} if library == "transformers" else dtype_argument(dtype)
+        options |= {"subfolder": name, "variant": stored_precision(folder / name, variant) or None}
+        with loading("component", name):
+            networks[name] = load_whole(network_class, folder, **options)
+    return networks
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -243,22 +243,29 @@ class FolderPictures(Pictures):
     """The pictures in a folder and in those below it; their folders' names are their labels.
 
     Args:
-        folder: holds jpeg, png, webp, tiff, gif or bmp files.
+        folder: holds jpeg, png, webp, tiff, gif or bmp files. What is hidden in it, by a dot before its name, is not
+            looked at.
+        labelled: its labels are needed: either all pictures have one, or none.
 
     Raises:
-        ValueError: where there is no such folder, or no picture in it.
+        ValueError: where there is no such folder, or no picture in it, or only some have labels that are needed.
     """
 
-    def __init__(self, folder: str | PathLike[str]) -> None:
+    def __init__(self, folder: str | PathLike[str], *, labelled: bool = False) -> None:
         self.paths = sorted(
             path
             for path in Path(folder).rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+            if path.suffix.lower() in SUFFIXES and not _is_hidden(path.relative_to(folder)) and path.is_file()
         )
         if not self.paths:
             raise ValueError(f"folder {str(folder)!r} holds no picture: {', '.join(SUFFIXES)}")
-        below = [path for path in self.paths if path.parent != Path(folder)]
-        self.labels = [path.parent.name for path in self.paths] if len(below) == len(self.paths) else []
+        stray = [path for path in self.paths if path.parent == Path(folder)]
+        if labelled and 0 < len(stray) < len(self.paths):
+            raise ValueError(
+                f"folder {str(folder)!r} holds pictures, such as {stray[0].name!r}, beside folders of"
+                " pictures, whose names are labels: move them into folders or away"
+            )
+        self.labels = [] if stray else [path.parent.name for path in self.paths]
         self.prompts: list[str] = []
 
     def __len__(self) -> int:
@@ -309,6 +316,10 @@ class DatasetPictures(ColumnPictures):
             ]
         )
         super().__init__(data, image_column, source)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _captions(entry: Any, column: str) -> tuple[str, ...]:

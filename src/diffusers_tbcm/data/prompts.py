@@ -182,7 +182,7 @@ def _read(
         prompts = ()
     else:
         if path.is_file() and suffix != ".parquet":
-            for _ in _lines(path):  # `datasets` would replace or refuse what is not UTF-8, each reader in its way
+            for _ in text_lines(path):  # `datasets` would replace or refuse what is not UTF-8, each reader in its way
                 pass
         columns = (prompt_column,) if label_column is None else (prompt_column, label_column)
         data = load_data(source, *columns, config=config, split=split, streaming=streaming)
@@ -238,10 +238,10 @@ def _check_file(path: Path, suffix: str) -> None:
 
 def _prompt_lines(path: Path) -> Iterator[str]:
     """The lines of a text file; those of a table or of JSON are refused, where they can be told from prompts."""
-    first = next(_lines(path), "").strip()
+    first = next(text_lines(path), "").strip()
     if first in ("[", "{") or (first.startswith(("[", "{")) and _is_json(first)):
         raise ValueError(f"prompts file {str(path)!r} holds JSON: name it .json, or .jsonl for JSON line by line")
-    yield from _lines(path)
+    yield from text_lines(path)
 
 
 def _is_json(line: str) -> bool:
@@ -252,19 +252,30 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file of UTF-8 text, whichever system's line ends it has, without byte order marks."""
+def text_lines(path: Path, what: str = "prompts file") -> Iterator[str]:
+    """Read the lines of a file of UTF-8 text, whichever system's line ends it has, without byte order marks.
+
+    Args:
+        path: of the file.
+        what: it is, for messages.
+
+    Yields:
+        The lines.
+
+    Raises:
+        ValueError: naming the file and the line, where it is not UTF-8 or holds a NUL.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"prompts file {str(path)!r} is not UTF-8: line {number} cannot be read. Save it as UTF-8"
+                    f"{what} {str(path)!r} is not UTF-8: line {number} cannot be read. Save it as UTF-8"
                 ) from error
             if "\0" in text:
                 raise ValueError(
-                    f"prompts file {str(path)!r} is not UTF-8 text: line {number} holds a NUL, as UTF-16 and packed"
+                    f"{what} {str(path)!r} is not UTF-8 text: line {number} holds a NUL, as UTF-16 and packed"
                     " files do. Save it as UTF-8"
                 )
             for part in text.removesuffix("\n").removesuffix("\r").split("\r"):

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from ..backbones import backbone_of, backbone_of_index
-from ..backbones.loading import check_prompt_pipeline
+from ..backbones.loading import check_prompt_pipeline, load_networks
 from ..backbones.sana import INSTRUCTION
 from ..components import read_object
 from ..draws import draw_generator
@@ -100,18 +100,21 @@ def load_pipeline(
             f"model {str(model)!r} is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes"
             " it one"
         )
-    options = {"variant": variant, **dtype_argument(dtype)}
+    options: dict[str, Any] = {"variant": variant, **dtype_argument(dtype)}
     with loading("model", model):
+        folder = model if Path(model).is_dir() else DiffusionPipeline.download(str(model), variant=variant)
+        optional = () if flow_scheduler is None else backbone_of_index(model_index, str(model)).OPTIONAL_COMPONENTS
+        options |= load_networks(Path(folder), dtype, variant, without=optional)
         if flow_scheduler is not None:
-            absent = dict.fromkeys(backbone_of_index(model_index, str(model)).OPTIONAL_COMPONENTS)
-            pipeline = DiffusionPipeline.from_pretrained(str(model), scheduler=flow_scheduler, **absent, **options)
+            absent = dict.fromkeys(optional)
+            pipeline = DiffusionPipeline.from_pretrained(str(folder), scheduler=flow_scheduler, **absent, **options)
             check_prompt_pipeline(pipeline)
             factor = pipeline.image_processor.config.vae_scale_factor  # pixels a token, where latents are packed
             pipeline.image_processor = FiniteImageProcessor(vae_scale_factor=factor)
         elif is_tbcm:
-            pipeline = SanaTBCMPipeline.from_pretrained(str(model), **options)
+            pipeline = SanaTBCMPipeline.from_pretrained(str(folder), **options)
         else:  # a teacher's scheduler belongs to the teacher's many steps
-            pipeline = SanaTBCMPipeline.from_pretrained(str(model), scheduler=TBCMScheduler(), **options)
+            pipeline = SanaTBCMPipeline.from_pretrained(str(folder), scheduler=TBCMScheduler(), **options)
     if lora is not None:
         named = {"weight_name": LORA_FILE} if record.get("adapter") else {}  # which the Hub's offline mode asks for
         with loading_by_name("lora", lora, "LoRA weights"):

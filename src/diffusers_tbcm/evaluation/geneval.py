@@ -6,12 +6,14 @@ The scorer finds objects with an mmdet of its own environment: https://github.co
 from __future__ import annotations
 
 import json
+import shlex
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..data.prompts import prompt_text
 from ..files import written_beside
 from .elsewhere import Scores, is_current, read_lines
 from .metrics import bootstrap
@@ -20,6 +22,7 @@ from .picture_folder import PictureFolder
 
 RESULTS = "results.jsonl"
 METADATA = "metadata.jsonl"
+FILE_NAMES = f"{'[0-9]' * 5}/samples/{'[0-9]' * 4}.png"
 
 
 class GenEval:
@@ -34,7 +37,7 @@ class GenEval:
         tasks: what kind of prompt each is, such as `"counting"`.
 
     Raises:
-        ValueError: where a line of the file has no prompt, or no task.
+        ValueError: where a line of the file has no prompt, or one that is no text, or no task.
     """
 
     name = "GenEval"
@@ -42,27 +45,37 @@ class GenEval:
 
     def __init__(self, path: str | PathLike[str], max_prompts: int | None = None) -> None:
         self._lines = read_lines("GenEval file", Path(path), {"prompt": str, "tag": str})[:max_prompts]
-        self.prompts = [line["prompt"] for line in self._lines]
+        self.prompts = [prompt_text(line["prompt"], str(path)) for line in self._lines]
+        if empty := [number for number, prompt in enumerate(self.prompts, start=1) if not prompt.strip()]:
+            raise ValueError(f"GenEval file {str(path)!r}: prompt {empty[0]} is empty")
         self.tasks = [line["tag"] for line in self._lines]
 
     def export(self, pictures: PictureFolder, folder: Path) -> str:
         """Lay pictures out for the scorer: `00000/metadata.jsonl`, `00000/samples/0000.png` and so on.
+
+        Pictures of such names that a run with more of them has left are deleted.
 
         Args:
             pictures: of the prompts.
             folder: for them; made where there is none.
 
         Returns:
-            The command that scores them, in the scorer's environment.
+            The command that scores them, in the scorer's environment and checkout.
         """
         for prompt, line in enumerate(self._lines):
             (folder / f"{prompt:05}" / "samples").mkdir(parents=True, exist_ok=True)
             with written_beside(folder / f"{prompt:05}" / METADATA) as partial:
                 partial.write_text(json.dumps(line) + "\n", encoding="utf-8")
+        wanted = set()
         for index in range(len(pictures)):
             prompt, picture = divmod(index, pictures.pictures_per_prompt)
-            pictures.place(index, folder / f"{prompt:05}" / "samples" / f"{picture:04}.png")
-        return f"python evaluation/evaluate_images.py {folder} --outfile {folder / RESULTS} --model-path DETECTOR"
+            wanted.add(target := folder / f"{prompt:05}" / "samples" / f"{picture:04}.png")
+            pictures.place(index, target)
+        for exported in [*folder.glob(FILE_NAMES)]:
+            if exported not in wanted:  # of a run with more pictures: the scorer would score it, too
+                exported.unlink()
+        shown, results = (shlex.quote(str(path.resolve())) for path in (folder, folder / RESULTS))
+        return f"python evaluation/evaluate_images.py {shown} --outfile {results} --model-path DETECTOR"
 
     def scores(self, pictures: PictureFolder, folder: Path, resamples: int) -> Scores | None:
         """Read what the scorer wrote: the share of correct pictures, by task, and the mean over tasks.

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..backbones.loading import check_prompt_pipeline
 from ..digests import digest_text
 from ..draws import draw_generator
-from ..files import read_json, write_json, written_beside
+from ..files import PARTIAL_SUFFIX, read_json, write_json, written_beside
 from ..images import to_rgb
 from ..pipeline_folder import TOKENIZER
 from .drawing import draw_pictures
@@ -62,7 +62,8 @@ class PictureFolder(Sequence[Image.Image]):
         self.pictures_per_prompt = pictures_per_prompt
         self.settings = settings = {**settings, "prompts": digest_text(json.dumps(list(prompts)))}
         found = read_json(self.folder / SETTINGS) if (self.folder / SETTINGS).is_file() else {}
-        if not found and self.folder.is_dir() and any(self.folder.iterdir()):
+        held = [path for path in self.folder.glob("*") if not path.name.endswith(PARTIAL_SUFFIX)]
+        if held and not found:
             raise ValueError(
                 f"{str(folder)!r} holds files, and no {SETTINGS} that says of what: choose an empty or a new folder"
             )

@@ -92,7 +92,8 @@ def plot_measurements(measurements: Sequence[Measurement], path: str | PathLike[
                 axis.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=model)
         axis.set_xscale("log", base=2)
         axis.set_xticks(all_steps, [str(steps) for steps in all_steps])
-        axis.set(title=name, xlabel="steps")
+        axis.set_title(name, parse_math=False)  # a label may have dollars
+        axis.set_xlabel("steps")
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     axes[0].legend()

@@ -11,17 +11,17 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
-from ..errors import loading
+from ..errors import loading, loading_by_name
 from ..files import written_beside
 from ..images import to_rgb
 from ..text import check_tokenizer
+from ..transfer import load_whole
 from .features import FeatureExtractor, MobileNetFeatures
 from .picture_folder import digest_weights
 
@@ -53,7 +53,7 @@ class CLIPScorer:
         device: where it runs.
 
     Raises:
-        ValueError: where the model is not found.
+        ValueError: where the model is not found, or cannot be loaded.
     """
 
     name = "CLIP score"
@@ -94,15 +94,11 @@ def load_clip(what: str, model: str | PathLike[str], device: torch.device | str)
         Both.
 
     Raises:
-        ValueError: where the model is not found, or its tokenizer reads no prompt.
+        ValueError: where the model is not found, cannot be loaded, or its tokenizer reads no prompt.
     """
-    try:
-        network = CLIPModel.from_pretrained(str(model)).eval().to(device)
+    with loading_by_name(what, model, "a folder"):
+        network = load_whole(CLIPModel, str(model)).eval().to(device)
         processor = CLIPProcessor.from_pretrained(str(model))
-    except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"{what} {str(model)!r} is neither a folder nor a model on the Hub that can be reached"
-        ) from error
     check_tokenizer(processor.tokenizer, network.text_model)
     return network, processor
 
@@ -220,7 +216,7 @@ class HeadScorer:
         self.extractor: FeatureExtractor = MobileNetFeatures().to(device)
         with loading("text encoder", folder):
             self.tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
-            self.text_encoder = AutoModel.from_pretrained(Path(folder) / "text_encoder").eval().to(device)
+            self.text_encoder = load_whole(AutoModel, Path(folder) / "text_encoder").eval().to(device)
         check_tokenizer(self.tokenizer, self.text_encoder)
         self.digest = digest_weights(self.head, self.extractor, self.text_encoder)
 
