@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from PIL import Image
 
 from diffusers_tbcm.backbones import backbone_of, backbone_of_index, find_backbone
@@ -81,6 +82,8 @@ from diffusers_tbcm.training.accelerators import check_processes
 from diffusers_tbcm.training.settings import SettingsParser
 from diffusers_tbcm.versions import dtype_argument
 
+
+logger = logging.get_logger(__name__)
 
 PICTURES = "pictures"
 REFERENCE = "reference.safetensors"  # the features of the real pictures, for --reference_file
@@ -382,6 +385,8 @@ def check_task(settings: Settings, task: Task) -> None:
             real_labels=real[1],
             by_label=settings.distance_by_label,
         )
+    if labels and not real[1]:
+        logger.warning("The real pictures have no labels: no retrieval is measured.")
 
 
 # 2. Pictures ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import ast
 import csv
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tiny import save_tiny_clip, tiny_tbcm_pipeline, tiny_transformer, write_tin
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_tbcm import TBCMScheduler
+from diffusers_tbcm.data.prompts import EvaluationPrompts
 from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.evaluation.features import Dinov2Features, MobileNetFeatures
 from diffusers_tbcm.evaluation.preference import PickScorer
@@ -27,7 +29,7 @@ from diffusers_tbcm.export.folders import save_flow_student, save_student_pipeli
 from diffusers_tbcm.export.record import StudentDescription, load_metrics
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
-from examples.tbcm.evaluate_student import Settings, main, parse_settings
+from examples.tbcm.evaluate_student import Settings, Task, check_task, main, parse_settings
 from examples.tbcm.mini_teacher.emoji_metrics import TEACHER_DIR
 
 
@@ -268,6 +270,17 @@ def test_drawing_is_as_the_student_was_distilled_and_as_the_flags_say(arguments,
             assert {name: found[name] for name in expected} == expected
         details = load_metrics(tmp_path / f"out{len(flags)}").details
         assert {name: details[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("real_labels", "said"), [(["owl"] * 200, False), ([], True)])
+def test_labels_that_real_pictures_lack_are_warned_of(real_labels, said, arguments, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    monkeypatch.setattr("examples.tbcm.evaluate_student.logger", logging.getLogger("diffusers.test"))
+    settings = parse_settings(arguments(num_images_per_prompt=100))
+    reference = FeatureReference(torch.zeros(200, 1), tuple(real_labels), torch.zeros(1), None)
+    prompts = EvaluationPrompts(["an owl", "owls"], ["owl", "owl"])
+    check_task(settings, Task(prompts, None, reference, [MobileNetFeatures()], [], None))
+    assert ("The real pictures have no labels: no retrieval is measured." in caplog.messages) is said
 
 
 def test_fewer_prompts_than_subsets_of_the_kernel_distance_suffice(arguments, few_components, tmp_path):
