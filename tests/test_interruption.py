@@ -92,12 +92,15 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="a launcher is told by /proc")
-@pytest.mark.parametrize("launcher", ["accelerate", "shell"])
+@pytest.mark.parametrize("launcher", ["accelerate", "quickstart", "shell"])
 def test_a_child_whose_launcher_is_killed_alone_stops_and_that_of_a_shell_goes_on(tmp_path, launcher):
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     flags = ["--cpu", "--num_processes", "1", str(script), str(tmp_path), "training"]
+    starts = tmp_path / "quickstart.py"
+    starts.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])")
     start = {
+        "quickstart": [sys.executable, str(starts), str(script), str(tmp_path), "training"],
         "accelerate": [sys.executable, "-m", "accelerate.commands.launch", *flags],
         "shell": ["sh", "-c", f"{sys.executable} {script} {tmp_path} training; true"],
     }[launcher]

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_sana_pipeline, write_tiny_pipeline
 
 from diffusers_tbcm import pipeline_folder
-from diffusers_tbcm.pipeline_folder import digest_component, resolve_teacher
+from diffusers_tbcm.pipeline_folder import digest_component, flow_shift, resolve_teacher
 
 
 @pytest.fixture
@@ -204,3 +204,9 @@ def test_a_components_files_are_digested_once_until_they_change(tmp_path, monkey
     content[-1] ^= 1
     weights.write_bytes(content)
     assert digest_component(teacher, "text_encoder") != before
+
+
+def test_a_pipeline_without_a_scheduler_is_named(damaged_teacher):
+    shutil.rmtree(damaged_teacher / "scheduler")
+    with pytest.raises(ValueError, match=r"teacher '.*damaged' lacks its scheduler"):
+        flow_shift(damaged_teacher, 16)

@@ -9,6 +9,7 @@ import pytest
 
 from diffusers_tbcm.training.resumption import (
     BATCH,
+    BEFORE,
     BY_CONTENT,
     CHANGEABLE,
     FREE,
@@ -87,6 +88,22 @@ def test_what_is_named_may_change():
         compare(rank=2, learning_rate=1e-4, allowed=["learning_rate"])
 
 
+def test_what_a_checkpoint_does_not_name_is_what_it_was_before_there_was_a_setting():
+    warm = {"endpoint_warmup_steps": 8}
+    then = {**THEN, **warm}
+    message = r'`endpoint_loss_type` "l2", now "norm": give its values again \(`endpoint_loss_type` l2\)'
+    with pytest.raises(ValueError, match=message):
+        compare(then=then, endpoint_loss_type="norm", **warm)
+    assert compare(then=then, endpoint_loss_type="l2", **warm) == {}
+    changed = {"endpoint_loss_type": ["l2", "norm"]}
+    assert compare(then=then, endpoint_loss_type="norm", allowed=["endpoint_loss_type"], **warm) == changed
+    assert compare(endpoint_loss_type="norm", endpoint_warmup_steps=0) == {}  # no step was or will be of that loss
+    with pytest.raises(ValueError, match=r"`noise_share` 0.0, now 0.5: give its values again \(`noise_share` 0.0\)"):
+        compare(noise_share=0.5)
+    assert compare(noise_share=0.0) == {}
+    assert compare(then=then, **warm) == {}  # of a method without these
+
+
 def test_fp16_cannot_begin_on_the_way():
     assert compare(mixed_precision="bf16", allowed=["mixed_precision"])
     with pytest.raises(ValueError, match=r"`mixed_precision` is fp16, .* has no loss scale"):
@@ -117,7 +134,7 @@ def test_every_name_is_a_setting_of_a_script_and_stands_in_one_list():
     settings = [getattr(import_module(f"diffusers_tbcm.scripts.{name}"), kind) for name, kind in SCRIPTS.items()]
     names = {field.name for kind in settings for field in dataclasses.fields(kind)} | {PROCESSES}
     lists = [FREE, BY_CONTENT, CHANGEABLE, [LENGTH], BATCH]
-    assert {name for part in lists for name in part} <= names
+    assert {*BEFORE, *(name for part in lists for name in part)} <= names
     assert sum(map(len, lists)) == len({name for part in lists for name in part})
 
 

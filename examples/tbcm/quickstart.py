@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Distil the embedded teacher into outputs/quickstart and show what came out: a pipeline, a grid, a table.
 
-1. `accelerate launch train_tbcm_distill.py` on the embedded teacher, without one image: 24 prompts, or with --full all
+1. `train_tbcm_distill.py` on the embedded teacher, without one image: 24 prompts, or with --full all
    of its 5,179
 2. teacher, student and a control (the student before its training) draw the same prompts from noises that no training
    has seen; distances are to the teacher's own pictures
@@ -9,18 +9,17 @@
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas
 import torch
 from diffusers import DiffusionPipeline, SanaPipeline
 from PIL import Image
@@ -28,10 +27,10 @@ from tqdm.auto import tqdm
 
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
-from diffusers_tbcm.command_line import CommandParser
+from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, ending_in_words
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
 from diffusers_tbcm.evaluation.drawing import draw_pictures, has_learned_guidance, numbered_generators
-from diffusers_tbcm.evaluation.evaluator import seconds_per_image
+from diffusers_tbcm.evaluation.evaluator import check_installed, seconds_per_image
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.evaluation.judge import TeacherJudge
@@ -39,8 +38,10 @@ from diffusers_tbcm.evaluation.metrics import Estimate, decisiveness, mirror_pro
 from diffusers_tbcm.evaluation.reference import FeatureReference
 from diffusers_tbcm.export.model_card import save_model_card
 from diffusers_tbcm.export.record import Measurement, save_metrics
+from diffusers_tbcm.files import read_json
 from diffusers_tbcm.owned import OwnedFolder
-from diffusers_tbcm.pipeline_folder import list_checkpoints
+from diffusers_tbcm.pipeline_folder import TRAINING_CONFIG, list_checkpoints
+from diffusers_tbcm.training.interruption import RESUMABLE_EXIT_CODE
 
 
 TRAINING_SCRIPT = Path(__file__).with_name("train_tbcm_distill.py")
@@ -184,7 +185,7 @@ def draw(
 
 
 def training_command(output_dir: Path, steps: int, prompts_file: Path, **flags: object) -> list[str]:
-    """An `accelerate launch` of the training script on the embedded teacher."""
+    """The training script on the embedded teacher; without a launcher, which Ctrl-C would end before the script."""
     flags = {
         "pretrained_model_name_or_path": TEACHER_DIR,
         "prompts_file": prompts_file,
@@ -196,29 +197,60 @@ def training_command(output_dir: Path, steps: int, prompts_file: Path, **flags: 
         "checkpointing_steps": steps,
         "validation_steps": steps,
         "report_to": "tensorboard",
+        "mixed_precision": "no",
         **flags,
     }
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    launcher += ["--num_processes", "1", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--num_cpu_threads_per_process", str(os.cpu_count())]  # accelerate's own choice is one thread
     # The embedded teacher reads a prompt the same without the instruction, and on a CPU the instruction costs 100 ms.
     arguments += ["--use_ema", "--no-complex_human_instruction"]
-    return [*launcher, str(TRAINING_SCRIPT), *arguments]
+    return [sys.executable, str(TRAINING_SCRIPT), *arguments]
+
+
+def run_to_its_end(command: Sequence[str]) -> int:
+    """The exit code of a command that answers Ctrl-C itself: the terminal sends it to both. A second one kills it.
+
+    Raises:
+        KeyboardInterrupt: when it has ended.
+    """
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.kill()
+            process.wait()
+        raise
+
+
+def check_same_run(output_dir: Path, flags: Mapping[str, object]) -> None:
+    """Refuse to go on with a run of other flags."""
+    config = output_dir / TRAINING_CONFIG
+    then = read_json(config).get("flags", {}) if config.is_file() else {}
+    for name, value in flags.items():
+        if then.get(name, value) != value:
+            raise ValueError(
+                f"`output_dir` {str(output_dir)!r} holds a run with {name} {then[name]}, which is {value} now: name"
+                " another `output_dir`"
+            )
 
 
 def train(
     output_dir: Path, steps: int, prompts_file: Path, flags: Mapping[str, object], shown: Sequence[str]
-) -> float:
-    """Distil, or go on where a run was interrupted; gives the seconds."""
+) -> float | None:
+    """Distil; gives the seconds. Where a run went on, its earlier ones are not known: None."""
     start = time.perf_counter()
     command = [*training_command(output_dir, steps, prompts_file, **flags), "--validation_prompts", *shown]
-    if list_checkpoints(output_dir):
+    goes_on = bool(list_checkpoints(output_dir))
+    if goes_on:
+        check_same_run(output_dir, {"max_train_steps": steps, **flags})
         command += ["--resume_from_checkpoint", "latest"]
-    if code := subprocess.run(command).returncode:
-        sys.exit(code)  # the script has said why
-    return time.perf_counter() - start
+    if code := run_to_its_end(command):  # the script has said why
+        if code == RESUMABLE_EXIT_CODE:
+            print("The same command of the quickstart goes on.")
+        sys.exit(code)
+    return None if goes_on else time.perf_counter() - start
 
 
 def load_controls(device: str) -> dict[str, DiffusionPipeline]:
@@ -230,9 +262,8 @@ def load_controls(device: str) -> dict[str, DiffusionPipeline]:
     return {"teacher": teacher, "untrained student": untrained}
 
 
-def measure(models: Mapping[str, DiffusionPipeline], task: Task, device: str) -> list[Measurement]:
+def measure(models: Mapping[str, DiffusionPipeline], task: Task, extractor: MobileNetFeatures) -> list[Measurement]:
     """All models on the same unseen noises, against what the teacher draws from others."""
-    extractor = MobileNetFeatures().to(device)
     reference = draw(models["teacher"], task.prompts, TEACHER_STEPS, seed=REFERENCE_SEED)
     judge = task.judge(extractor.extract(reference))
     assert judge.real is not None  # which the task has given it
@@ -283,21 +314,17 @@ def grid(models: Mapping[str, DiffusionPipeline], prompts: Sequence[str]) -> Ima
     return image_grid(list(zip(*columns, strict=True)), labels, prompts)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--full", action="store_true", help="train on all 5,179 prompts")
-    parser.add_argument("--max_train_steps", type=int, help=f"default: {STEPS}, with --full {FULL_STEPS}")
-    parser.add_argument("--noises", type=int, default=NOISES, help="pictures of each of the 24 prompts")
-    parser.add_argument("--prompts", type=int, default=EVALUATION_PROMPTS, help="with --full: a picture of each")
-    args = parser.parse_args(argv)
-    parser.check_at_least(MIN_NOISES, noises=args.noises)
-    parser.check_at_least(MIN_PROMPTS, prompts=args.prompts)
+def distil_and_show(args: Namespace) -> None:
+    """The three steps."""
     start = time.perf_counter()
-    steps = args.max_train_steps or (FULL_STEPS if args.full else STEPS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extractor = MobileNetFeatures().to(device)  # with what else measuring takes, missed before training
+    check_installed()
     if args.full:
+        steps = args.max_train_steps or FULL_STEPS
         task, flags = many(args.prompts), full_recipe(steps)
     else:
+        steps = args.max_train_steps or STEPS
         task, flags = few(args.noises), recipe(steps)
     shown = GRID_PROMPTS if args.full else task.training[:SHOWN]
 
@@ -305,15 +332,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     training_seconds = train(args.output_dir, steps, task.prompts_file, flags, shown)
 
     # 2. Measure
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     models = load_controls(device) | {"student": SanaTBCMPipeline.from_pretrained(args.output_dir).to(device)}
-    measurements = measure(models, task, device)
+    measurements = measure(models, task, extractor)
     seen = seen_decisiveness(models, task, models["student"].scheduler.config.guidance_scales)
 
     # 3. Show
     with OwnedFolder(args.output_dir).written("grid.png") as partial_file:
         grid(models, shown).save(partial_file, format="PNG")
     measured = f"--prompts {args.prompts} --full" if args.full else f"--noises {args.noises}"
+    times: dict[str, int | None] = {"training_seconds": None, "seconds": None}
+    if training_seconds is not None:
+        times = {"training_seconds": round(training_seconds), "seconds": round(time.perf_counter() - start)}
     save_metrics(
         args.output_dir,
         measurements,
@@ -322,13 +351,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         details={
             "seed": SEED,
             "decisiveness at 1 step from noises of the training": seen,
-            "training_seconds": round(training_seconds),
-            "seconds": round(time.perf_counter() - start),
+            **times,
             "hardware": f"{device}, {torch.get_num_threads()} threads, {platform.machine()}",
             "torch": str(torch.__version__),
         },
     )
     save_model_card(args.output_dir)
+
+    import pandas  # checked above
 
     rows = [{"model": each.model, "steps": each.num_inference_steps, **each.metrics} for each in measurements]
     print("\n" + pandas.DataFrame(rows).to_string(index=False, na_rep=""))
@@ -336,6 +366,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("    from diffusers_tbcm import SanaTBCMPipeline")
     print(f'    pipe = SanaTBCMPipeline.from_pretrained("{args.output_dir}")')
     print(f'    pipe("{shown[0]}").images[0].save("dolphin.png")')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--full", action="store_true", help="train on all 5,179 prompts")
+    parser.add_argument("--max_train_steps", type=int, help=f"default: {STEPS}, with --full {FULL_STEPS}")
+    parser.add_argument("--noises", type=int, default=NOISES, help="pictures of each of the 24 prompts")
+    parser.add_argument("--prompts", type=int, default=EVALUATION_PROMPTS, help="with --full: a picture of each")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    args = parser.parse_args(argv)
+    parser.check_at_least(1, max_train_steps=args.max_train_steps)
+    parser.check_at_least(MIN_NOISES, noises=args.noises)
+    parser.check_at_least(MIN_PROMPTS, prompts=args.prompts)
+    with ending_in_words({"output_dir": "--output_dir"}, debug=args.debug):
+        try:
+            distil_and_show(args)
+        except KeyboardInterrupt:
+            print("Interrupted: the same command goes on.", file=sys.stderr)
+            raise
 
 
 if __name__ == "__main__":

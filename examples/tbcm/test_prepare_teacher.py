@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPi
 from families import FAMILIES
 from peft import LoraConfig
 from runs import assert_same_state, fork_two, largest_relative_difference, metrics
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import generate, student_weights, write_plain_pipeline, write_tiny_flow_lora, write_tiny_pipeline
 
 from diffusers_tbcm import dense_time
@@ -303,6 +303,20 @@ def test_a_lora_that_is_none_of_this_teacher_is_refused(prepare_flags, plain_tea
         with pytest.raises(ValueError, match=message):
             main(prepare_flags(lora=given))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lora_that_was_changed_since_the_run_began_is_not_read_again(prepare_flags, lora, monkeypatch, tmp_path):
+    """Where alignment is left out."""
+    weights, update = tmp_path / "lora.safetensors", Run.update
+    shutil.copy(lora / "pytorch_lora_weights.safetensors", weights)
+
+    def change(self, *models):
+        update(self, *models)
+        save_file({name: 0.9 * weight for name, weight in load_file(weights).items()}, weights)
+
+    monkeypatch.setattr(Run, "update", change)
+    with pytest.raises(ValueError, match=r"^`lora` .* was changed since the run began"):
+        main(prepare_flags(lora=weights, max_train_steps=2, learning_rate=1e-1, lr_scheduler="constant"))
 
 
 def test_another_lora_is_refused_at_resumption_whatever_its_name(prepare_flags, lora, tmp_path):

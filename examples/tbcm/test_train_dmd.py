@@ -1,17 +1,20 @@
 """The script of DMD on a tiny teacher: what its losses are, what it begins as, how it goes on, what it leaves."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaSprintPipeline
 from families import FAMILIES
 from runs import assert_same_models, fork_two, kill_after_updates, largest_relative_difference
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import student_weights, tiny_transformer, write_tiny_pipeline
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.scheduling_flow import FlowStudentScheduler
 from diffusers_tbcm.scripts import train_dmd, train_tbcm_distill
 from diffusers_tbcm.training.distillation import Distillation
+from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.trigflow import SIGMA_DATA
 
 
@@ -174,6 +177,29 @@ def test_a_share_of_the_weights_it_began_with_is_saved(dmd_flags, start, tmp_pat
     assert largest_relative_difference(student_weights(run), student_weights(tmp_path / "two")) < 1e-4
 
 
+@pytest.mark.parametrize("changed", ["student_model_name_or_path", "pretrained_model_name_or_path"])
+def test_what_is_read_again_is_what_the_run_began_with(dmd_flags, start, teacher, tmp_path, monkeypatch, changed):
+    """Its folder may be trained or downloaded anew in between; put back, the run goes on."""
+    named = {"student_model_name_or_path": start, "pretrained_model_name_or_path": tmp_path / "teacher"}
+    shutil.copytree(teacher, tmp_path / "teacher")
+    weights = named[changed] / "transformer" / "diffusion_pytorch_model.safetensors"
+    before, update = weights.read_bytes(), Run.update
+
+    def change(self, *models, **options):
+        update(self, *models, **options)
+        save_file({name: 0.9 * weight for name, weight in load_file(weights).items()}, weights)
+
+    monkeypatch.setattr(Run, "update", change)
+    arguments = dmd_flags(start_share=0.5, max_train_steps=2, **named)
+    with pytest.raises(ValueError, match=rf"^`{changed}` .* was changed since the run began: put back what was there"):
+        train_dmd.main(arguments)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    monkeypatch.undo()
+    weights.write_bytes(before)
+    train_dmd.main([*arguments, "--resume_from_checkpoint", "latest"])
+    assert (tmp_path / "run" / "model_index.json").exists()
+
+
 def test_two_processes_and_two_micro_steps_give_the_weights_of_one(dmd_flags, tmp_path):
     """Two processes that hold every weight, and two that share it."""
     rates = {"learning_rate": 1e-4, "critic_learning_rate": 1e-4, "max_train_steps": 2}
@@ -226,7 +252,7 @@ def test_what_is_no_student_of_this_teacher_is_refused(dmd_flags, teacher, tmp_p
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("kind", ["nowhere", "a teacher", "of CDM"])
+@pytest.mark.parametrize("kind", ["nowhere", "a teacher", "of CDM", "without scheduler"])
 def test_a_start_of_the_wrong_kind_is_found_before_anything_is_loaded(dmd_flags, kind, monkeypatch, tmp_path):
     """Prompts may take hours to embed."""
     teacher, wrong = FAMILIES["sd3"].make_pipeline(), tmp_path / "wrong"
@@ -236,6 +262,8 @@ def test_a_start_of_the_wrong_kind_is_found_before_anything_is_loaded(dmd_flags,
         student = kind == "of CDM"
         teacher.scheduler = FlowStudentScheduler().to_stock() if student else teacher.scheduler
         teacher.save_pretrained(wrong)
+    if kind == "without scheduler":
+        shutil.rmtree(wrong / "scheduler")
     with pytest.raises(ValueError, match="is no consistency student of this teacher"):
         train_dmd.main(
             dmd_flags(

@@ -25,6 +25,7 @@ from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.errors import Failure
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION
 from diffusers_tbcm.owned import OwnedFolder
+from diffusers_tbcm.rows import TrainingRows
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import TBCMSettings, main
 from diffusers_tbcm.training import accelerators, run
@@ -167,6 +168,16 @@ def test_the_endpoint_warm_up_comes_first_and_aims_at_the_ends_of_the_rows_traje
     assert f"| endpoint warm-up | 40 steps, {wanted} |" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("warm_up", [1, 2])
+def test_a_run_of_the_warm_up_alone_says_so_and_its_card_claims_no_other_loss(flags, tmp_path, caplog, warm_up):
+    main(flags(endpoint_warmup_steps=warm_up))
+    warned = [message for message in caplog.messages if "no step is of the consistency loss" in message]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert ("| endpoint warm-up | all steps, norm; no consistency loss |" in card) == (warm_up == 2)
+    assert len(warned) == (warm_up == 2)
+    assert ("| tangent ratio |" in card) == ("| loss weighting |" in card) == (warm_up == 1)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -255,6 +266,18 @@ def test_a_dry_run_does_everything_once_and_leaves_nothing(flags, tmp_path, caps
     assert '"step": 1' in printed and '"step": 2' in printed and "peak_memory_gib" in printed
     assert "Memory plan: " in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_comes_to_the_steps_that_follow_the_first(flags, monkeypatch, capsys):
+    """Those of the consistency loss, on rows of several recordings; a run of the warm-up alone has none."""
+    parts, cat = [], TrainingRows.cat
+    monkeypatch.setattr(TrainingRows, "cat", lambda rows: parts.append(len(rows)) or cat(rows))
+    replay = {"replay_buffer_size": 8, "replay_steps": 4}
+    for warm_up, found in ((1000, [False, True]), (10_000, [False, False])):
+        main(flags(dry_run=True, max_train_steps=10_000, endpoint_warmup_steps=warm_up, **replay))
+        steps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        assert ["tangent_norm" in line for line in steps] == found
+    assert parts == [2, 2]
 
 
 def test_metrics_go_to_a_file_whatever_the_tracker(flags, tmp_path):

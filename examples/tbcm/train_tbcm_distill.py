@@ -104,6 +104,11 @@ class TBCMSettings(PromptSettings, RowSettings):
             step, self.tangent_warmup_steps, start, self.tangent_cooldown_steps, self.tangent_final_ratio
         )
 
+    @property
+    def only_warms_up(self) -> bool:
+        """Whether the endpoint warm-up leaves no step to the consistency loss."""
+        return self.endpoint_warmup_steps >= self.max_train_steps
+
     def describe(self) -> dict[str, object]:
         """What the model card says of the method's own settings."""
         cooldown = (
@@ -111,13 +116,17 @@ class TBCMSettings(PromptSettings, RowSettings):
             if self.tangent_cooldown_start_step < 0
             else f"cooldown from step {self.tangent_cooldown_start_step} over {self.tangent_cooldown_steps}"
         )
-        return {
-            "route": f"{self.sampling_scheme}, {self.route_steps} steps, shift {self.flow_shift}",
+        consistency = {
             "tangent ratio": f"warm-up {self.tangent_warmup_steps}, {cooldown}, final {self.tangent_final_ratio}",
             "loss weighting": self.loss_weighting,
-            "endpoint warm-up": f"{self.endpoint_warmup_steps} steps, {self.endpoint_loss_type}"
-            if self.endpoint_warmup_steps
-            else "off",
+        }
+        warm_up = f"{self.endpoint_warmup_steps} steps, {self.endpoint_loss_type}"
+        if self.only_warms_up:
+            consistency, warm_up = {}, f"all steps, {self.endpoint_loss_type}; no consistency loss"
+        return {
+            "route": f"{self.sampling_scheme}, {self.route_steps} steps, shift {self.flow_shift}",
+            **consistency,
+            "endpoint warm-up": warm_up if self.endpoint_warmup_steps else "off",
             **super().describe(),
         }
 
@@ -180,6 +189,11 @@ def train(settings: TBCMSettings, stop: StopRequest) -> Run:
     run = Run(settings, stop, script=__file__)
     prompts = settings.load_prompts()
     run.say(prompts)
+    if settings.only_warms_up and not settings.dry_run:  # whose first step is a run of one
+        run.say(
+            f"Warning: no step is of the consistency loss, as --endpoint_warmup_steps {settings.endpoint_warmup_steps}"
+            f" covers --max_train_steps {settings.max_train_steps}"
+        )
     distillation = ConsistencyDistillation(run, settings, prompts.prompts, method=METHOD, image_free=True)
     student = distillation.add_student(rows_per_prompt=settings.route_steps - 1, weighting=settings.loss_weighting)
     by_time = LossByTime(run, settings.loss_weighting)

@@ -135,7 +135,12 @@ def flow_shift(teacher_folder: Path, image_tokens: int) -> float:
 
     Returns:
         k of s -> k s / (1 + (k - 1) s); 1 where the scheduler has none.
+
+    Raises:
+        ValueError: where the pipeline has no scheduler.
     """
+    if not (teacher_folder / SCHEDULER / SCHEDULER_CONFIG).is_file():
+        raise ValueError(f"teacher {str(teacher_folder)!r} lacks its {SCHEDULER}")
     config = read_json(teacher_folder / SCHEDULER / SCHEDULER_CONFIG)
     if not config.get("use_dynamic_shifting", False):
         return float(config.get("shift", config.get("flow_shift", 1.0)))

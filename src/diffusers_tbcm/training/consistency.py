@@ -39,7 +39,7 @@ def named_as_start(start: str) -> Iterator[None]:
     """Say of a fault which flag it is of."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"`student_model_name_or_path` {start!r} is no consistency student of this teacher: {in_a_line(error)}"
         ) from error
@@ -162,7 +162,7 @@ class ConsistencyDistillation(Distillation):
         began_as, self._start_share = "the teacher", start_share
         if self._start_folder is not None:
             student.transformer.load_state_dict(self._start_weights(self._start_folder, student.transformer))
-            began_as = digest_component(self._start_folder, TRANSFORMER)
+            began_as = self._digests["student_model_name_or_path"]
         self.run.depends_on(start=began_as)
         return self._add_pair(
             student,
@@ -201,6 +201,8 @@ class ConsistencyDistillation(Distillation):
             weights, own = find_backbone(folder).load_transformer(folder).state_dict(), transformer.state_dict()
             if {name: weights[name].shape for name in weights} != {name: own[name].shape for name in own}:
                 raise ValueError("its transformer has other layers")
+            digest = digest_component(folder, TRANSFORMER)
+        self._unchanged("student_model_name_or_path", str(self._start), digest)
         return weights
 
     def _load_student(self, weights: Mapping[str, torch.Tensor]) -> Any:

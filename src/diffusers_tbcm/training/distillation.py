@@ -79,15 +79,15 @@ class Distillation(ABC):
             raise ValueError("`rank` shares the base's weights with the teacher, which FSDP2 would shard: use DDP")
         self.run, self.settings, self.prompts = run, settings, prompts
         self.method, self.image_free = method, image_free
+        self._digests: dict[str, str] = {}  # of what settings name and the run reads more than once
         self.folder = resolve_teacher(settings.pretrained_model_name_or_path, settings.variant)
         self.backbone = self._find_backbone()
         transformer = self._load_teacher()
         self.latent_shape = self.backbone.latent_shape(self.folder, transformer, settings.resolution)
         self.max_sequence_length = self.backbone.prompt_tokens(self.folder, settings.max_sequence_length)
-        components = (TRANSFORMER, *text_components(self.backbone))
         run.depends_on(
             method=method,
-            teacher=digest_texts(digest_component(self.folder, name, settings.variant) for name in components),
+            teacher=self._teacher_digest(),
             prompts=digest_texts(prompts),
             resolution=str(self.resolution),
         )
@@ -120,6 +120,21 @@ class Distillation(ABC):
     def _load_teacher(self) -> Any:
         """The teacher's network, in float32."""
         return self.backbone.load_transformer(self.folder, self.settings.variant)
+
+    def _teacher_digest(self) -> str:
+        """The digest of what the teacher's network and text encoders are loaded from."""
+        components = (TRANSFORMER, *text_components(self.backbone))
+        digest = digest_texts(digest_component(self.folder, name, self.settings.variant) for name in components)
+        return self._unchanged("pretrained_model_name_or_path", self.settings.pretrained_model_name_or_path, digest)
+
+    def _unchanged(self, name: str, value: str, digest: str) -> str:
+        """The digest of what a setting names, refused where it was another when the run began."""
+        if self._digests.setdefault(name, digest) != digest:
+            raise ValueError(
+                f"`{name}` {value!r} was changed since the run began: put back what was there, then"
+                " `resume_from_checkpoint` latest goes on"
+            )
+        return digest
 
     @abstractmethod
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:
@@ -246,10 +261,11 @@ class Distillation(ABC):
         with ending_together(self.run.accelerator):
             if not self.run.accelerator.is_main_process:
                 return
-            self.teacher.float()
-            if settings.merge_lora and self.run.weight_dtype != torch.float32:  # which has rounded what is merged into
-                self.teacher.transformer.load_state_dict(self._load_teacher().state_dict())
             try:
+                self._teacher_digest()  # its folder is read again
+                self.teacher.float()
+                if settings.merge_lora and self.run.weight_dtype != torch.float32:  # which has rounded its weights
+                    self.teacher.transformer.load_state_dict(self._load_teacher().state_dict())
                 self._save_and_push(weights)
             except (*WRITE_ERRORS, ValueError, Failure) as error:
                 if last and isinstance(error, OSError | SafetensorError):

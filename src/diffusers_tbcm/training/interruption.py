@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 RESUMABLE_EXIT_CODE = 75
 # Programs and modules that start a script as their child, and that a signal may end alone.
 LAUNCHERS = {
-    "accelerate", "accelerate-launch", "torchrun",
+    "accelerate", "accelerate-launch", "torchrun", "quickstart.py",
     "accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run",
 }  # fmt: skip
 LAUNCHED = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")  # what launchers tell their children, and only they

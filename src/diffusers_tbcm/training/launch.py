@@ -27,6 +27,8 @@ from .settings import RunSettings, flags_of
 logger = logging.get_logger(__name__)
 S = TypeVar("S", bound=RunSettings)
 GROUP_SECONDS = 0.2  # in which the threads of a process group come to letting go
+# What has the first steps differ from those that follow; rows are of several recordings only after `replay_steps`.
+PHASES = ("endpoint_warmup_steps", "replay_steps")
 
 
 def launch(train: Callable[[S, StopRequest], Run], settings: S) -> None:
@@ -71,6 +73,8 @@ def _close(accelerator: Accelerator) -> None:
 def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopRequest) -> Run:
     """Take one step with checkpoint, validation and export, resume until each model was updated, and print it all.
 
+    The first step is the only one of `PHASES` that the run itself leaves: the second is of the kind that follows.
+
     Args:
         train: the script's.
         settings: the script's; nothing is written to their `output_dir`, or pushed.
@@ -85,6 +89,8 @@ def dry_run(train: Callable[[S, StopRequest], Run], settings: S, stop: StopReque
     at_home: dict[str, Any] = {"push_to_hub": False, "hub_strategy": "end"}
     at_home |= dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_license"))
     often: dict[str, Any] = dict.fromkeys(("checkpointing_steps", "validation_steps", "logging_steps"), 1)
+    left = [name for name in PHASES if 1 < getattr(settings, name, 0) < settings.max_train_steps]
+    often |= dict.fromkeys(left, 1)
     with _scratch_folder(Path(settings.output_dir)) as folder:
         once = replace(
             settings, output_dir=str(folder), max_train_steps=1, resume_from_checkpoint=None, **at_home, **often

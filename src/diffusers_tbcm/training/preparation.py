@@ -168,9 +168,8 @@ class Preparation(Distillation):
     def _load_teacher(self) -> Any:
         transformer = super()._load_teacher()
         if self._lora is not None:
-            self._lora_digest = merge_teachers_lora(
-                self.backbone, transformer, self.folder, self._lora, self._lora_scale
-            )
+            digest = merge_teachers_lora(self.backbone, transformer, self.folder, self._lora, self._lora_scale)
+            self._lora_digest = self._unchanged("lora", self._lora, digest)
         return transformer
 
     def _see_teacher(self, transformer: nn.Module, timestep_scale: float) -> FlowTransformer:

@@ -29,6 +29,8 @@ CHANGEABLE = (
     "weight_decay", "max_grad_norm", "ema_decay", "mixed_precision", "allow_tf32", "endpoint_warmup_steps",
     "endpoint_loss_type",
 )  # fmt: skip
+# What a run did before there was a setting for it, where its default is something else; older checkpoints lack it.
+BEFORE = {"endpoint_loss_type": "l2", "noise_share": 0.0}
 LENGTH = "max_train_steps"
 PROCESSES = "num_processes"
 BATCH = ("train_batch_size", "gradient_accumulation_steps", PROCESSES)
@@ -116,11 +118,14 @@ def changed_settings(
     """
     if now[LENGTH] < step:
         raise ValueError(f"`{LENGTH}` is {now[LENGTH]}, but checkpoint {checkpoint!r} is already at step {step}")
+    then = {**BEFORE, **then}
     changed = {
         name: [then[name], value]
         for name, value in now.items()
         if name not in FREE | BY_CONTENT and name in then and then[name] != value
     }
+    if not any(told.get("endpoint_warmup_steps") for told in (then, now)):  # whose loss it would be
+        changed.pop("endpoint_loss_type", None)
     batch_is_free = _keyed_by_draw(now) and _rows_a_step(then) == _rows_a_step(now)
     refused = {
         name: values
@@ -169,8 +174,7 @@ def _rows_a_step(told: Mapping[str, Any]) -> int:
 def _refusal(checkpoint: str, refused: Mapping[str, Sequence[Any]]) -> str:
     listed = ", ".join(f"`{name}` {json.dumps(old)}, now {json.dumps(new)}" for name, (old, new) in refused.items())
     wanted = [name for name in refused if name in CHANGEABLE]
+    older = " ".join(f"`{name}` {old}" for name, (old, _) in refused.items() if name in BEFORE)
+    again = f"give its values again{f' ({older})' if older else ''}"
     change = f", name in `resume_with_changed` what is meant to change ({' '.join(wanted)})" if wanted else ""
-    return (
-        f"checkpoint {checkpoint!r} was trained with {listed}: give its values again{change}, or train in another"
-        " `output_dir`"
-    )
+    return f"checkpoint {checkpoint!r} was trained with {listed}: {again}{change}, or train in another `output_dir`"
