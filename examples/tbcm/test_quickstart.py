@@ -55,8 +55,9 @@ while not asked or (folder / "hangs").exists():
 sys.exit(75)
 """
 QUICKSTART = """
-import sys
+import signal, sys
 from examples.tbcm import quickstart
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background of a shell have not
 quickstart.MobileNetFeatures = lambda: quickstart.torch.nn.Identity()
 quickstart.training_command = lambda *args, **flags: [sys.executable, *sys.argv[1:]]
 quickstart.main(["--output_dir", sys.argv[2] + "/run"])
