@@ -437,11 +437,10 @@ def draw_models(settings: Settings, accelerator: Accelerator, task: Task) -> lis
         return drawn
     del student
     folder = resolve_teacher(settings.teacher, settings.variant)
-    absent: dict[str, Any] = dict.fromkeys(backbone.OPTIONAL_COMPONENTS)
     with loading("teacher", folder):
-        networks = load_networks(folder, dtype, settings.variant, without=absent)
+        networks = load_networks(folder, dtype, settings.variant, without=backbone.OPTIONAL_COMPONENTS)
         teacher = backbone.PIPELINE_CLASS.from_pretrained(
-            folder, variant=settings.variant, **absent, **networks, **dtype_argument(dtype)
+            folder, variant=settings.variant, **networks, **dtype_argument(dtype)
         )
     teacher.to(accelerator.device)
     runs = [("teacher", steps, settings.seed) for steps in settings.teacher_steps]

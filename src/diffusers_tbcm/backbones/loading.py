@@ -67,13 +67,9 @@ def load_prompt_pipeline(
     Raises:
         ValueError: where a weight is not there or not finite, or a tokenizer is none or not its text encoder's.
     """
-    encoders = folder.glob("text_encoder*")
-    precision = max((stored_precision(encoder, variant) for encoder in encoders), default="") or None
-    absent: dict[str, Any] = dict.fromkeys(("vae", "transformer", *without))
     with loading("teacher", folder):
-        networks = load_networks(folder, dtype, variant, without=absent)
-        options = {"variant": precision, **dtype_argument(dtype)}
-        pipeline = pipeline_class.from_pretrained(folder, **absent, **networks, **options)
+        networks = load_networks(folder, dtype, variant, without=("vae", "transformer", *without))
+        pipeline = pipeline_class.from_pretrained(folder, **networks, **dtype_argument(dtype))
     check_prompt_pipeline(pipeline)
     for name, encoder in text_encoders(pipeline).items():
         check_finite_weights(encoder, name).requires_grad_(False)
@@ -92,12 +88,12 @@ def load_networks(
         without: components that are not loaded.
 
     Returns:
-        The networks by component, for the pipeline's `from_pretrained`.
+        The networks by component, None for those that are not loaded: arguments of the pipeline's `from_pretrained`.
 
     Raises:
         ValueError: where one cannot be loaded, or lacks a weight; the message names the component.
     """
-    networks = {}
+    networks: dict[str, Any] = dict.fromkeys(without)
     for name, entry in read_json(folder / "model_index.json").items():
         library, kind = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
         network_class = getattr(LIBRARIES.get(library), str(kind), None)

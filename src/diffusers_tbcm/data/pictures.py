@@ -308,13 +308,8 @@ class DatasetPictures(ColumnPictures):
         columns = (image_column, *(name for name in (label_column, prompt_column) if name is not None))
         data = load_data(source, *columns, config=config, split=split)
         self.labels = [] if label_column is None else [str(name) for name in column_values(data, label_column)]
-        self.prompts = (
-            []
-            if prompt_column is None
-            else [
-                prompt_text(prompt, f"column {prompt_column}").strip() for prompt in column_values(data, prompt_column)
-            ]
-        )
+        prompts = [] if prompt_column is None else column_values(data, prompt_column)
+        self.prompts = [prompt_text(prompt, f"column {prompt_column}").strip() for prompt in prompts]
         super().__init__(data, image_column, source)
 
 

@@ -106,8 +106,7 @@ def load_pipeline(
         optional = () if flow_scheduler is None else backbone_of_index(model_index, str(model)).OPTIONAL_COMPONENTS
         options |= load_networks(Path(folder), dtype, variant, without=optional)
         if flow_scheduler is not None:
-            absent = dict.fromkeys(optional)
-            pipeline = DiffusionPipeline.from_pretrained(str(folder), scheduler=flow_scheduler, **absent, **options)
+            pipeline = DiffusionPipeline.from_pretrained(str(folder), scheduler=flow_scheduler, **options)
             check_prompt_pipeline(pipeline)
             factor = pipeline.image_processor.config.vae_scale_factor  # pixels a token, where latents are packed
             pipeline.image_processor = FiniteImageProcessor(vae_scale_factor=factor)
