@@ -1,11 +1,12 @@
 """What a student that has learned everything would draw: every step solves the guided teacher's ODE to its end.
 
-    python -m benchmarks.exact_map few|many     # some 15 minutes on a CPU core; can be resumed
+    python -m benchmarks.exact_map few|many     # some 20 minutes on a CPU core; can be resumed
 
 Consistency sampling noises the end of one solution and solves from there: the noised point is one of the teacher's
 forward process, not of its ODE. What that does to pictures is no matter of training, and is what a student's 2 and 4
-steps are to be compared with. Tried with guidance in all steps, in the first alone, and in none; distances are to what
-the stock pipeline draws in 20 steps at the first step's guidance from other noises. Writes
+steps are to be compared with. Tried with guidance in all steps, in the first alone, and in none, and with the noise
+that a solution implies in place of a fresh one; distances are to what the stock pipeline draws in 20 steps at the
+first step's guidance from other noises. Writes
 benchmarks/results/exact_map_<prompts>.json and .md.
 """
 
@@ -46,7 +47,12 @@ from .emoji_judge import DISTANCE, TASKS
 
 
 SHIFT = 3.0  # of the stock pipeline's times
-GUIDANCE_SCALES = ((GUIDANCE_SCALE, GUIDANCE_SCALE), (GUIDANCE_SCALE, 1.0), (1.0, 1.0))  # of the first step, of others
+WAYS = (  # guidance of the first step, of others, and whether others begin from fresh noise
+    (GUIDANCE_SCALE, GUIDANCE_SCALE, True),
+    (GUIDANCE_SCALE, GUIDANCE_SCALE, False),
+    (GUIDANCE_SCALE, 1.0, True),
+    (1.0, 1.0, True),
+)
 LEAST_STEP = 0.02  # radians: a solution's first step is no shorter
 
 
@@ -70,10 +76,14 @@ class ExactMap:
         pipeline: the teacher.
         guidance_scale: classifier-free guidance weight of the first step.
         later_scale: that of the others.
+        stochastic_sampling: as in `TBCMScheduler`, which samples.
     """
 
-    def __init__(self, pipeline: SanaPipeline, guidance_scale: float, later_scale: float) -> None:
+    def __init__(
+        self, pipeline: SanaPipeline, guidance_scale: float, later_scale: float, stochastic_sampling: bool
+    ) -> None:
         self._pipeline, self._guidance_scale, self._later_scale = pipeline, guidance_scale, later_scale
+        self._scheduler = TBCMScheduler(stochastic_sampling=stochastic_sampling)
         self._teacher = TrigFlowTransformer(pipeline.transformer)
         self._encode = PromptEncoder(pipeline, max_sequence_length=MAX_SEQUENCE_LENGTH)
 
@@ -99,15 +109,17 @@ class ExactMap:
             return solution.pred_original_sample
 
         drawn: dict[int, torch.Tensor] = {}
-        scheduler = TBCMScheduler()
         noise = SIGMA_DATA * draw_noise(shape, generators, device=device)
         for steps in STUDENT_STEPS:
-            scheduler.set_timesteps(steps)
-            start, *others = scheduler.timesteps[:-1]
-            latents = drawn[1] if drawn else solve(noise, start.item(), self._guidance_scale)
-            for t in others:
-                fresh = SIGMA_DATA * draw_noise(shape, generators, device=device)
-                latents = solve(torch.cos(t) * latents + torch.sin(t) * fresh, t.item(), self._later_scale)
+            self._scheduler.set_timesteps(steps, device=device)
+            latents = noise
+            for t in self._scheduler.timesteps[:-1]:
+                if latents is noise:
+                    end = drawn[1] if drawn else solve(noise, t.item(), self._guidance_scale)
+                else:
+                    end = solve(latents, t.item(), self._later_scale)
+                model_output = (torch.cos(t) * latents - end) / torch.sin(t)  # whose x_0 is the end
+                latents = self._scheduler.step(model_output, t, latents, generators).prev_sample
             drawn[steps] = latents
         processor = self._pipeline.image_processor
         with torch.no_grad():
@@ -117,7 +129,9 @@ class ExactMap:
             }
 
 
-def features_of(task: Task, guidance_scale: float, later_scale: float, kept: Path) -> dict[str, torch.Tensor]:
+def features_of(
+    task: Task, guidance_scale: float, later_scale: float, stochastic_sampling: bool, kept: Path
+) -> dict[str, torch.Tensor]:
     """Features of the stock pipeline's pictures, and of the exact map's by number of steps, each drawn once."""
     pipeline = SanaPipeline.from_pretrained(EMBEDDED_TEACHER).to(default_device())
     extractor = MobileNetFeatures().to(default_device())
@@ -138,12 +152,13 @@ def features_of(task: Task, guidance_scale: float, later_scale: float, kept: Pat
             yield {name: draw(pipeline, task.prompts, TEACHER_STEPS, guidance_scale=guidance_scale, seed=seed)}
 
     def exact() -> Iterator[dict[str, list[Image.Image]]]:
-        exact_map = ExactMap(pipeline, guidance_scale, later_scale)
+        exact_map = ExactMap(pipeline, guidance_scale, later_scale, stochastic_sampling)
         for first in tqdm(range(0, len(task.prompts), BATCH_SIZE), desc="exact map", unit="batch"):
             drawn = exact_map.draw(task.prompts[first : first + BATCH_SIZE], first)
             yield {str(steps): pictures for steps, pictures in drawn.items()}
 
-    return keep(f"stock_{guidance_scale:g}", stock()) | keep(f"exact_{guidance_scale:g}_{later_scale:g}", exact())
+    name = f"exact_{guidance_scale:g}_{later_scale:g}{'' if stochastic_sampling else '_predicted_noise'}"
+    return keep(f"stock_{guidance_scale:g}", stock()) | keep(name, exact())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -156,15 +171,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = args.work_dir / args.prompts
     kept.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for scales in GUIDANCE_SCALES:
-        features = features_of(task, *scales, kept)
+    for guidance_scale, later_scale, stochastic_sampling in WAYS:
+        features = features_of(task, guidance_scale, later_scale, stochastic_sampling, kept)
         judge = task.judge(features.pop("reference"))
         teacher = features.pop("teacher")
         drawn = [("teacher", TEACHER_STEPS, teacher)]
         drawn += [("exact map", steps, features[str(steps)]) for steps in STUDENT_STEPS]
         for model, steps, each in drawn:
             distance = judge.distance(each)
-            row = {"guidance": scales[0], "later steps": scales[1], "model": model, "steps": steps}
+            row: dict[str, Any] = {"guidance": guidance_scale, "later steps": later_scale}
+            row |= {"noise": "fresh" if stochastic_sampling else "predicted", "model": model, "steps": steps}
             row[DISTANCE], row["interval"] = round(distance.value, 2), f"{distance.low:.1f} to {distance.high:.1f}"
             if model != "teacher":
                 less = judge.distance(each, features["1"])

@@ -264,6 +264,14 @@ def test_latents_are_taken_as_noise(pipeline):
     assert torch.equal(generate(pipeline, seed=1, latents=latents, **arguments), expected)
 
 
+@pytest.mark.parametrize("stochastic_sampling", [True, False])
+def test_the_first_noise_alone_decides_where_the_scheduler_draws_none(pipeline, stochastic_sampling):
+    pipeline.scheduler = TBCMScheduler(stochastic_sampling=stochastic_sampling)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = [generate(pipeline, seed=seed, latents=latents, num_inference_steps=3) for seed in (0, 1)]
+    assert torch.equal(*images) is not stochastic_sampling
+
+
 def test_prompt_embeds_replace_the_prompt(pipeline):
     embeds, mask = pipeline.encode_prompt(PROMPTS, max_sequence_length=32)
     given = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
@@ -396,12 +404,13 @@ def assert_same_weights(one, other):
 
 
 def test_saved_pipeline_comes_back(own_pipeline, tmp_path):
-    own_pipeline.scheduler = TBCMScheduler(timesteps_by_steps={"2": [HALF_PI, 0.8, 0.0]})
+    own_pipeline.scheduler = TBCMScheduler(timesteps_by_steps={"2": [HALF_PI, 0.8, 0.0]}, stochastic_sampling=False)
     own_pipeline.save_pretrained(tmp_path)
     loaded = SanaTBCMPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is SanaTBCMPipeline and type(loaded.scheduler) is TBCMScheduler
     assert loaded.scheduler.config.timesteps_by_steps == {"2": [HALF_PI, 0.8, 0.0]}
+    assert not loaded.scheduler.config.stochastic_sampling
     assert_same_weights(loaded, own_pipeline)
     torch.testing.assert_close(generate(loaded), generate(own_pipeline), **LOADED)
     assert type(own_pipeline.scheduler) is TBCMScheduler  # saving changes nothing

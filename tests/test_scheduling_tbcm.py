@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
-from diffusers import SCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 
 from diffusers_tbcm import TBCMScheduler
+from diffusers_tbcm.scheduling_flow import student_sigmas
 from diffusers_tbcm.scheduling_tbcm import TIMESTEPS_BY_STEPS
 
 
@@ -175,6 +176,7 @@ def test_stock_stand_in_hides_our_entries_from_a_stock_scheduler_only(tmp_path, 
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     own = {
         "timesteps_by_steps": {"2": [HALF_PI, 1.1, 0.0]},
+        "stochastic_sampling": False,
         "guidance_scales": [4.0, 4.5, 5.0],
         "call_options": {"max_sequence_length": 16, "complex_human_instruction": None},
     }
@@ -209,6 +211,7 @@ def test_the_defaults_of_a_call_are_what_the_student_was_distilled_with():
         ({"guidance_scales": []}, r"`guidance_scales` is \[\]"),
         ({"guidance_scales": [4.0, 0.0]}, r"`guidance_scales` is \[4.0, 0.0\]"),
         ({"prediction_type": "epsilon"}, "`prediction_type` is 'epsilon'"),
+        ({"stochastic_sampling": "no"}, "`stochastic_sampling` is 'no', but has to be True or False"),
         ({"sigma_data": 0.0}, "`sigma_data` is 0.0"),
         ({"sigma_data": float("nan")}, "`sigma_data` is nan"),
         ({"timesteps_by_steps": {"2": [HALF_PI, 0.0]}}, r"`timesteps_by_steps\['2'\]` has 2 timesteps"),
@@ -246,6 +249,60 @@ def test_step_is_the_closed_form():
     expected = math.cos(next_angle) * last_sample - math.sin(next_angle) * last_velocity
     torch.testing.assert_close(output.prev_sample, expected, atol=1e-6, rtol=0)
     assert torch.equal(output.prev_sample, output.pred_original_sample)
+
+
+def test_without_fresh_noise_a_step_goes_to_the_next_angle_of_the_same_clean_sample_and_noise():
+    angle, next_angle = 1.2, 0.7
+    scheduler = TBCMScheduler(stochastic_sampling=False)
+    scheduler.set_timesteps(timesteps=[angle, next_angle, 0.0])
+    clean, noise = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sample = math.cos(angle) * clean + math.sin(angle) * noise
+    velocity = math.cos(angle) * noise - math.sin(angle) * clean  # dx_t/dt: the output of a model that knows both
+    generator = torch.Generator().manual_seed(1)
+    output = scheduler.step(velocity, scheduler.timesteps[0], sample, generator=generator)
+    torch.testing.assert_close(output.pred_original_sample, clean, atol=1e-6, rtol=0)
+    expected = math.cos(next_angle) * clean + math.sin(next_angle) * noise
+    torch.testing.assert_close(output.prev_sample, expected, atol=1e-6, rtol=0)
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state())
+
+    velocity = math.cos(next_angle) * noise - math.sin(next_angle) * clean
+    prev_sample, denoised = scheduler.step(velocity, scheduler.timesteps[1], expected, return_dict=False)
+    torch.testing.assert_close(prev_sample, clean, atol=1e-6, rtol=0)
+    assert torch.equal(prev_sample, denoised)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_without_fresh_noise_steps_are_those_of_a_stock_euler_scheduler_at_the_same_times(steps):
+    def clean_of(flow_sample: torch.Tensor, s: float) -> torch.Tensor:
+        return torch.sin(2 * flow_sample) + s  # any student
+
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    euler, ours = FlowMatchEulerDiscreteScheduler(), TBCMScheduler(stochastic_sampling=False, sigma_data=0.5)
+    euler.set_timesteps(sigmas=student_sigmas(steps, stochastic_sampling=True))
+    flow_sample = noise
+    for s, timestep in zip(euler.sigmas.tolist(), euler.timesteps, strict=False):
+        velocity = (flow_sample - clean_of(flow_sample, s)) / s
+        flow_sample = euler.step(velocity, timestep, flow_sample, return_dict=False)[0]
+
+    ours.set_timesteps(steps)
+    sample = 0.5 * noise
+    for t in ours.timesteps[:-1]:
+        t64 = min(t.item(), HALF_PI)
+        s = math.sin(t64) / (math.sin(t64) + math.cos(t64))
+        clean = 0.5 * clean_of(sample / 0.5 / (math.sin(t64) + math.cos(t64)), s)
+        output = (math.cos(t64) * sample - clean) / math.sin(t64)
+        sample = ours.step(output, t, sample).prev_sample
+    torch.testing.assert_close(sample / 0.5, flow_sample.to(sample.dtype), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_without_fresh_noise_the_first_noise_decides(steps):
+    ends = []
+    for stochastic_sampling, seed in ((True, 0), (False, 0), (False, 3)):
+        scheduler = TBCMScheduler(stochastic_sampling=stochastic_sampling)
+        scheduler.set_timesteps(steps)
+        ends.append(sample_with(scheduler, seed=seed)[-1])
+    assert torch.equal(ends[0], ends[1]) == (steps == 1) and torch.equal(ends[1], ends[2])
 
 
 def test_fresh_noise_has_the_deviation_of_the_data():

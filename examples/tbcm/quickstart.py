@@ -76,6 +76,7 @@ MIN_NOISES, MIN_PROMPTS = 3, 60  # a distance in 48 components takes more pictur
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
 STEPS = 440
+SAMPLING = ["--no-stochastic_sampling", "--intermediate_timesteps", "1.0", "0.3", "0.1"]  # of few prompts
 FULL_STEPS = 1000
 
 
@@ -237,11 +238,16 @@ def check_same_run(output_dir: Path, flags: Mapping[str, object]) -> None:
 
 
 def train(
-    output_dir: Path, steps: int, prompts_file: Path, flags: Mapping[str, object], shown: Sequence[str]
+    output_dir: Path,
+    steps: int,
+    prompts_file: Path,
+    flags: Mapping[str, object],
+    sampling: Sequence[str],
+    shown: Sequence[str],
 ) -> float | None:
     """Distil; gives the seconds. Where a run went on, its earlier ones are not known: None."""
     start = time.perf_counter()
-    command = [*training_command(output_dir, steps, prompts_file, **flags), "--validation_prompts", *shown]
+    command = [*training_command(output_dir, steps, prompts_file, **flags), *sampling, "--validation_prompts", *shown]
     goes_on = bool(list_checkpoints(output_dir))
     if goes_on:
         check_same_run(output_dir, {"max_train_steps": steps, **flags})
@@ -253,11 +259,15 @@ def train(
     return None if goes_on else time.perf_counter() - start
 
 
-def load_controls(device: str) -> dict[str, DiffusionPipeline]:
-    """The teacher, and the student before any training."""
+def load_controls(device: str, scheduler: TBCMScheduler | None = None) -> dict[str, DiffusionPipeline]:
+    """The teacher, and the student before any training, drawn with a scheduler, the paper's by default."""
     teacher = SanaPipeline.from_pretrained(TEACHER_DIR).to(device)
     untrained = SanaTBCMPipeline(
-        teacher.tokenizer, teacher.text_encoder, teacher.vae, make_student(teacher.transformer), TBCMScheduler()
+        teacher.tokenizer,
+        teacher.text_encoder,
+        teacher.vae,
+        make_student(teacher.transformer),
+        scheduler or TBCMScheduler(),
     )
     return {"teacher": teacher, "untrained student": untrained}
 
@@ -322,19 +332,20 @@ def distil_and_show(args: Namespace) -> None:
     check_installed()
     if args.full:
         steps = args.max_train_steps or FULL_STEPS
-        task, flags = many(args.prompts), full_recipe(steps)
+        task, flags, sampling = many(args.prompts), full_recipe(steps), []
     else:
         steps = args.max_train_steps or STEPS
-        task, flags = few(args.noises), recipe(steps)
+        task, flags, sampling = few(args.noises), recipe(steps), SAMPLING
     shown = GRID_PROMPTS if args.full else task.training[:SHOWN]
 
     # 1. Distil; the same command continues an interrupted run
-    training_seconds = train(args.output_dir, steps, task.prompts_file, flags, shown)
+    training_seconds = train(args.output_dir, steps, task.prompts_file, flags, sampling, shown)
 
     # 2. Measure
-    models = load_controls(device) | {"student": SanaTBCMPipeline.from_pretrained(args.output_dir).to(device)}
+    student = SanaTBCMPipeline.from_pretrained(args.output_dir).to(device)
+    models = load_controls(device, student.scheduler) | {"student": student}
     measurements = measure(models, task, extractor)
-    seen = seen_decisiveness(models, task, models["student"].scheduler.config.guidance_scales)
+    seen = seen_decisiveness(models, task, student.scheduler.config.guidance_scales)
 
     # 3. Show
     with OwnedFolder(args.output_dir).written("grid.png") as partial_file:

@@ -40,6 +40,7 @@ def test_the_same_command_starts_or_goes_on(left, tmp_path, monkeypatch, capsys)
         assert ("--resume_from_checkpoint" in started) == (left == "checkpoint-5")
         prompts_file = started[started.index("--prompts_file") + 1]
         assert len(open(prompts_file).readlines()) == (5179 if full else 24)
+        assert ("--no-stochastic_sampling" in started) is not bool(full)
 
 
 TRAINING = """
@@ -121,7 +122,7 @@ def test_the_time_of_a_training_that_went_on_is_not_that_of_its_last_part(goes_o
     if goes_on:
         (tmp_path / "checkpoint-5").mkdir()
     monkeypatch.setattr(quickstart, "run_to_its_end", lambda command: 0)
-    seconds = quickstart.train(tmp_path, 10, quickstart.PROMPTS_FILE, {}, ["a dog"])
+    seconds = quickstart.train(tmp_path, 10, quickstart.PROMPTS_FILE, {}, quickstart.SAMPLING, ["a dog"])
     assert seconds is None if goes_on else seconds >= 0
 
 

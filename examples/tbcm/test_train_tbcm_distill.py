@@ -19,13 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import student_weights, tiny_sana_pipeline, write_tiny_pipeline
 
-from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.backbones.sana import make_student
 from diffusers_tbcm.draws import draw_generator
 from diffusers_tbcm.errors import Failure
 from diffusers_tbcm.export.hub import MIN_HUB_VERSION
 from diffusers_tbcm.owned import OwnedFolder
 from diffusers_tbcm.rows import TrainingRows
+from diffusers_tbcm.scheduling_tbcm import MAX_TIMESTEP, TIMESTEPS_BY_STEPS
 from diffusers_tbcm.scripts import train_tbcm_distill
 from diffusers_tbcm.scripts.train_tbcm_distill import TBCMSettings, main
 from diffusers_tbcm.training import accelerators, run
@@ -71,6 +72,27 @@ def test_launched_run_ends_in_a_pipeline_that_plain_diffusers_loads(flags, teach
         generator = draw_generator(0, 0)
         drawn = pipeline("a dog", num_inference_steps=1, generator=generator).images[0]  # as it was distilled
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(drawn)).max() <= 1  # in a batch of two, and alone
+
+
+def test_a_student_carries_how_it_is_drawn_and_another_way_takes_no_training(flags, tmp_path):
+    run = tmp_path / "run"
+    said = "where this checkpoint takes the noise that the student predicts"
+    arguments = flags(validation_prompts=["a dog"])
+    main(arguments)
+    config, weights = TBCMScheduler.from_pretrained(run / "scheduler").config, student_weights(run)
+    assert config.stochastic_sampling and config.timesteps_by_steps == TIMESTEPS_BY_STEPS
+    assert said not in (run / "README.md").read_text()
+    sampling = ["--no-stochastic_sampling", "--intermediate_timesteps", "1.0", "0.3", "0.1"]
+    main([*arguments, "--resume_from_checkpoint", "latest", *sampling])
+    config = TBCMScheduler.from_pretrained(run / "scheduler").config
+    assert not config.stochastic_sampling
+    assert config.timesteps_by_steps == {**TIMESTEPS_BY_STEPS, "4": [MAX_TIMESTEP, 1.0, 0.3, 0.1, 0.0]}
+    assert said in (run / "README.md").read_text()
+    assert all(torch.equal(weight, weights[name]) for name, weight in student_weights(run).items())
+    with Image.open(run / ModelCard.load(run / "README.md").data.widget[-1]["output"]["url"]) as picture:
+        pipeline = SanaTBCMPipeline.from_pretrained(run)
+        drawn = pipeline("a dog", num_inference_steps=4, generator=draw_generator(0, 0)).images[0]
+        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(drawn)).max() <= 1
 
 
 def test_accumulation_is_a_larger_batch(flags, tmp_path):
@@ -332,6 +354,12 @@ def test_more_tokens_than_the_text_encoder_reads_are_refused(flags):
         ({"rank": 0}, "--rank is 0"),
         ({"merge_lora": True}, "--merge_lora needs --rank"),
         ({"rank": 4, "export_variants": ["fp16"]}, "they need --merge_lora"),
+        ({"rank": 4, "no-stochastic_sampling": True}, "stochastic_sampling is of a student's own pipeline"),
+        ({"rank": 4, "intermediate_timesteps": [1.0]}, "--intermediate_timesteps is of a student's own pipeline"),
+        ({"intermediate_timesteps": [0.3, 1.0]}, r"--intermediate_timesteps is \[0.3, 1.0\]: it has to descend"),
+        ({"intermediate_timesteps": [1.6]}, r"--intermediate_timesteps is \[1.6\]"),
+        ({"intermediate_timesteps": [1.0, 0.0]}, r"--intermediate_timesteps is \[1.0, 0.0\]"),
+        ({"intermediate_timesteps": ["nan"]}, r"--intermediate_timesteps is \[nan\]: it has to be finite"),
         ({"max_prompts": 0}, "--max_prompts is 0"),
         ({"streaming": True}, "--streaming is for --dataset_name"),
         ({"replay_buffer_size": 3, "train_batch_size": 2}, "--replay_buffer_size is 3: it has to be a multiple"),

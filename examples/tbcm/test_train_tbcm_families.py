@@ -232,6 +232,8 @@ def test_what_cannot_be_distilled_is_refused(name, trained, tbcm):
     folder = trained(name)
     with pytest.raises(ValueError, match=r"`guidance_scales` is \[4.0, 5.0\]: .* learns one scale: give one"):
         train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/several", guidance_scales=[4.0, 5.0]))
+    with pytest.raises(ValueError, match="`intermediate_timesteps` is for students of Sana"):
+        train_tbcm_distill.main(tbcm(name, output_dir=f"{name}/several", intermediate_timesteps=[1.0]))
     assert not (folder / "several").exists()
     if name == "sd3":
         with pytest.raises(ValueError, match=r"plain teacher, which sees time multiplied by 1000: .*prepare_teacher"):

@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_scm import SCMScheduler, SCMSchedulerOutput
 
-from .call_arguments import check_instruction, real_number, whole_number
+from .call_arguments import check_flags, check_instruction, real_number, whole_number
 
 
 MAX_TIMESTEP = math.pi / 2  # pure noise
@@ -25,7 +25,8 @@ TIMESTEPS_BY_STEPS = {
     "2": [MAX_TIMESTEP, 1.0, 0.0],
     "4": [MAX_TIMESTEP, 3 * math.pi / 8, math.pi / 4, math.pi / 8, 0.0],
 }
-OWN_CONFIG_ENTRIES = ("timesteps_by_steps", "guidance_scales", "call_options")  # what an SCMScheduler does not know
+# What an SCMScheduler does not know
+OWN_CONFIG_ENTRIES = ("timesteps_by_steps", "stochastic_sampling", "guidance_scales", "call_options")
 DISTILLED_WITH = ("guidance_scales", "call_options")  # those that a student's LoRA carries too
 CALL_OPTIONS = ("guidance_scale", "height", "width", "max_sequence_length", "complex_human_instruction")
 
@@ -49,6 +50,10 @@ class TBCMScheduler(SCMScheduler):
         timesteps_by_steps (`dict[str, list[float]]`, *optional*):
             The timesteps that `set_timesteps(n)` gives, in radians, by the decimal `n` (a string, as JSON keys are).
             Defaults to `TIMESTEPS_BY_STEPS`; saved in the config, so that a checkpoint carries its own.
+        stochastic_sampling (`bool`, defaults to `True`):
+            Whether z is fresh noise, as in the paper. Without it z is the noise that the model has predicted,
+            `sin(t) x_t + cos(t) model_output`, and the first noise alone decides the picture: the step is
+            `x_t' = cos(t - t') x_t - sin(t - t') model_output`, that of DDIM.
         guidance_scales (`list[float]`, *optional*):
             The guidance scales that the student was distilled at. Sampling does not depend on them: a checkpoint
             carries them so that its pipeline draws at the middle one by default and warns of a scale beyond them.
@@ -58,7 +63,7 @@ class TBCMScheduler(SCMScheduler):
 
     Raises:
         `ValueError`: for another `prediction_type`, a `sigma_data` that is not positive, timesteps that
-            `set_timesteps` would refuse, and as `check_distilled_with`.
+            `set_timesteps` would refuse, a `stochastic_sampling` that is no bool, and as `check_distilled_with`.
     """
 
     @register_to_config
@@ -68,6 +73,7 @@ class TBCMScheduler(SCMScheduler):
         prediction_type: str = "trigflow",
         sigma_data: float = 0.5,
         timesteps_by_steps: dict[str, list[float]] | None = None,
+        stochastic_sampling: bool = True,
         guidance_scales: list[float] | None = None,
         call_options: dict[str, Any] | None = None,
     ):
@@ -76,6 +82,7 @@ class TBCMScheduler(SCMScheduler):
         if not real_number("sigma_data", sigma_data) > 0:
             raise ValueError(f"`sigma_data` is {sigma_data}, but a standard deviation has to be positive.")
         whole_number("num_train_timesteps", num_train_timesteps)
+        check_flags(stochastic_sampling=stochastic_sampling)
         if timesteps_by_steps is None:
             timesteps_by_steps = TIMESTEPS_BY_STEPS
         if not isinstance(timesteps_by_steps, Mapping):
@@ -241,7 +248,7 @@ class TBCMScheduler(SCMScheduler):
         return_dict: bool = True,
     ) -> SCMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
-        Predict the clean sample and noise it to the next timestep; the last step leaves it clean and draws no noise.
+        Predict the clean sample and noise it to the next timestep; the last step leaves it clean.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
@@ -251,7 +258,8 @@ class TBCMScheduler(SCMScheduler):
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`):
                 The noisy sample x_t, of standard deviation `sigma_data`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the fresh noise, one for the batch or one per sample.
+                Source of the fresh noise, one for the batch or one per sample. The last step draws none, nor does any
+                without `stochastic_sampling`.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an output object instead of a tuple.
 
@@ -270,15 +278,17 @@ class TBCMScheduler(SCMScheduler):
             raise ValueError(
                 f"`timestep` is {timestep}, but all {self.num_inference_steps} steps are done; call `set_timesteps`."
             )
-        if self.step_index < self.num_inference_steps - 1:
+        if self.config["stochastic_sampling"] and self.step_index < self.num_inference_steps - 1:
             return super().step(model_output, timestep, sample, generator, return_dict)
 
-        angle = self.timesteps[self.step_index]
-        pred_original_sample = torch.cos(angle) * sample - torch.sin(angle) * model_output
+        angle, next_angle = self.timesteps[self.step_index : self.step_index + 2]
+        pred_original_sample, prev_sample = (
+            torch.cos(turn) * sample - torch.sin(turn) * model_output for turn in (angle, angle - next_angle)
+        )
         self._step_index += 1
         if not return_dict:
-            return pred_original_sample, pred_original_sample
-        return SCMSchedulerOutput(prev_sample=pred_original_sample, pred_original_sample=pred_original_sample)
+            return prev_sample, pred_original_sample
+        return SCMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """

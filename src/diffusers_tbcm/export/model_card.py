@@ -112,6 +112,7 @@ def render_model_card(
         call=backbone.CALL_OPTIONS,
         left_out=backbone.OPTIONAL_COMPONENTS,
         loads_adapters=hasattr(backbone.PIPELINE_CLASS, "load_lora_weights"),
+        fresh_noise=scheduler.config["stochastic_sampling"],
         intermediate=round(scheduler.timesteps[1].item(), 4),
         sigmas={
             steps: [round(s, 6) for s in student_sigmas(steps, stochastic_sampling=not matched)]

@@ -27,7 +27,7 @@ from ..pipeline_folder import SCHEDULER, TRANSFORMER, digest_component, resolve_
 from ..pipeline_sana_tbcm import SanaTBCMPipeline
 from ..rows import TrainingRows
 from ..scheduling_flow import FlowStudentScheduler
-from ..scheduling_tbcm import TBCMScheduler
+from ..scheduling_tbcm import MAX_TIMESTEP, TIMESTEPS_BY_STEPS, TBCMScheduler
 from ..trigflow import SIGMA_DATA, TrigFlowTransformer
 from .distillation import Distillation
 from .run import Run
@@ -82,8 +82,14 @@ class ConsistencyDistillation(Distillation):
         drawn_with = {name: value for name, value in self._drawn_with.items() if name not in size}
         self.scheduler: TBCMScheduler | FlowStudentScheduler
         if self.backbone.STUDENT_EMBEDS_GUIDANCE:
+            later = settings.intermediate_timesteps
+            own = {} if later is None else {str(len(later) + 1): [MAX_TIMESTEP, *later, 0.0]}
             self.scheduler = TBCMScheduler(
-                sigma_data=SIGMA_DATA, guidance_scales=settings.guidance_scales, call_options=drawn_with
+                sigma_data=SIGMA_DATA,
+                timesteps_by_steps={**TIMESTEPS_BY_STEPS, **own},
+                stochastic_sampling=settings.stochastic_sampling,
+                guidance_scales=settings.guidance_scales,
+                call_options=drawn_with,
             )
             self.save_pipeline, self.save_lora = save_student_pipeline, save_student_lora
             self.beside_lora = ", guidance embedder"
@@ -223,10 +229,14 @@ class ConsistencyDistillation(Distillation):
 
     def _find_backbone(self) -> Backbone:
         backbone, scales = super()._find_backbone(), self.settings.guidance_scales
-        if not backbone.STUDENT_EMBEDS_GUIDANCE and len({*scales}) > 1:
-            raise ValueError(
-                f"`guidance_scales` is {scales}: a student of {backbone.PIPELINE_CLASS.__name__} does not embed"
-                " guidance and learns one scale: give one, such as 4.5"
+        if not backbone.STUDENT_EMBEDS_GUIDANCE:
+            if len({*scales}) > 1:
+                raise ValueError(
+                    f"`guidance_scales` is {scales}: a student of {backbone.PIPELINE_CLASS.__name__} does not embed"
+                    " guidance and learns one scale: give one, such as 4.5"
+                )
+            self.settings.check_stock_sampling(
+                f"is for students of Sana: those of {backbone.PIPELINE_CLASS.__name__} are drawn by a stock scheduler"
             )
         if self._start is not None:
             self._start_folder = self._find_start(self._start, backbone)

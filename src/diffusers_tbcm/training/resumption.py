@@ -16,6 +16,7 @@ FREE = frozenset({
     "merge_lora", "export_variants", "precompute_embeddings", "latents_cache",
     "teacher_batch_size", "offload_text_encoder", "gradient_checkpointing", "compile", "allow_plain_teacher",
     "drift_steps", "drift_tolerance", "start_share",
+    "stochastic_sampling", "intermediate_timesteps",
 })  # fmt: skip
 # What names teacher and data: these are compared by their content.
 BY_CONTENT = frozenset({

@@ -263,6 +263,10 @@ class RowSettings(DistillationSettings):
         0, "prompts per process whose rows are kept, and drawn from at random; 0: one batch, used once"
     )
     replay_steps: int = setting(1, "backward passes per batch of the teacher's")
+    stochastic_sampling: bool = setting(True, "draw with the noise that the student predicts, not a fresh one a step")
+    intermediate_timesteps: list[float] | None = setting(
+        None, "radians between pi/2 and 0: the later steps of a student drawn in so many and one"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -283,6 +287,26 @@ class RowSettings(DistillationSettings):
                 f"`replay_steps` is {self.replay_steps}, which trains on the same rows {self.replay_steps} times in a"
                 " row unless `replay_buffer_size` holds more prompts than one batch"
             )
+        timesteps = [math.pi / 2, *(self.intermediate_timesteps or []), 0.0]
+        if timesteps != sorted(set(timesteps), reverse=True):
+            raise ValueError(
+                f"`intermediate_timesteps` is {self.intermediate_timesteps}: it has to descend between pi/2 and 0"
+            )
+        if self.rank is not None:
+            self.check_stock_sampling("is of a student's own pipeline, and `rank` makes adapters for its teacher's")
+
+    def check_stock_sampling(self, reason: str) -> None:
+        """Refuse settings of a `TBCMScheduler`'s steps where a student has none.
+
+        Args:
+            reason: why it has none, for the message.
+
+        Raises:
+            ValueError: naming the setting that differs from its default.
+        """
+        for name, default in (("stochastic_sampling", True), ("intermediate_timesteps", None)):
+            if getattr(self, name) != default:
+                raise ValueError(f"`{name}` {reason}")
 
     def describe(self) -> dict[str, object]:
         """What the model card says of the rows."""
