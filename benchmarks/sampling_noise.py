@@ -32,7 +32,7 @@ SEEDS = {"few": (0, 1, 2), "many": (0,)}
 ALL_STEPS = (2, 4)
 FRESH, PREDICTED = "fresh noise", "predicted noise"
 LOWER = ", lower times"
-LOWER_TIMES = {"2": [MAX_TIMESTEP, 0.7, 0.0], "4": [MAX_TIMESTEP, 1.0, 0.3, 0.1, 0.0]}
+LOWER_TIMES = {"2": [MAX_TIMESTEP, 0.7, 0.0], "4": [MAX_TIMESTEP, 1.0, 0.2, 0.05, 0.0]}
 WAYS: Mapping[str, Mapping[str, Any]] = {
     name + times: {"stochastic_sampling": name == FRESH, "timesteps_by_steps": by_steps}
     for name in (FRESH, PREDICTED)
