@@ -76,7 +76,7 @@ MIN_NOISES, MIN_PROMPTS = 3, 60  # a distance in 48 components takes more pictur
 
 # Found on the embedded teacher with 2 CPU cores; README's recipe for real models is another.
 STEPS = 440
-SAMPLING = ["--no-stochastic_sampling", "--intermediate_timesteps", "1.0", "0.3", "0.1"]  # of few prompts
+SAMPLING = ["--no-stochastic_sampling", "--intermediate_timesteps", "1.0", "0.2", "0.05"]  # of few prompts
 FULL_STEPS = 1000
 
 
