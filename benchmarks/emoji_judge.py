@@ -44,6 +44,7 @@ class EmojiJudge:
         kept: folder of what has been drawn.
 
     Attributes:
+        teachers: the teacher's pictures from the noises that students are drawn from, as `draw` gives them.
         controls: rows of the teacher and of the untrained student.
         floor: the distance that another noise alone makes.
     """
@@ -54,9 +55,9 @@ class EmojiJudge:
         models = load_controls(str(default_device()))
         reference = self.draw("teacher", lambda: models["teacher"], [TEACHER_STEPS], REFERENCE_SEED)
         self.judge = task.judge(reference[TEACHER_STEPS]["features"])
-        self._teachers = self.draw("teacher", lambda: models["teacher"], [TEACHER_STEPS])[TEACHER_STEPS]
+        self.teachers = self.draw("teacher", lambda: models["teacher"], [TEACHER_STEPS])[TEACHER_STEPS]
         untrained = self.draw("untrained", lambda: models["untrained student"])
-        teacher = self.describe("teacher", TEACHER_STEPS, self._teachers)
+        teacher = self.describe("teacher", TEACHER_STEPS, self.teachers)
         self.controls = [teacher, *(self.describe("untrained student", *drawn) for drawn in untrained.items())]
         self.floor = teacher.metrics[DISTANCE]
 
@@ -99,7 +100,7 @@ class EmojiJudge:
             A row.
         """
         distance = self.judge.distance(drawn["features"])
-        products = mirror_products(drawn["pixels"] / 255, self._teachers["pixels"] / 255)
+        products = mirror_products(drawn["pixels"] / 255, self.teachers["pixels"] / 255)
         metrics = {
             DISTANCE: round(distance.value, 2),
             "decisiveness": round(decisiveness(products), 3),

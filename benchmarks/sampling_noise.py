@@ -5,8 +5,10 @@
 
 Each is drawn in 2 and 4 steps in every way of `WAYS`, from the same first noises, and compared with the teacher's
 pictures. Differences are between the pictures of one student, with a 95% interval over students where there are
-several; rows of students have one over pictures. Students and pictures are kept in --work_dir, which may be that of
-benchmarks.endpoint_loss: the same command goes on. Writes benchmarks/results/sampling_noise_<prompts>.json and .md.
+several; rows of students have one over pictures. A picture and its mirror image drawn at once differ little from their
+own mirror image: *asymmetry* is the mean square of that difference, over the teacher's. Students and pictures are kept
+in --work_dir, which may be that of benchmarks.endpoint_loss: the same command goes on. Writes
+benchmarks/results/sampling_noise_<prompts>.json and .md.
 """
 
 import argparse
@@ -32,6 +34,7 @@ SEEDS = {"few": (0, 1, 2), "many": (0,)}
 ALL_STEPS = (2, 4)
 FRESH, PREDICTED = "fresh noise", "predicted noise"
 LOWER = ", lower times"
+ASYMMETRY = "asymmetry / teacher's"
 LOWER_TIMES = {"2": [MAX_TIMESTEP, 0.7, 0.0], "4": [MAX_TIMESTEP, 1.0, 0.2, 0.05, 0.0]}
 WAYS: Mapping[str, Mapping[str, Any]] = {
     name + times: {"stochastic_sampling": name == FRESH, "timesteps_by_steps": by_steps}
@@ -50,6 +53,12 @@ def load(prompts: str, work_dir: Path, seed: int, way: str) -> SanaTBCMPipeline:
         pipeline = train(TASKS[prompts](), folder, **flags, seed=seed, endpoint_loss_type=NORM)
     pipeline.scheduler = TBCMScheduler.from_config(pipeline.scheduler.config, **WAYS[way])
     return pipeline
+
+
+def asymmetry(pictures: Tensors) -> float:
+    """The mean square of what pictures and their mirror images differ by; of both in one it is small."""
+    pixels = pictures["pixels"].double()
+    return (pixels - pixels.flip(-1)).square().mean().item()
 
 
 def less_two_steps(students: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -81,12 +90,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             for steps, pictures in drawn.items():
                 less = judge.judge.distance(pictures["features"], fresh[steps]["features"])
                 row = {"seed": seed, **flat(judge.describe(way, steps, pictures))}
+                row[ASYMMETRY] = round(asymmetry(pictures) / asymmetry(judge.teachers), 3)
                 row["less fresh noise"] = (
                     "" if way == FRESH else f"{less.value:+.2f} ({less.low:+.1f} to {less.high:+.1f})"
                 )
                 students.append(row)
     details = {"pictures": len(task.prompts), "seeds": SEEDS[args.prompts], **machine(default_device())}
-    more = {"less_two_steps": less_two_steps(students), "lower_times": LOWER_TIMES}
+    means = pandas.DataFrame(students).groupby(["model", "steps"], sort=False)[ASYMMETRY].mean().round(3)
+    more: dict[str, Any] = {"less_two_steps": less_two_steps(students), "lower_times": LOWER_TIMES}
+    more["asymmetry"] = {way: means[way].to_dict() for way in WAYS}
     write_students(f"sampling_noise_{args.prompts}", students, PAIRS, judge, details, args.output_dir, **more)
 
 

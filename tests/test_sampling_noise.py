@@ -5,6 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import run_forked
 
 from benchmarks import emoji_judge, late_consistency, sampling_noise
@@ -33,12 +34,20 @@ def test_the_whole_way_in_little(prompts, monkeypatch, tmp_path):
         (way, steps) for way in sampling_noise.WAYS for steps in (2, 4)
     ]
     assert len({row["FD to the teacher"] for row in result["students"]}) == 8
+    assert result["asymmetry"].keys() == sampling_noise.WAYS.keys()
     two, four = (row["FD to the teacher"] for row in result["students"][:2])
     assert float(result["less_two_steps"]["fresh noise"]) == pytest.approx(four - two, abs=0.02)
     monkeypatch.setattr(late_consistency.subprocess, "run", lambda *_, **__: pytest.fail("was trained again"))
     monkeypatch.setattr(emoji_judge, "draw", lambda *_, **__: pytest.fail("was drawn again"))
     sampling_noise.main(command)
     assert json.loads(file.read_text())["students"] == result["students"]
+
+
+def test_a_picture_and_its_mirror_image_in_one_are_not_asymmetric():
+    picture = torch.tensor([[[[0, 0, 255]]]], dtype=torch.uint8)
+    both = torch.tensor([[[[128, 0, 128]]]], dtype=torch.uint8)
+    assert sampling_noise.asymmetry({"pixels": picture}) == pytest.approx(2 / 3 * 255**2)
+    assert sampling_noise.asymmetry({"pixels": both}) == 0
 
 
 def test_four_steps_are_compared_with_two_of_the_same_student():

@@ -475,7 +475,8 @@ def make_references(settings: Settings, task: Task, drawn: Sequence[Drawn]) -> l
     references = []
     for extractor, name in zip(task.extractors, reference_files(settings), strict=True):
         reference = FeatureReference.fit(features_of(extractor, real), labels, extractor.num_components, prompts)
-        reference.save(settings.output_dir / name)
+        with OwnedFolder(settings.output_dir).written(name) as partial:
+            reference.save(partial)
         references.append(reference)
     return references
 
@@ -501,7 +502,8 @@ def measure(
             metrics = {**row.metrics, **scores.metrics, "s / image": run.seconds}
             measurements.append(replace(row, metrics=metrics, intervals={**row.intervals, **scores.intervals}))
             by_prompt.append((run.model, run.steps, evaluator.by_prompt(run.pictures, task.prompts.prompts)))
-    save_prompt_values(settings.output_dir / BY_PROMPT, task.prompts.prompts, by_prompt)
+    with OwnedFolder(settings.output_dir).written(BY_PROMPT) as partial:
+        save_prompt_values(partial, task.prompts.prompts, by_prompt)
     return compare_with_teacher(measurements)
 
 
@@ -548,7 +550,6 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         return
 
     # 3. Measurements
-    OwnedFolder(settings.output_dir).own(*reference_files(settings), PLOT, BY_PROMPT)
     references = make_references(settings, task, drawn)
     measurements = measure(settings, task, drawn, references)
 
@@ -577,7 +578,8 @@ def evaluate(settings: Settings, words: Sequence[str]) -> None:
         )
     if settings.update_card:
         save_model_card(settings.model)
-    plot_measurements(measurements, settings.output_dir / PLOT)
+    with OwnedFolder(settings.output_dir).written(PLOT) as partial:
+        plot_measurements(measurements, partial, format="png")
     print(measurement_table(measurements).to_string(index=False, na_rep=""))
     print(f"{settings.output_dir / PLOT}")
 

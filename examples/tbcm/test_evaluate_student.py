@@ -467,6 +467,19 @@ def test_what_is_in_the_way_is_named_before_anything_is_drawn(name, arguments, t
     assert (tmp_path / "out" / name).read_text() == "mine" and not (tmp_path / "out" / "pictures").exists()
 
 
+def test_what_somebody_has_changed_of_an_evaluation_is_named_and_left_alone(arguments, tmp_path):
+    main(arguments())
+    names = ("metrics.json", "metrics.png", "prompts.csv")
+    for file in (tmp_path / "out" / name for name in names):
+        written = file.read_bytes()
+        file.write_text("mine")
+        with pytest.raises(ValueError, match=rf"did not write, or what was changed since \({file.name}\)"):
+            main(arguments())
+        assert file.read_text() == "mine"
+        file.write_bytes(written)
+    main(arguments())  # as it was
+
+
 @pytest.mark.parametrize("name", ["geneval", "geneval/student-1-steps", "pictures", "pictures/student-1-steps"])
 def test_a_file_where_a_folder_is_to_be_is_named_before_anything_is_drawn(name, arguments, tmp_path):
     OwnedFolder(tmp_path / "out").claim()

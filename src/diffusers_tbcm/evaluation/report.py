@@ -62,12 +62,15 @@ def save_prompt_values(
                 table.writerow([model, steps, prompt, *(f"{value:.6g}" if value != "" else "" for value in row)])
 
 
-def plot_measurements(measurements: Sequence[Measurement], path: str | PathLike[str]) -> None:
+def plot_measurements(
+    measurements: Sequence[Measurement], path: str | PathLike[str], *, format: str | None = None
+) -> None:
     """Draw every metric over the number of steps, a line a model, with its intervals.
 
     Args:
         measurements: the rows.
         path: of the picture.
+        format: of the picture, such as `"png"`; by default what the path ends in.
     """
     from matplotlib.figure import Figure
 
@@ -98,4 +101,4 @@ def plot_measurements(measurements: Sequence[Measurement], path: str | PathLike[
         axis.set_axis_off()
     axes[0].legend()
     with written_beside(path) as partial:
-        figure.savefig(partial, dpi=120, format=Path(path).suffix[1:] or None)
+        figure.savefig(partial, dpi=120, format=format or Path(path).suffix[1:] or None)
