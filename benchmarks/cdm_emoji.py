@@ -28,12 +28,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffusers_tbcm.components import MODEL_INDEX
 from diffusers_tbcm.evaluation.evaluator import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.evaluation.grid import image_grid
 from diffusers_tbcm.evaluation.judge import TeacherJudge
 from diffusers_tbcm.files import read_json, write_json
 from diffusers_tbcm.owned import OwnedFolder
-from diffusers_tbcm.pipeline_folder import LORA, MODEL_INDEX, list_checkpoints
+from diffusers_tbcm.pipeline_folder import LORA, list_checkpoints
 from diffusers_tbcm.scheduling_flow import even_sigmas
 from examples.tbcm.quickstart import (
     GUIDANCE_SCALE,

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_tbcm import SanaTBCMPipeline
+from diffusers_tbcm.components import MODEL_INDEX
 from diffusers_tbcm.loss import ENDPOINT_LOSS_TYPES
-from diffusers_tbcm.pipeline_folder import CHECKPOINT, MODEL_INDEX, list_checkpoints
+from diffusers_tbcm.pipeline_folder import CHECKPOINT, list_checkpoints
 from examples.tbcm.quickstart import Task, recipe
 
 from . import emoji_student

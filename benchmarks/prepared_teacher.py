@@ -32,6 +32,7 @@ from torch import nn
 
 from diffusers_tbcm import SanaTBCMPipeline
 from diffusers_tbcm.backbones import sana
+from diffusers_tbcm.components import MODEL_INDEX
 from diffusers_tbcm.dense_time import (
     FIT_POINTS,
     alignment_loss,
@@ -46,7 +47,7 @@ from diffusers_tbcm.dense_time import (
 from diffusers_tbcm.draws import draw_generator, draw_noise
 from diffusers_tbcm.evaluation.features import MobileNetFeatures, pictures_to_tensor
 from diffusers_tbcm.flow import FlowTransformer
-from diffusers_tbcm.pipeline_folder import METRICS_LOG, MODEL_INDEX, list_checkpoints
+from diffusers_tbcm.pipeline_folder import METRICS_LOG, list_checkpoints
 from diffusers_tbcm.rows import Recording, TrainingRows
 from diffusers_tbcm.text import Text
 from diffusers_tbcm.trajectory import sample_timesteps

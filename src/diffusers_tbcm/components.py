@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 
 WEIGHT_NAMES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # by the library that loads them
+MODEL_INDEX = "model_index.json"  # what makes a folder a pipeline to diffusers
 MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 
 from .backbones import find_backbone
 from .components import (
+    MODEL_INDEX,
     SCHEDULER_CONFIG,
     WEIGHT_NAMES,
     check_file,
@@ -32,7 +33,6 @@ from .components import (
 from .files import read_json
 
 
-MODEL_INDEX = "model_index.json"  # what makes a folder a pipeline to diffusers
 CARD = "README.md"
 TRAINING_RECORD = "training.json"  # what the card says about the training
 TRAINING_CONFIG = "training_config.json"  # every flag, the versions, the revision

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from packaging.version import Version
 from torch import nn
 
+from ..components import MODEL_INDEX
 from ..files import read_json
 from ..text import Text
 from . import flux, sana, sd3
@@ -228,7 +229,7 @@ def find_backbone(folder: Path) -> Backbone:
     Raises:
         ValueError: for a transformer of no family here, or of one that the installed diffusers has not.
     """
-    return backbone_of_index(read_json(folder / "model_index.json"), str(folder))
+    return backbone_of_index(read_json(folder / MODEL_INDEX), str(folder))
 
 
 def backbone_of_index(model_index: Mapping[str, Any], pipeline: str) -> Backbone:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 
-from ..components import MODEL_CONFIG
+from ..components import MODEL_CONFIG, MODEL_INDEX
 from ..files import read_json
 from ..text import Text, tokens_read
 from .autoencoder_kl import vae_scale_factor as vae_scale_factor
@@ -66,7 +66,7 @@ def load_transformer(folder: Path, variant: str | None = None) -> Flux2Transform
     Raises:
         ValueError: as `load_network`, and for a network that has no unconditional branch to be guided by.
     """
-    if read_json(folder / "model_index.json").get("is_distilled", False):
+    if read_json(folder / MODEL_INDEX).get("is_distilled", False):
         raise ValueError(f"teacher {str(folder)!r} is distilled itself (`is_distilled`): give a klein *base*")
     if read_json(folder / "transformer" / MODEL_CONFIG).get("guidance_embeds", True):
         raise ValueError(f"teacher {str(folder)!r} embeds guidance (`guidance_embeds`): give a klein *base*")

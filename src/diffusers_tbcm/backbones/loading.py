@@ -12,7 +12,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..components import stored_precision
+from ..components import MODEL_INDEX, stored_precision
 from ..errors import loading
 from ..files import read_json
 from ..text import check_tokenizer
@@ -94,7 +94,7 @@ def load_networks(
         ValueError: where one cannot be loaded, or lacks a weight; the message names the component.
     """
     networks: dict[str, Any] = dict.fromkeys(without)
-    for name, entry in read_json(folder / "model_index.json").items():
+    for name, entry in read_json(folder / MODEL_INDEX).items():
         library, kind = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
         network_class = getattr(LIBRARIES.get(library), str(kind), None)
         if name in without or not (isinstance(network_class, type) and issubclass(network_class, nn.Module)):

@@ -16,7 +16,7 @@ from diffusers import __version__ as diffusers_version
 from diffusers.pipelines.pipeline_loading_utils import CUSTOM_PIPELINE_FILE_NAME
 
 from ..backbones import backbone_of, find_backbone
-from ..components import MODEL_CONFIG, SCHEDULER_CONFIG, plain_name, stored_precision
+from ..components import MODEL_CONFIG, MODEL_INDEX, SCHEDULER_CONFIG, plain_name, stored_precision
 from ..errors import loading
 from ..files import read_json, write_json
 from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE, save_adapters, save_lora
@@ -26,7 +26,6 @@ from ..pipeline_folder import (
     CARD,
     LEGAL_FILES,
     METRICS,
-    MODEL_INDEX,
     SAMPLE_GRID,
     SAMPLES,
     SCHEDULER,

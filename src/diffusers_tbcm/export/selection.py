@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ..backbones import find_backbone
-from ..components import VOCABULARY_FILES, check_file, check_weights, read_object
+from ..components import MODEL_INDEX, VOCABULARY_FILES, check_file, check_weights, read_object
 from ..files import PICTURE_SUFFIXES, json_text
 from ..lora import GUIDANCE_EMBEDDER_FILE, LORA_FILE
 from ..owned import LOCK, MARKER
@@ -26,7 +26,6 @@ from ..pipeline_folder import (
     LEGAL_FILES,
     MANIFEST,
     METRICS,
-    MODEL_INDEX,
     SCHEDULER,
     TRAINING_CONFIG,
     TRAINING_RECORD,

@@ -29,6 +29,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from ..components import MODEL_INDEX
 from ..draws import draw_generator
 from ..errors import Failure
 from ..export.hub import choose_license, prepare_repo, push_or_warn
@@ -36,7 +37,7 @@ from ..export.record import training_config
 from ..files import write_json
 from ..lora import drop_frozen_weights
 from ..owned import MARKER, OwnedFolder
-from ..pipeline_folder import METRICS_LOG, MODEL_INDEX, TRAINING_CONFIG
+from ..pipeline_folder import METRICS_LOG, TRAINING_CONFIG
 from ..rows import TrainingRows
 from ..transfer import HostCopy, to_device
 from .accelerators import check_launch, ending_together, keep_whole_states, shard_again

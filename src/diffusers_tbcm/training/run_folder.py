@@ -5,10 +5,11 @@ from pathlib import Path
 
 from diffusers.utils import logging
 
+from ..components import MODEL_INDEX
 from ..files import written_beside
 from ..lora import LORA_FILE
 from ..owned import SET_ASIDE, OwnedFolder
-from ..pipeline_folder import LORA, MODEL_INDEX, VALIDATION, list_checkpoints
+from ..pipeline_folder import LORA, VALIDATION, list_checkpoints
 from .checkpoints import find_checkpoint, listed_files
 
 
