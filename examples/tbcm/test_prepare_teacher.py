@@ -251,9 +251,8 @@ def test_two_processes_align_norms_as_one_does(prepare_flags, unnormalised_teach
 
 def test_norms_are_fitted_on_other_trajectories_than_v_is_measured_on(prepare_flags, unnormalised_teacher, asked):
     main(prepare_flags(pretrained_model_name_or_path=unnormalised_teacher, qk_norm=True))
-    held_out, for_norms = map(set, asked)
-    assert len(held_out) == len(for_norms) == 2 and not held_out & for_norms
-    assert min(held_out | for_norms) >= prepare_teacher.HELD_OUT
+    held_out, for_norms = prepare_teacher.HELD_OUT, prepare_teacher.FOR_NORMS
+    assert asked == [[held_out], [held_out + 1], [for_norms], [for_norms + 1]]
 
 
 def test_norms_are_refused_to_a_teacher_that_has_them_and_to_other_families(prepare_flags, tmp_path, monkeypatch):
@@ -396,5 +395,16 @@ def test_a_dry_run_leaves_nothing(prepare_flags, plain_teacher, unnormalised_tea
 
 def test_trajectories_that_are_held_out_are_none_of_training(prepare_flags, asked):
     main(prepare_flags(max_train_steps=3))
-    assert len(asked[0]) == 2 and min(asked[0]) >= prepare_teacher.HELD_OUT
-    assert sorted(draw for draws in asked[1:] for draw in draws) == [0, 1, 2]
+    assert asked[:2] == [[prepare_teacher.HELD_OUT], [prepare_teacher.HELD_OUT + 1]]
+    assert sorted(draw for draws in asked[2:] for draw in draws) == [0, 1, 2]
+
+
+def test_no_more_trajectories_are_held_out_at_once_than_a_step_takes(prepare_flags, asked, tmp_path):
+    found = []
+    for size, recorded in ((2, [2, 1]), (3, [3])):
+        asked.clear()
+        where = {"output_dir": tmp_path / f"{size}", "resume_from_checkpoint": None}
+        main(prepare_flags(held_out_prompts=3, train_batch_size=size, **where))
+        assert [len(draws) for draws in asked] == recorded
+        found.append(card_entry(tmp_path / f"{size}", "relative error of v'"))
+    assert found[0] == found[1]

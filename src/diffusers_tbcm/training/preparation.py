@@ -101,30 +101,30 @@ class Preparation(Distillation):
         self._measured: dict[str, tuple[float, float]] = {}  # relative error and answer to time, by the network
         self._psnr: float | None = None
 
-    def hold_out(self, recording: Recording) -> None:
+    def hold_out(self, rows: Sequence[TrainingRows]) -> None:
         """Measure how close v' is before any training, and keep what it is measured on for the end.
 
         Args:
-            recording: of `record_branches`, which training does not see.
+            rows: by prompt, which training does not see.
 
         Raises:
-            ValueError: where it is empty, as the teacher gave no numbers.
+            ValueError: where there are none, as the teacher gave no numbers.
         """
-        self._held_out = rows_by_prompt(recording)
+        self._held_out = _some(rows)
         self._measured["teacher"] = self._measure(self.teacher)
         self._measured["fitted"] = self._measured["before"] = self._measure(self.prepared)
         self.run.say(f"In dense time the relative error of v' is {self._measured['fitted'][0]:.2g}")
 
-    def normalise(self, recording: Recording) -> None:
+    def normalise(self, rows: Sequence[TrainingRows]) -> None:
         """Normalise the queries and keys of v', and measure how close it is then.
 
         Args:
-            recording: of `record_branches`, other trajectories than those that were held out.
+            rows: by prompt, of other trajectories than those that were held out.
 
         Raises:
-            ValueError: where it is empty, as the teacher gave no numbers.
+            ValueError: where there are none, as the teacher gave no numbers.
         """
-        self._norms = fit_norms(self.prepared, rows_by_prompt(recording), self.negative_text)
+        self._norms = fit_norms(self.prepared, _some(rows), self.negative_text)
         self.prepared = with_qk_norm(self.prepared, self._norms)
         self._measured["before"] = self._measure(self.prepared)
         self.run.say(f"With queries and keys normalised it is {self._measured['before'][0]:.2g}")
@@ -335,18 +335,18 @@ def rows_by_prompt(recording: Recording) -> list[TrainingRows]:
     """Take a recording apart, into what one pass of a measurement sees.
 
     Args:
-        recording: of `record_branches`.
+        recording: of `record_branches`; it may be empty.
 
     Returns:
         The rows of every prompt.
-
-    Raises:
-        ValueError: where it is empty, as the teacher gave no numbers.
     """
-    if not len(recording):
+    return [recording.select(torch.tensor([prompt])).rows() for prompt in range(len(recording.guidance_scale))]
+
+
+def _some(rows: Sequence[TrainingRows]) -> list[TrainingRows]:
+    if not rows:
         raise ValueError("`pretrained_model_name_or_path` names a teacher whose own trajectories are not finite")
-    prompts = torch.arange(len(recording.guidance_scale))
-    return [recording.select(prompt).rows() for prompt in prompts.split(1)]
+    return [*rows]
 
 
 def merge_teachers_lora(backbone: Backbone, transformer: Any, folder: Path, lora: str, scale: float) -> str:
