@@ -285,6 +285,7 @@ def test_errors_in_words(student, tmp_path, monkeypatch):
         SystemExit, match="is no few-step student, neither TBCM's nor CDM's: give one, or the LoRA that makes it one"
     ):
         generate(write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "x.png")
+    monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match="lora 'no/such' is neither LoRA weights nor"):
         generate(student, tmp_path / "x.png", "--lora", "no/such")
     with pytest.raises(SystemExit, match="--height is 30, but has to be a positive multiple of 8 pixels"):

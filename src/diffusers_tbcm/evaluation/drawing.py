@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SCMScheduler
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from PIL import Image
 
 from ..backbones import backbone_of, backbone_of_index
@@ -115,7 +115,9 @@ def load_pipeline(
         else:  # a teacher's scheduler belongs to the teacher's many steps
             pipeline = SanaTBCMPipeline.from_pretrained(str(folder), scheduler=TBCMScheduler(), **options)
     if lora is not None:
-        named = {"weight_name": LORA_FILE} if record.get("adapter") else {}  # which the Hub's offline mode asks for
+        # The Hub's offline mode asks for the name of the file, as it cannot look what there is
+        unseen = constants.HF_HUB_OFFLINE and not Path(lora).exists()
+        named = {"weight_name": LORA_FILE} if unseen or record.get("adapter") else {}
         with loading_by_name("lora", lora, "LoRA weights"):
             load_lora(pipeline, lora, **named)
             if flow_adapter is not None and flow_adapter["timestep_scale"] is not None:
