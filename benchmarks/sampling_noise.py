@@ -14,6 +14,7 @@ benchmarks/results/sampling_noise_<prompts>.json and .md.
 import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ import pandas
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.scheduling_tbcm import MAX_TIMESTEP, TIMESTEPS_BY_STEPS
 
-from .common import EXAMPLES, RESULTS, default_device, machine, made_folder
+from .common import RESULTS, default_device, machine, made_folder
 from .emoji_judge import DISTANCE, TASKS, EmojiJudge, Tensors, flat, write_students
+from .emoji_student import SHIPPED
 from .endpoint_loss import NORM, TRAININGS
 from .late_consistency import train
 from .seeds import seed_interval
 
 
-SHIPPED = EXAMPLES / "sana_emoji_mini_tbcm"
 SEEDS = {"few": (0, 1, 2), "many": (0,)}
 ALL_STEPS = (2, 4)
 FRESH, PREDICTED = "fresh noise", "predicted noise"
@@ -67,7 +68,7 @@ def less_two_steps(students: Sequence[dict[str, Any]]) -> dict[str, str]:
     differences = (table[4] - table[2]).groupby("model", sort=False)
     estimates = {way: seed_interval(each) for way, each in differences}
     return {
-        way: f"{mean:+.2f}" + ("" if half != half else f" ({mean - half:+.2f} to {mean + half:+.2f})")
+        way: f"{mean:+.2f}" + ("" if isnan(half) else f" ({mean - half:+.2f} to {mean + half:+.2f})")
         for way, (mean, half) in estimates.items()
     }
 
