@@ -263,7 +263,7 @@ class RowSettings(DistillationSettings):
         0, "prompts per process whose rows are kept, and drawn from at random; 0: one batch, used once"
     )
     replay_steps: int = setting(1, "backward passes per batch of the teacher's")
-    stochastic_sampling: bool = setting(True, "draw with the noise that the student predicts, not a fresh one a step")
+    stochastic_sampling: bool = setting(True, "take fresh noise between the student's steps, not what it predicts")
     intermediate_timesteps: list[float] | None = setting(
         None, "radians between pi/2 and 0: the later steps of a student drawn in so many and one"
     )
