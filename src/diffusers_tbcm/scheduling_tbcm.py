@@ -38,8 +38,8 @@ class TBCMScheduler(SCMScheduler):
 
     With `t` an angle in radians, pi/2 being pure noise and 0 a clean sample, every step predicts the clean sample
     `x_0 = cos(t) x_t - sin(t) model_output` and, except in the last one, noises it again to the next angle:
-    `x_t' = cos(t') x_0 + sin(t') z` with `z ~ N(0, sigma_data^2)`. Same timesteps and seed give bit for bit the
-    samples of [`SCMScheduler`], whose configs load here and which loads the configs saved here.
+    `x_t' = cos(t') x_0 + sin(t') z` with `z ~ N(0, sigma_data^2)`. With such fresh noise, same timesteps and seed give
+    bit for bit the samples of [`SCMScheduler`], whose configs load here and which loads the configs saved here.
 
     Args:
         num_train_timesteps (`int`, defaults to `1000`):
