@@ -118,6 +118,25 @@ def test_a_file_is_ours_until_somebody_changes_it(folder):
     assert tree(folder.folder) == {"sub/card": "two, and mine"}
 
 
+def test_a_file_of_no_known_content_is_ours_after_a_killed_write(folder, monkeypatch):
+    folder.own("plot")
+    (folder.folder / "plot").write_text("one")
+    rename = Path.replace
+
+    def die(path, target):
+        if target.name == "plot":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", die)
+        with folder.written("plot") as path:
+            path.write_text("two")
+    with folder.written("plot") as path:
+        path.write_text("three")
+    assert tree(folder.folder) == {"plot": "three"}
+
+
 def test_a_copy_of_the_folder_is_ours_too(folder, tmp_path):
     with folder.written("card") as path:
         path.write_text("one")

@@ -184,3 +184,10 @@ def test_a_pipelines_digests_change_with_its_weights_and_scheduler_alone(tmp_pat
     assert pipeline_digests(pipeline)["tokenizer"] != digests["tokenizer"]
     pipeline.scheduler = TBCMScheduler()
     assert pipeline_digests(pipeline)["scheduler"] != digests["scheduler"]
+
+
+def test_the_digest_of_a_sampler_with_fresh_noise_is_that_of_earlier_versions():
+    pipeline = tiny_tbcm_pipeline()
+    assert pipeline_digests(pipeline)["scheduler"] == "d078254eeae0086e"  # in folders from before the choice
+    pipeline.scheduler = TBCMScheduler(stochastic_sampling=False)
+    assert pipeline_digests(pipeline)["scheduler"] != "d078254eeae0086e"

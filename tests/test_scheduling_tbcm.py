@@ -193,6 +193,15 @@ def test_stock_stand_in_hides_our_entries_from_a_stock_scheduler_only(tmp_path, 
     assert TBCMScheduler.from_pretrained(tmp_path / "changed").config.guidance_scales == [3.0]
 
 
+def test_a_teachers_scheduler_does_not_say_how_its_student_is_drawn(tmp_path):
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path)
+    teachers = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    assert not teachers.config.stochastic_sampling
+    for config in (FlowMatchEulerDiscreteScheduler.load_config(tmp_path), teachers.config):
+        assert TBCMScheduler.from_config(config).config.stochastic_sampling
+        assert not TBCMScheduler.from_config(config, stochastic_sampling=False).config.stochastic_sampling
+
+
 def test_the_defaults_of_a_call_are_what_the_student_was_distilled_with():
     assert TBCMScheduler().default_call_options == {}
     for scales, middle in (([1.5, 2.5, 2.0], 2.0), ([3.0], 3.0), ([1.5, 2.5], 1.5)):  # one that it has learnt

@@ -134,6 +134,13 @@ def test_every_setting_says_what_it_does_and_its_default(capsys):
         assert "(default: None)" not in shown
 
 
+def test_help_says_of_a_switch_what_it_switches_off(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(PictureSettings, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--no-stochastic_sampling do not: take fresh noise between the student's steps" in shown
+
+
 @pytest.mark.parametrize("kind", [RunSettings, RowSettings, DistillationSettings, PictureSettings])
 def test_every_setting_has_a_type_that_a_command_line_can_give(kind):
     with pytest.raises(SystemExit) as ended:

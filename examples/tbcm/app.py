@@ -21,6 +21,7 @@ from PIL import Image
 
 from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, ending_in_words
 from diffusers_tbcm.evaluation.drawing import call_options, draw, has_learned_guidance, load_pipeline
+from diffusers_tbcm.scheduling_tbcm import TBCMScheduler
 
 
 if TYPE_CHECKING:
@@ -134,7 +135,9 @@ def build_page(pipeline: DiffusionPipeline, name: str) -> "Blocks":
         return result.pictures, result.seed, result.report
 
     own_guidance = call_options(pipeline)["guidance_scale"]
-    method = "TBCM" if pipeline.scheduler.config.get("stochastic_sampling", True) else "CDM"
+    scheduler = pipeline.scheduler
+    of_tbcm = isinstance(scheduler, TBCMScheduler) or scheduler.config["stochastic_sampling"]
+    method = "TBCM" if of_tbcm else "CDM"
     largest_guidance = max(MAX_GUIDANCE, 2 * own_guidance)
     with gr.Blocks(title=method, analytics_enabled=False) as page:
         gr.Markdown(f"# Pictures in 1, 2 or 4 steps\n`{name}`, distilled by {method}")

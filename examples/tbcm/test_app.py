@@ -108,6 +108,14 @@ def test_a_flow_student_has_no_guidance_to_choose(tmp_path):
         app.draw_pictures(student, "a dog", 4, 7, False, 3, 1)
 
 
+def test_a_student_drawn_with_its_own_noise_is_still_tbcm_s(pipeline):
+    pytest.importorskip("gradio", reason="the page needs the demo extra: pip install -e '.[demo]'")
+    student = SanaTBCMPipeline(**pipeline.components | {"scheduler": TBCMScheduler(stochastic_sampling=False)})
+    blocks = app.build_page(student, "tiny").blocks.values()
+    (title,) = (block for block in blocks if "Pictures in" in str(getattr(block, "value", "")))
+    assert "distilled by TBCM" in title.value
+
+
 def test_the_guidance_is_the_student_s_own(pipeline):
     gradio = pytest.importorskip("gradio", reason="the page needs the demo extra: pip install -e '.[demo]'")
     for scales, own in (([1.5, 2.0, 2.5], 2.0), ([0.5], 0.5), ([20.0], 20.0), (None, 4.5)):

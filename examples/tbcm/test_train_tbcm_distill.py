@@ -357,6 +357,8 @@ def test_more_tokens_than_the_text_encoder_reads_are_refused(flags):
         ({"rank": 4, "no-stochastic_sampling": True}, "stochastic_sampling is of a student's own pipeline"),
         ({"rank": 4, "intermediate_timesteps": [1.0]}, "--intermediate_timesteps is of a student's own pipeline"),
         ({"intermediate_timesteps": [0.3, 1.0]}, r"--intermediate_timesteps is \[0.3, 1.0\]: it has to descend"),
+        ({"intermediate_timesteps": [1.0, 0.99999999]}, "between pi/2 and 0, in float32"),
+        ({"intermediate_timesteps": [1e-50]}, "between pi/2 and 0, in float32"),
         ({"intermediate_timesteps": [1.6]}, r"--intermediate_timesteps is \[1.6\]"),
         ({"intermediate_timesteps": [1.0, 0.0]}, r"--intermediate_timesteps is \[1.0, 0.0\]"),
         ({"intermediate_timesteps": ["nan"]}, r"--intermediate_timesteps is \[nan\]: it has to be finite"),

@@ -292,12 +292,14 @@ class OwnedFolder:
         return not states or (path.is_file() and _is_one_of(path, states))
 
     def _current(self, names: Iterable[str]) -> dict[str, list[Written]]:
-        """What the marker says of files as they are now."""
-        written = self._written()
-        return {
-            name: [state for state in written.get(name, []) if _is_one_of(self.folder / name, [state])]
-            for name in names
-        }
+        """What the marker says of files as they are now, and the state itself where it takes any."""
+        written, found = self._written(), {}
+        for name in names:
+            path, states = self.folder / name, written.get(name, [])
+            if name in written and not states and path.is_file():
+                states = [_state(path)]
+            found[name] = [state for state in states if _is_one_of(path, [state])]
+        return found
 
     def _written(self) -> dict[str, list[Written]]:
         """What the marker lists, by path: the states that we know, none where any is ours.

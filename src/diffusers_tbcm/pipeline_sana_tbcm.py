@@ -65,9 +65,9 @@ class SanaTBCMPipeline(StudentLoraLoaderMixin, SanaSprintPipeline):
     (https://arxiv.org/abs/2511.20410).
 
     It loads and saves the files of a [`SanaSprintPipeline`], so that plain diffusers reads what it saves, and gives
-    the same images bit for bit where timesteps and seed are the same. Beyond it, this pipeline takes any number of
-    steps, custom `timesteps`, an `image` to start from, every image size that autoencoder and transformer divide, and
-    unequal prompts together with `num_images_per_prompt`.
+    the same images bit for bit where timesteps and seed are the same, and the scheduler has fresh noise in every step.
+    Beyond it, this pipeline takes any number of steps, custom `timesteps`, an `image` to start from, every image size
+    that autoencoder and transformer divide, and unequal prompts together with `num_images_per_prompt`.
 
     `DiffusionPipeline.from_pretrained` gives the stock pipeline for the same files; `SanaTBCMPipeline.from_pipe(pipe)`
     makes this one of it, without a copy.

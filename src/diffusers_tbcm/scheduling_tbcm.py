@@ -8,6 +8,7 @@ from statistics import median_low
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_scm import SCMScheduler, SCMSchedulerOutput
 
@@ -37,8 +38,8 @@ class TBCMScheduler(SCMScheduler):
 
     With `t` an angle in radians, pi/2 being pure noise and 0 a clean sample, every step predicts the clean sample
     `x_0 = cos(t) x_t - sin(t) model_output` and, except in the last one, noises it again to the next angle:
-    `x_t' = cos(t') x_0 + sin(t') z` with `z ~ N(0, sigma_data^2)`. Same timesteps and seed give bit for bit the
-    samples of [`SCMScheduler`], whose configs load here and which loads the configs saved here.
+    `x_t' = cos(t') x_0 + sin(t') z` with `z ~ N(0, sigma_data^2)`. With such fresh noise, same timesteps and seed give
+    bit for bit the samples of [`SCMScheduler`], whose configs load here and which loads the configs saved here.
 
     Args:
         num_train_timesteps (`int`, defaults to `1000`):
@@ -128,8 +129,14 @@ class TBCMScheduler(SCMScheduler):
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """Read a config as the stock method does, together with the entries that `to_stock` has hidden in it."""
+        """
+        Read a config as the stock method does, together with the entries that `to_stock` has hidden in it.
+
+        That of a teacher's flow scheduler says `stochastic_sampling` of its own steps, and not of these.
+        """
         entries = dict(config_dict)
+        if entries.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__:
+            entries.pop("stochastic_sampling", None)
         for name in OWN_CONFIG_ENTRIES:
             if f"_{name}" in entries:
                 entries[name] = entries.pop(f"_{name}")

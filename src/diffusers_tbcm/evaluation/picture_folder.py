@@ -23,6 +23,7 @@ from ..draws import draw_generator
 from ..files import PARTIAL_SUFFIX, read_json, write_json, written_beside
 from ..images import to_rgb
 from ..pipeline_folder import TOKENIZER
+from ..scheduling_tbcm import TBCMScheduler
 from .drawing import draw_pictures
 
 
@@ -200,6 +201,8 @@ def pipeline_digests(pipeline: DiffusionPipeline) -> dict[str, str]:
         A short text by component, the tokenizer's among them: two pipelines are equal where they would draw alike.
     """
     config = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    if isinstance(pipeline.scheduler, TBCMScheduler) and config["stochastic_sampling"]:
+        del config["stochastic_sampling"]  # earlier versions knew nothing else, and their folders do not name it
     digests = {"scheduler": digest_text(json.dumps(config, sort_keys=True, default=str))}
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):

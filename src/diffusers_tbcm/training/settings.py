@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import torch
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
@@ -263,7 +264,7 @@ class RowSettings(DistillationSettings):
         0, "prompts per process whose rows are kept, and drawn from at random; 0: one batch, used once"
     )
     replay_steps: int = setting(1, "backward passes per batch of the teacher's")
-    stochastic_sampling: bool = setting(True, "draw with the noise that the student predicts, not a fresh one a step")
+    stochastic_sampling: bool = setting(True, "take fresh noise between the student's steps, not what it predicts")
     intermediate_timesteps: list[float] | None = setting(
         None, "radians between pi/2 and 0: the later steps of a student drawn in so many and one"
     )
@@ -287,10 +288,11 @@ class RowSettings(DistillationSettings):
                 f"`replay_steps` is {self.replay_steps}, which trains on the same rows {self.replay_steps} times in a"
                 " row unless `replay_buffer_size` holds more prompts than one batch"
             )
-        timesteps = [math.pi / 2, *(self.intermediate_timesteps or []), 0.0]
-        if timesteps != sorted(set(timesteps), reverse=True):
+        timesteps = torch.tensor([math.pi / 2, *(self.intermediate_timesteps or []), 0.0], dtype=torch.float32)
+        if not (timesteps[:-1] > timesteps[1:]).all():
             raise ValueError(
-                f"`intermediate_timesteps` is {self.intermediate_timesteps}: it has to descend between pi/2 and 0"
+                f"`intermediate_timesteps` is {self.intermediate_timesteps}: it has to descend between pi/2 and 0, in"
+                " float32"
             )
         if self.rank is not None:
             self.check_stock_sampling("is of a student's own pipeline, and `rank` makes adapters for its teacher's")
