@@ -27,7 +27,7 @@ TIMESTEPS_BY_STEPS = {
     "4": [MAX_TIMESTEP, 3 * math.pi / 8, math.pi / 4, math.pi / 8, 0.0],
 }
 # What an SCMScheduler does not know
-OWN_CONFIG_ENTRIES = ("timesteps_by_steps", "stochastic_sampling", "guidance_scales", "call_options")
+OWN_CONFIG_ENTRIES = ("timesteps_by_steps", "guidance_scales", "call_options", "stochastic_sampling")
 DISTILLED_WITH = ("guidance_scales", "call_options")  # those that a student's LoRA carries too
 CALL_OPTIONS = ("guidance_scale", "height", "width", "max_sequence_length", "complex_human_instruction")
 
@@ -51,16 +51,16 @@ class TBCMScheduler(SCMScheduler):
         timesteps_by_steps (`dict[str, list[float]]`, *optional*):
             The timesteps that `set_timesteps(n)` gives, in radians, by the decimal `n` (a string, as JSON keys are).
             Defaults to `TIMESTEPS_BY_STEPS`; saved in the config, so that a checkpoint carries its own.
-        stochastic_sampling (`bool`, defaults to `True`):
-            Whether z is fresh noise, as in the paper. Without it z is the noise that the model has predicted,
-            `sin(t) x_t + cos(t) model_output`, and the first noise alone decides the picture: the step is
-            `x_t' = cos(t - t') x_t - sin(t - t') model_output`, that of DDIM.
         guidance_scales (`list[float]`, *optional*):
             The guidance scales that the student was distilled at. Sampling does not depend on them: a checkpoint
             carries them so that its pipeline draws at the middle one by default and warns of a scale beyond them.
         call_options (`dict[str, Any]`, *optional*):
             What else the student was distilled with, as arguments of its pipeline's call, such as
             `max_sequence_length`. A checkpoint carries them as its pipeline's defaults.
+        stochastic_sampling (`bool`, defaults to `True`):
+            Whether z is fresh noise, as in the paper. Without it z is the noise that the model has predicted,
+            `sin(t) x_t + cos(t) model_output`, and the first noise alone decides the picture: the step is
+            `x_t' = cos(t - t') x_t - sin(t - t') model_output`, that of DDIM.
 
     Raises:
         `ValueError`: for another `prediction_type`, a `sigma_data` that is not positive, timesteps that
@@ -74,9 +74,9 @@ class TBCMScheduler(SCMScheduler):
         prediction_type: str = "trigflow",
         sigma_data: float = 0.5,
         timesteps_by_steps: dict[str, list[float]] | None = None,
-        stochastic_sampling: bool = True,
         guidance_scales: list[float] | None = None,
         call_options: dict[str, Any] | None = None,
+        stochastic_sampling: bool = True,
     ):
         if prediction_type != "trigflow":
             raise ValueError(f"`prediction_type` is {prediction_type!r}, but TBCM students predict 'trigflow' only.")

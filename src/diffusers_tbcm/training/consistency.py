@@ -236,7 +236,7 @@ class ConsistencyDistillation(Distillation):
                     " guidance and learns one scale: give one, such as 4.5"
                 )
             self.settings.check_stock_sampling(
-                f"is for students of Sana: those of {backbone.PIPELINE_CLASS.__name__} are drawn by a stock scheduler"
+                f"is for students of Sana, those of {backbone.PIPELINE_CLASS.__name__} have a stock scheduler"
             )
         if self._start is not None:
             self._start_folder = self._find_start(self._start, backbone)

@@ -308,7 +308,7 @@ class RowSettings(DistillationSettings):
         """
         for name, default in (("stochastic_sampling", True), ("intermediate_timesteps", None)):
             if getattr(self, name) != default:
-                raise ValueError(f"`{name}` {reason}")
+                raise ValueError(f"`{name}` {reason}: leave it out")
 
     def describe(self) -> dict[str, object]:
         """What the model card says of the rows."""
