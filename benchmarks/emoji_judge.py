@@ -1,7 +1,7 @@
 """Students of the embedded teacher, judged by its own pictures: what the benchmarks on it draw, keep and say."""
 
-from collections.abc import Callable, Sequence
-from math import isnan
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from examples.tbcm.quickstart import (
     many,
 )
 
-from .common import default_device, markdown, write_results
-from .seeds import seed_interval
+from .common import RESULTS, default_device, made_folder, markdown, write_results
+from .seeds import seeds_in_words
 
 
 Tensors = dict[str, torch.Tensor]
@@ -34,6 +34,24 @@ Tensors = dict[str, torch.Tensor]
 TASKS: dict[str, Callable[[], Task]] = {"few": few, "many": many}
 DISTANCE = "FD to the teacher"
 METRICS = (DISTANCE, "decisiveness", "top-5 retrieval")
+
+
+def study_parser(name: str, description: str | None, prompts: Iterable[str] = TASKS) -> argparse.ArgumentParser:
+    """Make the command line of a study: its prompts, `--work_dir` and `--output_dir`.
+
+    Args:
+        name: of the study, and of its work folder in `runs`.
+        description: of its program.
+        prompts: names of `TASKS` that it takes.
+
+    Returns:
+        The parser, for more arguments.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", choices=prompts)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs") / name)
+    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
+    return parser
 
 
 class EmojiJudge:
@@ -135,9 +153,8 @@ def paired_differences(
         for steps in sorted(set(table["steps"])):
             row = {"way": model, "less": other, "steps": steps}
             for metric in metrics:
-                mean, half = seed_interval(by_model.loc[model, steps][metric] - by_model.loc[other, steps][metric])
-                interval = "" if isnan(half) else f" ({mean - half:+.3g} to {mean + half:+.3g})"
-                row[metric] = f"{mean:+.3g}{interval}"
+                differences = by_model.loc[model, steps][metric] - by_model.loc[other, steps][metric]
+                row[metric] = seeds_in_words(differences, "+.3g")
             rows.append(row)
     return pandas.DataFrame(rows)
 

@@ -8,17 +8,15 @@ students of one seed, with a 95% interval over seeds. Runs and pictures are kept
 on, and seeds may be added. Writes benchmarks/results/endpoint_loss_<prompts>.json and .md.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from diffusers_tbcm.loss import ENDPOINT_LOSS_TYPES
 from examples.tbcm.quickstart import recipe
 
-from .common import RESULTS, default_device, machine, made_folder
-from .emoji_judge import TASKS, EmojiJudge, flat, write_students
+from .common import default_device, machine
+from .emoji_judge import TASKS, EmojiJudge, flat, study_parser, write_students
 from .late_consistency import FLAGS, train
 
 
@@ -30,11 +28,8 @@ NORM, SQUARE = ENDPOINT_LOSS_TYPES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", choices=TRAININGS)
+    parser = study_parser("endpoint_loss", __doc__, TRAININGS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/endpoint_loss"))
-    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     task, flags = TASKS[args.prompts](), TRAININGS[args.prompts]
     work_dir = args.work_dir / args.prompts

@@ -10,7 +10,6 @@ first step's guidance from other noises. Writes
 benchmarks/results/exact_map_<prompts>.json and .md.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,8 @@ from examples.tbcm.quickstart import (
     draw,
 )
 
-from .common import EMBEDDED_TEACHER, RESULTS, default_device, machine, made_folder, write_results
-from .emoji_judge import DISTANCE, TASKS
+from .common import EMBEDDED_TEACHER, default_device, machine, write_results
+from .emoji_judge import DISTANCE, TASKS, study_parser
 
 
 SHIFT = 3.0  # of the stock pipeline's times
@@ -113,11 +112,10 @@ class ExactMap:
         for steps in STUDENT_STEPS:
             self._scheduler.set_timesteps(steps, device=device)
             latents = noise
-            for t in self._scheduler.timesteps[:-1]:
-                if latents is noise:
-                    end = drawn[1] if drawn else solve(noise, t.item(), self._guidance_scale)
-                else:
-                    end = solve(latents, t.item(), self._later_scale)
+            for number, t in enumerate(self._scheduler.timesteps[:-1]):
+                scale = self._later_scale if number else self._guidance_scale
+                known = drawn and not number  # the first solution of every number of steps is the same
+                end = drawn[1] if known else solve(latents, t.item(), scale)
                 model_output = (torch.cos(t) * latents - end) / torch.sin(t)  # whose x_0 is the end
                 latents = self._scheduler.step(model_output, t, latents, generators).prev_sample
             drawn[steps] = latents
@@ -162,10 +160,7 @@ def features_of(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", choices=TASKS)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/exact_map"))
-    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
+    parser = study_parser("exact_map", __doc__)
     args = parser.parse_args(argv)
     task = TASKS[args.prompts]()
     kept = args.work_dir / args.prompts

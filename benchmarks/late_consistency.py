@@ -10,7 +10,6 @@ Differences are between students of one seed, with a 95% interval over seeds. Ru
 the same command goes on. Writes benchmarks/results/late_consistency_<prompts>_<endpoint_loss_type>.json and .md.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,8 @@ from diffusers_tbcm.pipeline_folder import CHECKPOINT, list_checkpoints
 from examples.tbcm.quickstart import Task, recipe
 
 from . import emoji_student
-from .common import EMBEDDED_TEACHER, EXAMPLES, RESULTS, arguments, default_device, machine, made_folder
-from .emoji_judge import TASKS, EmojiJudge, flat, write_students
+from .common import EMBEDDED_TEACHER, EXAMPLES, arguments, default_device, machine
+from .emoji_judge import TASKS, EmojiJudge, flat, study_parser, write_students
 
 
 START, CONTROL, FOREVER = "endpoint student", "endpoint", 1_000_000
@@ -101,13 +100,10 @@ def pairs_of(ways: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", choices=STEPS)
+    parser = study_parser("late_consistency", __doc__, STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--endpoint_loss_type", choices=ENDPOINT_LOSS_TYPES, default=ENDPOINT_LOSS_TYPES[0])
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/late_consistency"))
-    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
     args = parser.parse_args(argv)
     if args.ways[0] != CONTROL:
         parser.error(f"--ways begins with {args.ways[0]}: the first is {CONTROL}, with which the others are compared")

@@ -11,10 +11,8 @@ in --work_dir, which may be that of benchmarks.endpoint_loss: the same command g
 benchmarks/results/sampling_noise_<prompts>.json and .md.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,12 @@ import pandas
 from diffusers_tbcm import SanaTBCMPipeline, TBCMScheduler
 from diffusers_tbcm.scheduling_tbcm import MAX_TIMESTEP, TIMESTEPS_BY_STEPS
 
-from .common import RESULTS, default_device, machine, made_folder
-from .emoji_judge import DISTANCE, TASKS, EmojiJudge, Tensors, flat, write_students
+from .common import default_device, machine
+from .emoji_judge import DISTANCE, TASKS, EmojiJudge, Tensors, flat, study_parser, write_students
 from .emoji_student import SHIPPED
 from .endpoint_loss import NORM, TRAININGS
 from .late_consistency import train
-from .seeds import seed_interval
+from .seeds import seeds_in_words
 
 
 SEEDS = {"few": (0, 1, 2), "many": (0,)}
@@ -66,21 +64,15 @@ def less_two_steps(students: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The distance of 4 steps less that of 2, by way: the mean over students, and its interval where it has one."""
     table = pandas.DataFrame(students).pivot(index=["model", "seed"], columns="steps", values=DISTANCE)
     differences = (table[4] - table[2]).groupby("model", sort=False)
-    estimates = {way: seed_interval(each) for way, each in differences}
-    return {
-        way: f"{mean:+.2f}" + ("" if isnan(half) else f" ({mean - half:+.2f} to {mean + half:+.2f})")
-        for way, (mean, half) in estimates.items()
-    }
+    return {way: seeds_in_words(each, "+.2f") for way, each in differences}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", choices=SEEDS)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/sampling_noise"))
-    parser.add_argument("--output_dir", type=made_folder, default=RESULTS)
+    parser = study_parser("sampling_noise", __doc__, SEEDS)
     args = parser.parse_args(argv)
     task, work_dir = TASKS[args.prompts](), args.work_dir / args.prompts
     judge = EmojiJudge(task, work_dir / "drawn")
+    teachers = asymmetry(judge.teachers)
     students: list[dict[str, Any]] = []
     fresh: dict[int, Tensors] = {}
     for seed in SEEDS[args.prompts]:
@@ -91,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for steps, pictures in drawn.items():
                 less = judge.judge.distance(pictures["features"], fresh[steps]["features"])
                 row = {"seed": seed, **flat(judge.describe(way, steps, pictures))}
-                row[ASYMMETRY] = round(asymmetry(pictures) / asymmetry(judge.teachers), 3)
+                row[ASYMMETRY] = round(asymmetry(pictures) / teachers, 3)
                 row["less fresh noise"] = (
                     "" if way == FRESH else f"{less.value:+.2f} ({less.low:+.1f} to {less.high:+.1f})"
                 )
