@@ -21,7 +21,7 @@ from PIL import Image
 
 from diffusers_tbcm.command_line import DEBUG_HELP, CommandParser, ending_in_words
 from diffusers_tbcm.evaluation.drawing import call_options, draw, has_learned_guidance, load_pipeline
-from diffusers_tbcm.scheduling_tbcm import TBCMScheduler
+from diffusers_tbcm.scheduling_flow import is_matched
 
 
 if TYPE_CHECKING:
@@ -135,9 +135,7 @@ def build_page(pipeline: DiffusionPipeline, name: str) -> "Blocks":
         return result.pictures, result.seed, result.report
 
     own_guidance = call_options(pipeline)["guidance_scale"]
-    scheduler = pipeline.scheduler
-    of_tbcm = isinstance(scheduler, TBCMScheduler) or scheduler.config["stochastic_sampling"]
-    method = "TBCM" if of_tbcm else "CDM"
+    method = "CDM" if is_matched(pipeline.scheduler) else "TBCM"
     largest_guidance = max(MAX_GUIDANCE, 2 * own_guidance)
     with gr.Blocks(title=method, analytics_enabled=False) as page:
         gr.Markdown(f"# Pictures in 1, 2 or 4 steps\n`{name}`, distilled by {method}")

@@ -22,17 +22,17 @@ trajectories that no training has seen.
 The file needs nothing but installed packages: copy it and change what you like.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from diffusers_tbcm.dense_time import alignment_loss, branch_inputs, record_branches
 from diffusers_tbcm.draws import draw_generator, draw_guidance_scale, draw_noise, prompt_at
-from diffusers_tbcm.rows import Recording, TrainingRows
+from diffusers_tbcm.rows import Recording
 from diffusers_tbcm.training.interruption import StopRequest
 from diffusers_tbcm.training.launch import launch
-from diffusers_tbcm.training.preparation import Preparation, rows_by_prompt
+from diffusers_tbcm.training.preparation import Preparation
 from diffusers_tbcm.training.run import Run
 from diffusers_tbcm.training.settings import LR_SCHEDULERS, PromptSettings, check_positive, parse_settings, setting
 from diffusers_tbcm.training.stream import Record
@@ -125,13 +125,12 @@ def train(settings: PreparationSettings, stop: StopRequest) -> Run:
     )
     record = record_trajectories(settings, run, preparation, prompts.prompts)
 
-    def unseen(first: int) -> list[TrainingRows]:
-        """The rows of trajectories that are none of training, by prompt; as many are recorded at once as in a step."""
-        draws, rows = range(first, first + settings.held_out_prompts), []
+    def unseen(first: int) -> Iterator[Recording]:
+        """Trajectories that are none of training, as many at once as in a step."""
+        draws = range(first, first + settings.held_out_prompts)
         for start in range(0, len(draws), settings.train_batch_size):
             recording, finite = record([*draws[start : start + settings.train_batch_size]])
-            rows += rows_by_prompt(recording.select(finite.nonzero()[:, 0]))
-        return rows
+            yield recording.select(finite.nonzero()[:, 0])
 
     preparation.hold_out(unseen(HELD_OUT))
     if settings.qk_norm:

@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerOutput,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from .call_arguments import real_number, whole_number
@@ -208,6 +209,18 @@ def even_sigmas(num_inference_steps: int | None) -> list[float]:
     """
     steps = whole_number("num_inference_steps", num_inference_steps)
     return [1 - step / steps for step in range(steps)]
+
+
+def is_matched(scheduler: SchedulerMixin) -> bool:
+    """Say whether what a scheduler draws with is a student of CDM, and not of TBCM.
+
+    Args:
+        scheduler: of a student's pipeline.
+
+    Returns:
+        Whether it takes Euler steps at CDM's times.
+    """
+    return isinstance(scheduler, FlowStudentScheduler) and not scheduler.config["stochastic_sampling"]
 
 
 def is_flow_student(scheduler_config: Mapping[str, Any]) -> bool:

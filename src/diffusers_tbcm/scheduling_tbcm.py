@@ -371,14 +371,29 @@ def recorded_call_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_timesteps(timesteps: Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
     """Turn angles into the float32 schedule that they describe, or say what is wrong with them."""
-    try:
-        schedule = torch.as_tensor(timesteps, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):  # no numbers at all
-        schedule = torch.empty(0)
-    descending = schedule.ndim == 1 and len(schedule) > 1 and bool((schedule[:-1] > schedule[1:]).all())
-    if not descending or schedule[0] > MAX_TIMESTEP_FLOAT32 or schedule[-1] != 0:
+    schedule = as_schedule(timesteps)
+    if schedule is None:
         raise ValueError(
             f"`{name}` is {timesteps}, but has to be two or more angles in radians, strictly descending from"
             f" at most pi/2 = {MAX_TIMESTEP} to a final 0."
         )
     return schedule
+
+
+def as_schedule(timesteps: Sequence[float] | torch.Tensor) -> torch.Tensor | None:
+    """
+    Turn angles into the float32 schedule that they describe.
+
+    Args:
+        timesteps (`list[float]` or `torch.Tensor` of shape `(num_inference_steps + 1,)`):
+            Angles in radians.
+
+    Returns:
+        `torch.Tensor`: the schedule; `None` where they do not strictly descend, in float32, from at most pi/2 to 0.
+    """
+    try:
+        schedule = torch.as_tensor(timesteps, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):  # no numbers at all
+        return None
+    descending = schedule.ndim == 1 and len(schedule) > 1 and bool((schedule[:-1] > schedule[1:]).all())
+    return schedule if descending and schedule[0] <= MAX_TIMESTEP_FLOAT32 and schedule[-1] == 0 else None

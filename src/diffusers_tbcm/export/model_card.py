@@ -21,7 +21,7 @@ from ..files import read_json
 from ..owned import OwnedFolder
 from ..pipeline_folder import CARD, SAMPLE_GRID, SCHEDULER, TRAINING_RECORD, TRANSFORMER, VARIANTS
 from ..pipeline_sana_tbcm import STOCK_CALL_OPTIONS
-from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student, student_sigmas
+from ..scheduling_flow import GUIDANCE_SCALE, FlowStudentScheduler, is_flow_student, is_matched, student_sigmas
 from ..scheduling_tbcm import TBCMScheduler
 from .record import Metrics, check_record, is_flow_adapter, load_metrics
 
@@ -79,7 +79,7 @@ def render_model_card(
         stochastic = adapter.get("stochastic_sampling", False)
         scheduler = FlowStudentScheduler(stochastic_sampling=stochastic) if flow else TBCMScheduler()
         call_options = adapter.get("call_options", {})
-    matched = flow and not scheduler.config["stochastic_sampling"]
+    matched = is_matched(scheduler)
     card_data = ModelCardData(
         base_model=record["base_model"],
         base_model_relation=record["base_model"] and relation,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,30 +101,30 @@ class Preparation(Distillation):
         self._measured: dict[str, tuple[float, float]] = {}  # relative error and answer to time, by the network
         self._psnr: float | None = None
 
-    def hold_out(self, rows: Sequence[TrainingRows]) -> None:
+    def hold_out(self, recordings: Iterable[Recording]) -> None:
         """Measure how close v' is before any training, and keep what it is measured on for the end.
 
         Args:
-            rows: by prompt, which training does not see.
+            recordings: of `record_branches`, which training does not see.
 
         Raises:
-            ValueError: where there are none, as the teacher gave no numbers.
+            ValueError: where all are empty, as the teacher gave no numbers.
         """
-        self._held_out = _some(rows)
+        self._held_out = rows_by_prompt(recordings)
         self._measured["teacher"] = self._measure(self.teacher)
         self._measured["fitted"] = self._measured["before"] = self._measure(self.prepared)
         self.run.say(f"In dense time the relative error of v' is {self._measured['fitted'][0]:.2g}")
 
-    def normalise(self, rows: Sequence[TrainingRows]) -> None:
+    def normalise(self, recordings: Iterable[Recording]) -> None:
         """Normalise the queries and keys of v', and measure how close it is then.
 
         Args:
-            rows: by prompt, of other trajectories than those that were held out.
+            recordings: of `record_branches`, other trajectories than those that were held out.
 
         Raises:
-            ValueError: where there are none, as the teacher gave no numbers.
+            ValueError: where all are empty, as the teacher gave no numbers.
         """
-        self._norms = fit_norms(self.prepared, _some(rows), self.negative_text)
+        self._norms = fit_norms(self.prepared, rows_by_prompt(recordings), self.negative_text)
         self.prepared = with_qk_norm(self.prepared, self._norms)
         self._measured["before"] = self._measure(self.prepared)
         self.run.say(f"With queries and keys normalised it is {self._measured['before'][0]:.2g}")
@@ -331,22 +331,27 @@ class Preparation(Distillation):
         return {**super()._training_table(), **merged}
 
 
-def rows_by_prompt(recording: Recording) -> list[TrainingRows]:
-    """Take a recording apart, into what one pass of a measurement sees.
+def rows_by_prompt(recordings: Iterable[Recording]) -> list[TrainingRows]:
+    """Take recordings apart, into what one pass of a measurement sees.
 
     Args:
-        recording: of `record_branches`; it may be empty.
+        recordings: of `record_branches`; each may be empty.
 
     Returns:
         The rows of every prompt.
+
+    Raises:
+        ValueError: where all are empty, as the teacher gave no numbers.
     """
-    return [recording.select(torch.tensor([prompt])).rows() for prompt in range(len(recording.guidance_scale))]
-
-
-def _some(rows: Sequence[TrainingRows]) -> list[TrainingRows]:
+    rows = [
+        recording.select(prompt).rows()
+        for recording in recordings
+        for prompt in torch.arange(len(recording.guidance_scale)).split(1)
+        if len(prompt)
+    ]
     if not rows:
         raise ValueError("`pretrained_model_name_or_path` names a teacher whose own trajectories are not finite")
-    return [*rows]
+    return rows
 
 
 def merge_teachers_lora(backbone: Backbone, transformer: Any, folder: Path, lora: str, scale: float) -> str:

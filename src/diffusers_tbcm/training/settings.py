@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import torch
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
@@ -24,6 +23,7 @@ from ..data.pictures import CaptionedImages
 from ..data.prompts import PromptList, is_text, load_prompts
 from ..errors import in_a_line
 from ..pipeline_folder import VARIANTS
+from ..scheduling_tbcm import MAX_TIMESTEP, as_schedule
 from .resumption import CHANGEABLE
 from .run_folder import check_place
 
@@ -288,8 +288,7 @@ class RowSettings(DistillationSettings):
                 f"`replay_steps` is {self.replay_steps}, which trains on the same rows {self.replay_steps} times in a"
                 " row unless `replay_buffer_size` holds more prompts than one batch"
             )
-        timesteps = torch.tensor([math.pi / 2, *(self.intermediate_timesteps or []), 0.0], dtype=torch.float32)
-        if not (timesteps[:-1] > timesteps[1:]).all():
+        if as_schedule([MAX_TIMESTEP, *(self.intermediate_timesteps or []), 0.0]) is None:
             raise ValueError(
                 f"`intermediate_timesteps` is {self.intermediate_timesteps}: it has to descend between pi/2 and 0, in"
                 " float32"
